@@ -1,0 +1,1 @@
+"""Typed configuration of both phases: models, loading with overrides, JSON Schema."""

@@ -1,0 +1,132 @@
+"""Configuration of phase 2: which student learns from which store, and how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config.base import Model
+from pipeline.config.extract import Auto, Dtype, Positive
+
+Unit = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class StudentConfig(Model):
+    """Where the student's architecture and first weights come from."""
+
+    init: Literal["pretrained", "layers_of_teacher", "from_config"]
+    """pretrained: weights of `path`. layers_of_teacher: `path` with only some of its layers. from_config: the
+    architecture of `path` (a model directory or a config.json) with `overrides`, random weights."""
+    path: str
+    """Directory or hub name of the model (layers_of_teacher: usually the teacher; any causal model serves)."""
+    revision: str | None = None
+    """Hub revision."""
+    layers: Positive | tuple[int, ...] | None = None
+    """layers_of_teacher: how many layers to keep, evenly spaced from first to last, or which ones."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """from_config: fields of the model's configuration to change, such as hidden_size."""
+
+    @model_validator(mode="after")
+    def _fields_fit_init(self) -> StudentConfig:
+        if (self.layers is None) == (self.init == "layers_of_teacher"):
+            raise ValueError("layers belongs to init: layers_of_teacher, and is required there")
+        if self.overrides and self.init != "from_config":
+            raise ValueError("overrides belong to init: from_config")
+        return self
+
+
+class OptimizerConfig(Model):
+    """AdamW. Weight decay applies to matrices only, not to norms and biases."""
+
+    lr: Annotated[float, Field(gt=0.0)] = 3e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the two moments."""
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """Added to the denominator."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    """Decoupled weight decay."""
+
+
+class ScheduleConfig(Model):
+    """Learning rate over the steps, as a factor of the peak."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    """cosine: warm up, then half a cosine. wsd: warm up, stay, decay linearly at the end. constant: warm up, stay."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up."""
+    decay_steps: Positive | None = None
+    """wsd: steps of the final decay. Default: a fifth of all steps."""
+    min_factor: Unit = 0.0
+    """Factor reached at the last step (cosine, wsd)."""
+
+
+class CheckpointConfig(Model):
+    """Checkpoints, from which the same command resumes exactly."""
+
+    every: Positive = 200
+    """Steps between checkpoints."""
+    keep: Positive = 2
+    """Newest checkpoints kept."""
+
+
+class ValidationConfig(Model):
+    """Loss on the store's held-out rows during training. No teacher is needed for it."""
+
+    every: Positive = 200
+    """Steps between validations (one more runs at the end)."""
+    sequences: Positive = 64
+    """Held-out sequences used; fewer if the store has fewer. A store without held-out documents is not validated."""
+
+
+class TrainConfig(Model):
+    """`pipeline train`: a student learns from a store of teacher distributions."""
+
+    store: Path
+    """Directory of the store."""
+    run: Path
+    """Run directory: config.yaml, metrics.jsonl, checkpoints/, model/."""
+    student: StudentConfig
+    """The model that learns."""
+    loss: dict[str, Any] = Field(default_factory=lambda: {"name": "KDLoss"})
+    """Registry name and fields of the loss, for example {name: KDLoss, divergence: jsd, temperature: 1.5}."""
+    kd_ratio: Unit = 0.7
+    """loss = (1 - kd_ratio) * cross-entropy + kd_ratio * KD. 0 reads no targets, 1 computes no cross-entropy."""
+    steps: Positive | None = None
+    """Optimizer steps. Exactly one of steps and epochs."""
+    epochs: Annotated[float, Field(gt=0.0)] | None = None
+    """Passes over the store."""
+    tokens_per_step: Positive = 16384
+    """Tokens per optimizer step, over all micro-batches."""
+    tokens_per_batch: Positive | Auto = "auto"
+    """Tokens of one packed micro-batch, one forward and backward. auto: up to 2,048 on CPU, 16,384 elsewhere."""
+    chunk_size: Positive | Auto = "auto"
+    """Positions whose student logits exist at one time. auto: 256 on CPU, 2,048 on an accelerator."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """How weights move."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """How the learning rate moves."""
+    clip_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
+    """Largest norm of the gradient of a step; null: no clipping."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When to save."""
+    validation: ValidationConfig = ValidationConfig()
+    """When to measure."""
+    seed: int = 0
+    """Seed of initialisation, order and dropout."""
+    dtype: Dtype = "auto"
+    """Dtype of the student's forward (autocast); weights and optimizer stay in float32. auto: bfloat16 where fast."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    allow_partial: bool = False
+    """Train on the committed shards of an unfinished store; the set is frozen and recorded in the checkpoint."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        return self

@@ -1,0 +1,1 @@
+"""The store: the contract between the phases. numpy, zarr, numcodecs and pyarrow only."""

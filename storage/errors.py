@@ -1,0 +1,71 @@
+"""The error tree of the product: every failure a user can meet, with what, where, what to do, and an exit code.
+
+It sits at the bottom of the import order so that all three packages can raise from it. Anything that is not a
+`DistillError` when it reaches the command line is a bug (exit code 70).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class DistillError(Exception):
+    """A failure told in three lines: what happened, where, and what to do about it.
+
+    Args:
+        what: one line, the fact, with the values found and allowed.
+        where: one line, the file, key, shard or document concerned.
+        fix: one line, the command or edit that mends it.
+    """
+
+    exit_code: ClassVar[int] = 70
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.fix = fix
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where is not None:
+            lines.append(f"  where: {self.where}")
+        if self.fix is not None:
+            lines.append(f"  fix: {self.fix}")
+        return "\n".join(lines)
+
+
+class UsageError(DistillError):
+    """Wrong configuration, arguments or input data."""
+
+    exit_code = 2
+
+
+class IdentityError(DistillError):
+    """Teacher, tokenizer, corpus or plan are not the ones the store was made with."""
+
+    exit_code = 3
+
+
+class CorruptionError(DistillError):
+    """Stored bytes are missing, empty, short, altered, swapped or foreign."""
+
+    exit_code = 4
+
+
+class StorageUnavailableError(DistillError):
+    """The storage cannot be read or written: permissions, read-only, input/output errors."""
+
+    exit_code = 5
+
+
+class OutOfSpaceError(DistillError):
+    """No space or memory left. What was committed stays valid."""
+
+    exit_code = 6
+
+
+class NumericsError(DistillError):
+    """NaN or infinity where a number is needed."""
+
+    exit_code = 7

@@ -1,0 +1,70 @@
+"""The data that crosses the border between the phases: sequences with their target rows, as flat numpy arrays.
+
+Phase 1 fills a `SequenceBatch` per shard and hands it to the writer; the reader hands the same type to phase 2.
+
+Axis legend: T tokens, S sequences, R rows, H head entries, C tail entries (distinct sampled ids), all concatenated
+over the batch; X+1 marks an offset array whose first value is 0 and last value the length of the axis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceBatch:
+    """Sequences and their target rows in CSR form. A row is the teacher's distribution over the *next* token.
+
+    Attributes:
+        tokens: uint32 [T], token ids of all sequences, concatenated.
+        token_offset, row_offset, head_offset, tail_offset: int64 [S+1], where each sequence begins on each axis.
+        document: int64 [S], number of the document the sequence was cut from.
+        window_start: int64 [S], index in the document's tokens of the sequence's first token.
+        token_end_byte: uint32 [T], end of each token in the document's UTF-8 text; None for ready token ids.
+        has_row: bool [T], whether the position has a row; the rows of a sequence are its True positions in order.
+            False at the last token of each sequence: its next token is not in `tokens`.
+        head_size: int32 [R], exact head entries of each row.
+        tail_size: int32 [R], distinct sampled ids of each row.
+        head_ids: uint32 [H], token ids, teacher probability falling within a row.
+        logprob: float32 [H], teacher log-probability at temperature 1 (natural logarithm).
+        tail_ids: uint32 [C], token ids outside the head, each once per row.
+        count: uint16 [C], how often the id was drawn; sums to `draws` per row (0 where the tail is empty).
+        tail_logit: float32 [R], log(r / (1 - r)) of the mass r outside the head; -inf and +inf are legal.
+        logsumexp: float32 [R], so that logit = logprob + logsumexp.
+        entropy: float32 [R], teacher entropy at temperature 1, nats.
+        next_logprob: float32 [R], teacher log-probability of the token that follows.
+        draws: tail samples per row; 0 for exact kinds.
+    """
+
+    tokens: NDArray[np.uint32]
+    token_offset: NDArray[np.int64]
+    row_offset: NDArray[np.int64]
+    head_offset: NDArray[np.int64]
+    tail_offset: NDArray[np.int64]
+    document: NDArray[np.int64]
+    window_start: NDArray[np.int64]
+    token_end_byte: NDArray[np.uint32] | None
+    has_row: NDArray[np.bool_]
+    head_size: NDArray[np.int32]
+    tail_size: NDArray[np.int32]
+    head_ids: NDArray[np.uint32]
+    logprob: NDArray[np.float32]
+    tail_ids: NDArray[np.uint32]
+    count: NDArray[np.uint16]
+    tail_logit: NDArray[np.float32]
+    logsumexp: NDArray[np.float32]
+    entropy: NDArray[np.float32]
+    next_logprob: NDArray[np.float32]
+    draws: int = field(default=0)
+
+    def __len__(self) -> int:
+        """Return the number of sequences."""
+        return len(self.document)
+
+    @property
+    def rows(self) -> int:
+        """Number of target rows."""
+        return len(self.head_size)
