@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from storage.errors import UsageError
+
 Json = Any  # a JSON value: dict, list, str, int, float, bool or None
 Split = Literal["train", "heldout"]
 FORMAT_VERSION = 1
@@ -84,7 +86,7 @@ class Plan:
         documents_per_shard: document numbers covered by one training shard.
         batching: the batch composition rule (bf16 forwards depend on it).
         codecs: codec id with parameters, by array name.
-        remap_sha256: hash of the `remap` file (frequency rank -> token id).
+        remap_sha256: sha256 of the remap's values (frequency rank -> token id) as little-endian uint32.
         recorded: free to differ, never compared.
     """
 
@@ -115,14 +117,29 @@ class Plan:
         return hashlib.sha256(canonical_json(self.semantic())).hexdigest()
 
     def to_json(self) -> bytes:
-        """Return the content of plan.json: semantic fields, `recorded`, and the store id, indented for people."""
+        """Return the content of plan.json: all fields, the store id and a sha256 of the rest, indented for people."""
         content = {**self.semantic(), "recorded": self.recorded, "store_id": self.store_id}
+        content["sha256"] = hashlib.sha256(canonical_json(content)).hexdigest()
         return json.dumps(content, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
     @classmethod
     def from_json(cls, data: bytes) -> Plan:
-        """Read plan.json. Raises ValueError, KeyError or TypeError if it is not a plan of this format."""
+        """Read plan.json.
+
+        Raises:
+            UsageError: it is a whole plan, of another format version.
+            ValueError, KeyError, TypeError, AttributeError: these are not the bytes of a plan.
+        """
         content = json.loads(data)
+        own = content.pop("sha256")
+        if hashlib.sha256(canonical_json(content)).hexdigest() != own:
+            raise ValueError("its own sha256 does not agree with its content")
+        if content["format_version"] != FORMAT_VERSION:
+            raise UsageError(
+                f"the store has format version {content['format_version']!r}, this program reads {FORMAT_VERSION}",
+                where="plan.json: format_version",
+                fix="use the version of topk-distill that wrote it, or a newer one",
+            )
         stated = content.pop("store_id")
         content["target"] = TargetSpec(
             **{**content["target"], "temperatures": tuple(content["target"]["temperatures"])}
@@ -132,6 +149,8 @@ class Plan:
         plan = cls(**content)
         if plan.store_id != stated:
             raise ValueError(f"the store id says {stated}, the content is {plan.store_id}")
+        if plan.to_json() != data:
+            raise ValueError("it is not in the one form in which plans are written")
         return plan
 
     def shards(self) -> tuple[ShardSpec, ...]:

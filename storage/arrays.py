@@ -1,0 +1,129 @@
+"""The table of arrays that make up a shard: name, axis and type of each, as a function of the plan.
+
+FORMAT.md tells the same in prose. Axis legend as in `rows.py`: token, sequence, row, head, tail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from storage.chunks import ArrayLayout
+from storage.codecs import logprob_codec
+from storage.plan import Plan
+
+CHUNK_UNITS = 4096  # tokens or rows per chunk, about
+
+OFFSETS = ("token_offset", "row_offset", "head_offset", "tail_offset")
+SEQUENCE_ARRAYS = (*OFFSETS, "document", "window_start")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArraySpec:
+    """One array of a shard.
+
+    Attributes:
+        name: of the array, and of its directory.
+        axis: token, token_byte (8 positions packed into a byte), sequence, sequence_edge (sequences + 1), row, head
+            or tail.
+        dtype: of the stored values.
+        ranks: length of a second axis, the rank in the head; None for a flat array.
+        by_rank: whether its chunks are stored rank after rank.
+    """
+
+    name: str
+    axis: str
+    dtype: np.dtype[Any]
+    ranks: int | None = None
+    by_rank: bool = False
+
+    def files(self, length: int) -> set[str]:
+        """Return the names of its files: metadata, and one object unless it is empty."""
+        layout = self.layout(length, tokens=0, rows=0)
+        return {f"{self.name}/zarr.json", *([f"{self.name}/{layout.key}"] if length else [])}
+
+    def layout(self, length: int, *, tokens: int, rows: int) -> ArrayLayout:
+        """Cut the array into chunks of about 4096 tokens or rows, equal up to rounding.
+
+        Arrays with one value per sequence are one chunk. The head and tail axes have as many chunks as the row axis.
+        """
+        units = {"token": tokens, "token_byte": tokens, "row": rows, "head": rows, "tail": rows}
+        pieces = max(1, round(units.get(self.axis, 0) / CHUNK_UNITS))
+        return ArrayLayout(
+            axis=self.axis,
+            dtype=self.dtype,
+            length=length,
+            chunk=max(1, -(-length // pieces)),
+            ranks=self.ranks,
+            by_rank=self.by_rank,
+        )
+
+
+def smallest_uint(largest: int) -> np.dtype[Any]:
+    """Return the smallest of uint8, uint16 and uint32 that holds `largest`."""
+    return np.dtype(np.min_scalar_type(largest)).newbyteorder("<")
+
+
+def is_even(plan: Plan, *, rows: int, head: int) -> bool:
+    """Tell whether every head of a shard has k entries, from its numbers of rows and head entries (none exceeds k).
+
+    Then `head_ids` and `logprob` have two axes, row and rank; else they are flat along the head axis.
+    """
+    return rows > 0 and head == rows * plan.target.k
+
+
+def array_specs(plan: Plan, *, end_bytes: bool, even: bool) -> Mapping[str, ArraySpec]:
+    """Return the arrays of a shard, by name, in order.
+
+    Args:
+        plan: of the store.
+        end_bytes: whether the shard has `token_end_byte` (it has not when its input was token ids).
+        even: whether every head has k entries.
+    """
+    rank, edge = smallest_uint(plan.vocab_size - 1), np.dtype("<u8")
+    half = np.dtype("<f2")
+    rows: list[tuple[str, str, np.dtype[Any]]] = [
+        ("tokens", "token", rank),
+        ("has_row", "token_byte", np.dtype("u1")),
+        ("token_offset", "sequence_edge", edge),
+        ("row_offset", "sequence_edge", edge),
+        ("head_offset", "sequence_edge", edge),
+        ("document", "sequence", edge),
+        ("window_start", "sequence", np.dtype("<u4")),
+        ("head_size", "row", smallest_uint(plan.target.k)),
+        ("tail_logit", "row", half),
+        ("logsumexp", "row", half),
+        ("entropy", "row", half),
+        ("next_logprob", "row", half),
+    ]
+    if end_bytes:
+        rows.append(("token_end_byte", "token", np.dtype("<u4")))
+    if plan.target.draws > 0:
+        rows += [
+            ("tail_offset", "sequence_edge", edge),
+            ("tail_size", "row", smallest_uint(plan.target.draws)),
+            ("tail_ids", "tail", rank),
+            ("count", "tail", smallest_uint(plan.target.draws)),
+        ]
+    specs = {name: ArraySpec(name=name, axis=axis, dtype=dtype) for name, axis, dtype in rows}
+    head_axis, ranks = ("row", plan.target.k) if even else ("head", None)
+    codes = logprob_codec(plan.codecs["logprob"]).dtype
+    specs["head_ids"] = ArraySpec(name="head_ids", axis=head_axis, dtype=rank, ranks=ranks)
+    specs["logprob"] = ArraySpec(name="logprob", axis=head_axis, dtype=codes, ranks=ranks, by_rank=even)
+    return specs
+
+
+def array_lengths(*, sequences: int, tokens: int, rows: int, head: int, tail: int) -> dict[str, int]:
+    """Return the length of each axis."""
+    return {
+        "token": tokens,
+        "token_byte": -(-tokens // 8),
+        "sequence": sequences,
+        "sequence_edge": sequences + 1,
+        "row": rows,
+        "head": head,
+        "tail": tail,
+    }

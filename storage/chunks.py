@@ -1,0 +1,254 @@
+"""One array as one Zarr v3 object, directly: inner chunks, the sharding index, checksums, and zarr.json.
+
+Data path: numpy array -> **chunks** -> object bytes in a shard directory, and back, a chunk at a time.
+
+What is written is plain Zarr v3 with the sharding codec, and a test holds it against zarr-python. It is done here
+because the layout is two dozen lines, zarr-python spends far more time around a chunk than in it, its zarr.json differs
+between versions (and directory names are content hashes), and because a reader that accepts exactly one form of
+metadata cannot be led to run another codec: numcodecs registers pickle among others.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numcodecs import zstd
+from numpy.typing import NDArray
+from pcodec import ChunkConfig, PagingSpec, standalone
+
+from storage.plan import Json, canonical_json
+
+PCODEC_LEVEL = 10
+SMALLEST_PAGE = 512  # rows
+LARGEST_PAGE = 1 << 18  # values, the default of pcodec and numcodecs
+ZSTD_LEVEL = 9
+CRC_BYTES = 4
+INDEX_ENTRY_BYTES = 16
+DTYPES = {name: np.dtype(code) for name, code in (
+    ("uint8", "u1"), ("uint16", "<u2"), ("uint32", "<u4"), ("uint64", "<u8"), ("float16", "<f2"), ("float32", "<f4"),
+)}  # fmt: skip
+
+
+def poison(dtype: np.dtype[Any]) -> Any:
+    """Return the fill value: NaN or all ones, so that a lost chunk cannot pass for data."""
+    return np.nan if dtype.kind == "f" else np.iinfo(dtype).max
+
+
+def _crc(data: bytes | memoryview) -> bytes:
+    return int(google_crc32c.value(bytes(data))).to_bytes(CRC_BYTES, "little")
+
+
+def encode_chunk(values: NDArray[Any], *, by_rank: bool = False) -> bytes:
+    """Compress one chunk (pcodec; zstd for 8-bit types, which pcodec refuses) and append its crc32c.
+
+    Args:
+        values: [N], or [rows, ranks].
+        by_rank: store rank after rank, and let pcodec model ranks 0, 1, 2-3, 4-7, ... apart: their values differ.
+            A decoder sees an ordinary pcodec file of the transposed values.
+    """
+    if values.dtype.itemsize == 1:
+        packed = zstd.compress(values.tobytes(), ZSTD_LEVEL)
+    else:
+        config = ChunkConfig(compression_level=PCODEC_LEVEL, paging_spec=_paging(values, by_rank))
+        packed = standalone.simple_compress(np.ascontiguousarray(values.T if by_rank else values).reshape(-1), config)
+    return bytes(packed) + _crc(packed)
+
+
+def _paging(values: NDArray[Any], by_rank: bool) -> PagingSpec:
+    """One model for each group of ranks, if there are enough values to pay for its header."""
+    if not by_rank or len(values) < SMALLEST_PAGE:
+        return PagingSpec.equal_pages_up_to(LARGEST_PAGE)
+    rows, ranks = values.shape
+    edges = [0, *(1 << power for power in range(ranks.bit_length()) if 1 << power < ranks), ranks]
+    return PagingSpec.exact_page_sizes([(end - start) * rows for start, end in pairwise(edges)])
+
+
+def decode_chunk(data: bytes | memoryview, dtype: np.dtype[Any], length: int) -> NDArray[Any]:
+    """Check the crc32c and decompress into exactly `length` values; never allocates more than that.
+
+    Raises:
+        ValueError: the checksum, the content or its length is wrong.
+    """
+    body, crc = bytes(data[:-CRC_BYTES]), bytes(data[-CRC_BYTES:])
+    if _crc(body) != crc:
+        raise ValueError("crc32c of a chunk does not agree with its content")
+    out = np.empty(length, dtype=dtype)
+    try:
+        if dtype.itemsize == 1:
+            if _zstd_content_size(body) != length:
+                raise ValueError(f"a chunk does not hold the expected {length} values")
+            zstd.decompress(body, out)
+        else:
+            progress = standalone.simple_decompress_into(body, out)
+            if progress.n_processed != length or not progress.finished:
+                raise ValueError(f"a chunk does not hold the expected {length} values")
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"a chunk cannot be decompressed: {error}") from error
+    return out
+
+
+def _zstd_content_size(frame: bytes) -> int | None:
+    """Read the size that a zstd frame states (RFC 8878, 3.1.1.1): numcodecs leaves a too long output unfilled."""
+    if len(frame) < 6:
+        return None
+    size_flag, single_segment, dictionary_flag = frame[4] >> 6, frame[4] >> 5 & 1, frame[4] & 3
+    start = 5 + (1 - single_segment) + (0, 1, 2, 4)[dictionary_flag]
+    width = (single_segment, 2, 4, 8)[size_flag]
+    if width == 0:
+        return None
+    return int.from_bytes(frame[start : start + width], "little") + (256 if width == 2 else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrayLayout:
+    """Shape and chunking of one array: all that varies in its zarr.json.
+
+    Attributes:
+        axis: name of its first axis.
+        dtype: type of its values.
+        length: of the first axis.
+        chunk: positions of the first axis in each inner chunk; the last chunk is padded with poison.
+        ranks: length of the second axis, `rank`, which is never cut; None for a flat array.
+        by_rank: whether chunks are stored rank after rank (the transpose codec).
+    """
+
+    axis: str
+    dtype: np.dtype[Any]
+    length: int
+    chunk: int
+    ranks: int | None = None
+    by_rank: bool = False
+
+    @property
+    def chunk_shape(self) -> tuple[int, ...]:
+        """Shape of an inner chunk."""
+        return (self.chunk,) if self.ranks is None else (self.chunk, self.ranks)
+
+    @property
+    def key(self) -> str:
+        """Name of the object inside the array's directory."""
+        return "c/0" if self.ranks is None else "c/0/0"
+
+    @property
+    def chunks(self) -> int:
+        """Number of inner chunks; an empty array has none, and no object."""
+        return -(-self.length // self.chunk)
+
+    @property
+    def index_bytes(self) -> int:
+        """Size of the index at the end of the object."""
+        return self.chunks * INDEX_ENTRY_BYTES + CRC_BYTES
+
+    def metadata(self) -> dict[str, Json]:
+        """Return the content of zarr.json."""
+        compress = (
+            [{"name": "bytes"}, {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}}]
+            if self.dtype.itemsize == 1
+            else [{"name": "numcodecs.pcodec", "configuration": {"level": PCODEC_LEVEL}}]
+        )
+        transpose = [{"name": "transpose", "configuration": {"order": [1, 0]}}] if self.by_rank else []
+        second = [] if self.ranks is None else [self.ranks]
+        sharding = {
+            "chunk_shape": [self.chunk, *second],
+            "codecs": [*transpose, *compress, {"name": "crc32c"}],
+            "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+            "index_location": "end",
+        }
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": [self.length, *second],
+            "data_type": self.dtype.name,
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": [self.chunk * max(1, self.chunks), *second]},
+            },
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "fill_value": "NaN" if self.dtype.kind == "f" else int(poison(self.dtype)),
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+            "attributes": {},
+            "dimension_names": [self.axis, *(["rank"] if second else [])],
+        }
+
+    def metadata_bytes(self) -> bytes:
+        """Return zarr.json as bytes."""
+        return canonical_json(self.metadata())
+
+    @classmethod
+    def from_metadata(
+        cls, data: bytes, *, axis: str, dtype: np.dtype[Any], ranks: int | None = None, by_rank: bool = False
+    ) -> ArrayLayout:
+        """Read a zarr.json, accepting only what this module would have written for some length and chunk.
+
+        Raises:
+            ValueError: any other metadata, other codecs included.
+        """
+        try:
+            content = json.loads(data)
+            length = content["shape"][0]
+            chunk = content["codecs"][0]["configuration"]["chunk_shape"][0]
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"zarr.json is not an array of this format: {error!r}") from error
+        if type(length) is not int or type(chunk) is not int or not 0 < chunk <= max(1, length):
+            raise ValueError(f"zarr.json states length {length!r} and chunk {chunk!r}")
+        layout = cls(axis=axis, dtype=dtype, length=length, chunk=chunk, ranks=ranks, by_rank=by_rank)
+        if layout.metadata_bytes() != data:
+            raise ValueError("zarr.json has codecs or fields that this format does not have")
+        return layout
+
+
+def encode_array(values: NDArray[Any], layout: ArrayLayout) -> bytes:
+    """Return the object of an array: its chunks one after another, then the index (offset, size) and its crc32c.
+
+    Args:
+        values: [length], or [length, ranks].
+        layout: of the array; not empty.
+    """
+    parts: list[bytes] = []
+    index = np.zeros((layout.chunks, 2), dtype="<u8")
+    position = 0
+    for number in range(layout.chunks):
+        piece = values[number * layout.chunk : (number + 1) * layout.chunk]
+        if len(piece) < layout.chunk:
+            padded = np.full(layout.chunk_shape, poison(layout.dtype), layout.dtype)
+            padded[: len(piece)] = piece
+            piece = padded
+        parts.append(encode_chunk(np.ascontiguousarray(piece, dtype=layout.dtype), by_rank=layout.by_rank))
+        index[number] = position, len(parts[-1])
+        position += len(parts[-1])
+    stored = index.tobytes()
+    return b"".join([*parts, stored, _crc(stored)])
+
+
+def decode_inner(data: bytes | memoryview, layout: ArrayLayout) -> NDArray[Any]:
+    """Decode one inner chunk of an array, padding included: [chunk], or [chunk, ranks]. Raises ValueError."""
+    flat = decode_chunk(data, layout.dtype, math.prod(layout.chunk_shape))
+    if layout.by_rank:
+        return np.ascontiguousarray(flat.reshape(layout.chunk_shape[::-1]).T)
+    return flat.reshape(layout.chunk_shape)
+
+
+def decode_index(data: bytes, layout: ArrayLayout, size: int) -> NDArray[np.uint64]:
+    """Read the index: offset and size of each chunk, [chunks, 2].
+
+    Args:
+        data: the last `layout.index_bytes` of the object.
+        layout: of the array.
+        size: bytes of the whole object.
+
+    Raises:
+        ValueError: the checksum is wrong, or the chunks do not tile the object.
+    """
+    if len(data) != layout.index_bytes or _crc(data[:-CRC_BYTES]) != data[-CRC_BYTES:]:
+        raise ValueError("crc32c of the chunk index does not agree with its content")
+    index = np.frombuffer(data[:-CRC_BYTES], dtype="<u8").reshape(-1, 2)
+    ends = np.cumsum(index[:, 1])
+    if not np.array_equal(index[:, 0], ends - index[:, 1]) or int(ends[-1]) + layout.index_bytes != size:
+        raise ValueError("the chunk index does not tile the object")
+    return index

@@ -1,0 +1,82 @@
+"""Codecs for head log-probabilities: what stands between float32 values and the integers in a shard.
+
+To add one: write a frozen dataclass in a file of this folder that satisfies `LogprobCodec`, list it in `CODECS`, and
+add its golden bytes with `pytest tests/test_storage/test_codecs.py --refresh-goldens`. The tests run over the table.
+A reader finds a codec by the id in the plan and in no other way, so nothing in a store can make it import anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.codecs.exact import Exact
+from storage.codecs.sqrt_delta import SqrtDelta
+from storage.errors import UsageError
+from storage.plan import Json, TargetSpec
+
+
+class LogprobCodec(Protocol):
+    """Turns the log-probabilities of the heads of rows into one array of numbers and back.
+
+    Attributes:
+        id: the name written into the plan.
+        dtype: type of the stored numbers.
+        renormalises: whether a reader scales each decoded head to the mass 1 - r that `tail_logit` states. True for
+            codecs that round; the error bound below holds before that step.
+    """
+
+    id: ClassVar[str]
+    dtype: ClassVar[np.dtype[np.generic]]
+    renormalises: ClassVar[bool]
+
+    def encode(self, logprob_H: NDArray[np.float32], head_size_R: NDArray[np.int32]) -> NDArray[np.generic]:
+        """Return codes [H] of type `dtype`. Values are <= 0 and fall within a row."""
+        ...
+
+    def decode(self, codes_H: NDArray[np.generic], head_size_R: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Return log-probabilities [H], again falling (or equal) within a row."""
+        ...
+
+    def error_bound(self, logprob_H: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return the greatest |decoded - exact| [H], in nats, that this codec promises for these values."""
+        ...
+
+    def parameters(self) -> dict[str, Json]:
+        """Return the id and the parameters, as the plan holds them."""
+        ...
+
+
+CODECS: Mapping[str, type[LogprobCodec]] = {
+    SqrtDelta.id: SqrtDelta,
+    Exact.id: Exact,
+}
+
+
+def logprob_codec(parameters: Mapping[str, Json]) -> LogprobCodec:
+    """Build the codec that a plan names: `{"id": ..., parameter: value, ...}`.
+
+    Raises:
+        UsageError: the id is not in the table, or the parameters are not the codec's.
+    """
+    values = dict(parameters)
+    name = values.pop("id", None)
+    if name not in CODECS:
+        raise UsageError(
+            f"unknown log-probability codec {name!r}; this version knows {', '.join(sorted(CODECS))}",
+            where="plan.json: codecs.logprob.id",
+            fix="install a version of topk-distill that knows it",
+        )
+    try:
+        return CODECS[name](**values)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"codec {name}: {error}", where="plan.json: codecs.logprob") from error
+
+
+def default_codecs(target: TargetSpec) -> dict[str, dict[str, Json]]:
+    """Return the `codecs` field of a plan for this target: the measured best, the same for every kind so far."""
+    del target
+    return {"logprob": SqrtDelta().parameters()}

@@ -1,0 +1,42 @@
+"""The `exact` codec: float32 log-probabilities as they are. For tests, and for measuring what the others lose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.plan import Json
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Stores log-probabilities unchanged: every bit comes back.
+
+    The head is not scaled to 1 - r on reading, for that would change bits; its mass agrees with `tail_logit` to the
+    precision of float16.
+    """
+
+    id: ClassVar[str] = "exact"
+    dtype: ClassVar[np.dtype[np.generic]] = np.dtype("<f4")
+    renormalises: ClassVar[bool] = False
+
+    def encode(self, logprob_H: NDArray[np.float32], head_size_R: NDArray[np.int32]) -> NDArray[np.generic]:
+        """Return the values themselves [H]."""
+        del head_size_R
+        return logprob_H.astype("<f4")
+
+    def decode(self, codes_H: NDArray[np.generic], head_size_R: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Return the values themselves [H]."""
+        del head_size_R
+        return codes_H.astype(np.float32)
+
+    def error_bound(self, logprob_H: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return zeros [H]."""
+        return np.zeros(len(logprob_H))
+
+    def parameters(self) -> dict[str, Json]:
+        """Return the id alone."""
+        return {"id": self.id}

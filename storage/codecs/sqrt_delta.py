@@ -1,0 +1,100 @@
+"""The `sqrt-delta` codec: log-probabilities rounded in the square root of p, then differenced along the rank.
+
+The error that a rounding of sqrt(p) makes in KL is about the same for every p (Fisher information of a multinomial is
+flat in sqrt(p)), so equal steps there spend bits where they count. For small p such steps would be coarse in log p;
+from the point where they reach `log_step` on, steps are equal in log p instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.plan import Json
+from storage.segments import cumsum_rows, diff_rows
+
+LARGEST_CODE = np.iinfo(np.uint16).max
+
+
+@dataclass(frozen=True)
+class SqrtDelta:
+    """Square-root companding with a stated bound, delta coded within each row, as uint16.
+
+    With D = root_step, E = log_step, l = log p and the joint at l0 = 2 ln(D/E):
+
+        code = rint(2/D (1 - exp(l/2)))       for l >= l0   (steps of D/2 in sqrt p)
+        code = rint(2/D - 2/E + (l0 - l)/E)   for l <  l0   (steps of E in log p)
+
+    Both branches and their slopes meet at l0. A row stores its first code, then the differences, which are never
+    negative because l falls.
+
+    Bound, before the reader scales the head to 1 - r: |sqrt p' - sqrt p| <= D/4 for l >= l0 and |l' - l| <= E/2 for
+    l < l0; in log p it is at most 0.53 E everywhere (`error_bound` gives it per value). Values below the largest
+    code, l < l0 - 65535 E (beyond -8000 nats by default), come back as that.
+
+    Attributes:
+        root_step: D, twice the step in sqrt(p).
+        log_step: E, the step in log p for small p, nats.
+    """
+
+    root_step: float = 0.02
+    log_step: float = 0.125
+
+    id: ClassVar[str] = "sqrt-delta"
+    dtype: ClassVar[np.dtype[np.generic]] = np.dtype("<u2")
+    renormalises: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.root_step < self.log_step <= 1.0:
+            raise ValueError(
+                f"root_step {self.root_step} and log_step {self.log_step} must satisfy 0 < root_step < log_step <= 1"
+            )
+
+    @property
+    def _joint(self) -> tuple[float, float]:
+        """The log-probability l0 where the branches meet, and its code (not rounded)."""
+        return 2.0 * float(np.log(self.root_step / self.log_step)), 2.0 / self.root_step - 2.0 / self.log_step
+
+    @cached_property
+    def _table(self) -> NDArray[np.float32]:
+        """Log-probability of each code, float32 [65536]."""
+        joint, joint_code = self._joint
+        code = np.arange(LARGEST_CODE + 1, dtype=np.float64)
+        root = np.maximum(1.0 - code * (self.root_step / 2.0), self.root_step / self.log_step)
+        table = np.where(code < joint_code, 2.0 * np.log(root), joint - (code - joint_code) * self.log_step)
+        return table.astype(np.float32)
+
+    def encode(self, logprob_H: NDArray[np.float32], head_size_R: NDArray[np.int32]) -> NDArray[np.generic]:
+        """Return codes [H], uint16: the first of each row, then differences."""
+        joint, joint_code = self._joint
+        value = np.minimum(logprob_H.astype(np.float64), 0.0)
+        root_code = (2.0 / self.root_step) * (1.0 - np.exp(value / 2.0))
+        code = np.where(value >= joint, root_code, joint_code + (joint - value) / self.log_step)
+        rounded = np.rint(np.minimum(code, LARGEST_CODE)).astype(np.uint16)
+        return diff_rows(rounded, head_size_R)
+
+    def decode(self, codes_H: NDArray[np.generic], head_size_R: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Return log-probabilities [H]. Raises ValueError if the codes of a row sum beyond the largest code."""
+        code = cumsum_rows(codes_H, head_size_R)
+        if len(code) and int(code.max()) > LARGEST_CODE:
+            raise ValueError("the codes of a row sum beyond 65535")
+        return self._table[code]
+
+    def error_bound(self, logprob_H: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return the promised |l' - l| [H], nats, with a margin of 1e-5 (1 + |l|) for float32."""
+        value = np.minimum(logprob_H.astype(np.float64), 0.0)
+        joint, _ = self._joint
+        root = np.exp(np.maximum(value, joint) / 2.0)
+        in_root = -2.0 * np.log(np.maximum(1.0 - self.root_step / 4.0 / root, 1e-9))
+        bound = np.where(value >= joint, in_root, self.log_step / 2.0)
+        lowest = float(self._table[LARGEST_CODE])
+        beyond = np.maximum(lowest - value, 0.0)
+        return np.maximum(bound, beyond) + 1e-5 * (1.0 + np.abs(value))
+
+    def parameters(self) -> dict[str, Json]:
+        """Return the id and both steps."""
+        return {"id": self.id, "root_step": self.root_step, "log_step": self.log_step}

@@ -1,0 +1,271 @@
+"""The writer: how shards, and in the end the whole store, come to exist.
+
+Data path: plan, `SequenceBatch` -> encode -> shard directory -> **commit record** -> **seal**. FORMAT.md tells the
+protocol. There are no locks, clocks or servers: any number of processes may run this on the same store, and a process
+may die anywhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.damage import damaged_file, damaged_shard
+from storage.errors import CorruptionError, IdentityError, UsageError
+from storage.faults import fault_point
+from storage.files import QUARANTINE, TEMPORARY, LocalFiles, sha256
+from storage.manifest import (
+    Manifest,
+    compress_tokenizer_file,
+    read_plan,
+    tokenizer_hashes,
+    tokenizer_name,
+)
+from storage.plan import Plan, ShardSpec, difference
+from storage.records import COMMITS, PLAN, REMAP, SEAL, SHARDS, TOKENIZER, CommitRecord, Seal, record_name
+from storage.remap import encode_remap, invert, is_permutation, remap_sha256
+from storage.rows import SequenceBatch
+from storage.shard import counts_of, encode_shard
+from storage.validate import check_batch
+
+log = logging.getLogger("topk_distill.storage")
+
+_BEFORE_PLAN = {TEMPORARY, REMAP, TOKENIZER, COMMITS, SHARDS}  # what a creation that was cut off may leave
+
+
+class StoreWriter:
+    """Writes the shards of one store.
+
+    Use `StoreWriter.create`, then `commit` for every shard of `missing()`, then `seal`.
+
+    Attributes:
+        plan: the plan as stored; `recorded` is the first writer's.
+    """
+
+    def __init__(self, files: LocalFiles, plan: Plan, remap: NDArray[np.uint32]) -> None:
+        self.plan = plan
+        self._files = files
+        self._manifest = Manifest(files, plan)
+        self._rank = invert(remap)
+        self._records: dict[int, CommitRecord] = {}
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        plan: Plan,
+        *,
+        remap: NDArray[np.uint32],
+        tokenizer_files: Mapping[str, bytes],
+    ) -> StoreWriter:
+        """Create a store, or go on with the one that is there if it has the same identity.
+
+        Args:
+            path: the store's directory; created if missing.
+            plan: what the store holds.
+            remap: token id of each frequency rank [V]; its hash is in the plan.
+            tokenizer_files: content by plain file name; hashes in `plan.tokenizer["files"]`.
+
+        Raises:
+            IdentityError: the store there has another plan; the message lists every field that differs.
+            UsageError: the directory is not empty and no store, or the arguments contradict the plan.
+            CorruptionError: the store there is damaged.
+            OutOfSpaceError, StorageUnavailableError: the file system refuses.
+        """
+        _check_arguments(plan, remap, tokenizer_files)
+        files = LocalFiles(Path(path))
+        stored = read_plan(files)
+        if stored is None:
+            _refuse_foreign(files)
+            files.prepare(TEMPORARY, TOKENIZER, SHARDS, COMMITS)
+            _start(files, plan, remap, tokenizer_files)
+            files.create(PLAN, plan.to_json(), point="plan")
+            stored = read_plan(files)
+            assert stored is not None
+        _require_same(files, stored, plan)
+        files.prepare(TEMPORARY, TOKENIZER, SHARDS, COMMITS)
+        _create_parts(files, stored, remap, tokenizer_files)
+        return cls(files, stored, remap)
+
+    def committed(self) -> frozenset[int]:
+        """Return the indices of committed shards. Tries every record; raises CorruptionError for a damaged one."""
+        for spec in self._manifest.shards:
+            if spec.index not in self._records:
+                record = self._manifest.record(spec)
+                if record is not None:
+                    self._records[spec.index] = record
+        return frozenset(self._records)
+
+    def missing(self) -> list[ShardSpec]:
+        """Return the shards that are not committed yet, in order."""
+        committed = self.committed()
+        return [spec for spec in self._manifest.shards if spec.index not in committed]
+
+    def commit(self, shard: ShardSpec, batch: SequenceBatch) -> CommitRecord:
+        """Write a shard and commit it. If it is committed already, what is stored stays and is returned.
+
+        Args:
+            shard: one of the plan's.
+            batch: all its sequences, in order of document and window; may be empty.
+
+        Raises:
+            ValueError, NumericsError: the batch is no valid content for this shard; names the document.
+            CorruptionError: the shard's record exists and is damaged.
+            OutOfSpaceError, StorageUnavailableError: the file system refuses; the shard is not committed.
+        """
+        check_batch(self.plan, shard, batch)
+        objects = encode_shard(self.plan, shard, batch, self._rank)
+        mine = CommitRecord.of(self.plan.store_id, shard, objects, counts_of(batch))
+        fault_point("encode")
+        stored = self._manifest.record(shard)
+        if stored is None:
+            self._write_directory(mine, objects)
+            fault_point("record-write")
+            self._files.create(record_name(shard.index), mine.to_json(), point="record")
+            self._compare_with_repaired(mine)
+            stored = self._manifest.record(shard)
+            if stored is None:
+                raise damaged_shard(self._files.root, shard, "its record vanished while it was written")
+        if stored != mine:
+            log.warning(
+                "shard %d was committed by another process with other content (%s, here %s): keeping what is "
+                "stored. The teacher is not deterministic across these processes.",
+                shard.index, stored.directory, mine.directory,
+            )  # fmt: skip
+            if stored.path != mine.path and self._files.exists(mine.path):
+                self._files.discard_directory(mine.path)
+        self._records[shard.index] = stored
+        return stored
+
+    def seal(self) -> str | None:
+        """Seal the store once every shard is committed, and return its digest; None while shards are missing.
+
+        Raises:
+            CorruptionError: the seal there does not agree with the records.
+        """
+        if self.missing():
+            return None
+        seal = Seal.of(self.plan.store_id, self._records.values())
+        self._files.create(SEAL, seal.to_json(), point="seal")
+        stored = self._manifest.seal()
+        if stored != seal:
+            raise damaged_file(self._files.root, SEAL, "it does not agree with the commit records")
+        return seal.digest
+
+    def _write_directory(self, record: CommitRecord, objects: Mapping[str, bytes]) -> None:
+        """Step 4: the directory exists, whole and durable, when this returns."""
+        for _ in range(3):
+            if self._files.create_directory(record.path, objects, point="shard"):
+                return
+            if self._holds(record):
+                log.info("shard %d: its directory was there already, whole", record.shard)
+                return
+            moved = self._files.quarantine(record.path)
+            log.warning("shard %d: its directory was there, damaged; moved to %s", record.shard, moved)
+        raise damaged_shard(
+            self._files.root, record.spec(), "its directory is changed as fast as it is written", name=record.path
+        )
+
+    def _compare_with_repaired(self, record: CommitRecord) -> None:
+        """Warn if a repair took this shard out and it has come out different."""
+        before = self._files.read(f"{QUARANTINE}/{record_name(record.shard).replace('/', '-')}")
+        if before is not None and before != record.to_json():
+            log.warning(
+                "shard %d was computed anew after a repair and differs from what it was: the teacher, its libraries "
+                "or the machine are not what they were for the rest of the store, or its old record was damaged.",
+                record.shard,
+            )
+
+    def _holds(self, record: CommitRecord) -> bool:
+        """Tell whether the record's directory holds exactly its objects, by reading all of them."""
+        sizes = {name: item.size for name, item in record.objects.items()}
+        if self._files.tree(record.path) != sizes:
+            return False
+        for name, item in record.objects.items():
+            data = self._files.read(f"{record.path}/{name}")
+            if data is None or sha256(data) != item.sha256:
+                return False
+        return True
+
+
+def _check_arguments(plan: Plan, remap: NDArray[np.uint32], tokenizer_files: Mapping[str, bytes]) -> None:
+    if plan.target.temperatures:
+        raise UsageError(
+            f"temperatures {plan.target.temperatures}: format version {plan.format_version} stores temperature 1 only",
+            where="plan: target.temperatures",
+            fix="leave `temperatures` empty: a loss at another temperature works from the stored rows",
+        )
+    if len(remap) != plan.vocab_size or not is_permutation(remap) or remap_sha256(remap) != plan.remap_sha256:
+        raise UsageError(
+            f"the remap of {len(remap)} ids is not the one that the plan names (vocabulary {plan.vocab_size})",
+            where="plan: remap_sha256",
+            fix="build the plan with storage.remap.remap_sha256 of this remap",
+        )
+    given = {name: sha256(data) for name, data in tokenizer_files.items()}
+    if given != dict(tokenizer_hashes(plan)):
+        raise UsageError(
+            f"the tokenizer files {sorted(given)} are not those that the plan names",
+            where="plan: tokenizer.files",
+            fix="build the plan with the sha256 of each tokenizer file",
+        )
+
+
+def _refuse_foreign(files: LocalFiles) -> None:
+    if files.root.exists() and not files.root.is_dir():
+        raise UsageError("the store's path is a file", where=str(files.root), fix="name a directory")
+    if files.entries(COMMITS):
+        raise UsageError(
+            "plan.json is missing, but there are commit records",
+            where=str(files.root),
+            fix="bring plan.json back from a copy, or name another directory",
+        )
+    foreign = sorted(files.entries() - _BEFORE_PLAN)
+    if foreign:
+        raise UsageError(
+            f"the directory is not empty and not a store: it holds {', '.join(foreign[:3])}",
+            where=str(files.root),
+            fix="name an empty or new directory",
+        )
+
+
+def _create_parts(
+    files: LocalFiles, plan: Plan, remap: NDArray[np.uint32], tokenizer_files: Mapping[str, bytes]
+) -> None:
+    """Create the remap and the tokenizer's files where they are missing, then check them all against the plan."""
+    if not files.exists(REMAP):
+        files.create(REMAP, encode_remap(remap))
+    for name, data in sorted(tokenizer_files.items()):
+        if not files.exists(tokenizer_name(name)):
+            files.create(tokenizer_name(name), compress_tokenizer_file(data))
+    manifest = Manifest(files, plan)
+    manifest.remap()
+    for name in tokenizer_files:
+        manifest.tokenizer_file(name)
+
+
+def _start(files: LocalFiles, plan: Plan, remap: NDArray[np.uint32], tokenizer_files: Mapping[str, bytes]) -> None:
+    """Create the parts in a directory that has no plan yet."""
+    try:
+        _create_parts(files, plan, remap, tokenizer_files)
+    except CorruptionError as error:
+        raise UsageError(
+            f"the creation of another store was cut off here, or is going on: {error.what}",
+            where=str(files.root),
+            fix="remove the directory, or name another one",
+        ) from error
+
+
+def _require_same(files: LocalFiles, stored: Plan, wanted: Plan) -> None:
+    if stored.store_id == wanted.store_id:
+        return
+    lines = difference(stored, wanted)
+    raise IdentityError(
+        "the store there was made with another plan:\n" + "\n".join(f"    {line}" for line in lines),
+        where=str(files.root / PLAN),
+        fix="name another directory for this plan, or go back to the settings of the store",
+    )

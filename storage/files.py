@@ -1,0 +1,290 @@
+"""The one seam for file operations of a store: durable, exclusive, and with errors that say what to do.
+
+Everything a store writes goes through `LocalFiles`, by names relative to the store's root: files are created whole or
+not at all, and never changed. The order of system calls in here is the commit protocol's guarantee against power loss;
+FORMAT.md tells it in words. An object store will be a second class with the same methods.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from storage.errors import DistillError, OutOfSpaceError, StorageUnavailableError
+from storage.faults import fault_point
+
+TEMPORARY = "tmp"
+QUARANTINE = "quarantine"
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+
+
+def sha256(data: bytes) -> str:
+    """Return the sha256 of bytes, hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError inside into an error of ours that names `path`.
+
+    Raises:
+        OutOfSpaceError: the disk or the quota is full.
+        StorageUnavailableError: anything else the operating system refuses.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _translated(error, path) from error
+
+
+def _translated(error: OSError, path: Path) -> DistillError:
+    reason = error.strerror or str(error)
+    if error.errno in _NO_SPACE:
+        return OutOfSpaceError(
+            f"no space left: {reason}",
+            where=str(path),
+            fix="free some space, then run the same command again: what is committed stays valid",
+        )
+    fixes = {
+        errno.EROFS: "the file system is read-only: name a directory that can be written",
+        errno.EACCES: "give this user the right to read and write there",
+        errno.EPERM: "give this user the right; or the file system has no hard links: `pipeline doctor` tells",
+        errno.EIO: "the device reports an error: check it, then run the same command again",
+    }
+    fix = fixes.get(error.errno or 0, "check the path and the file system, then run the same command again")
+    return StorageUnavailableError(f"storage refuses: {reason}", where=str(path), fix=fix)
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What tells a file from its replacement without reading it: inode, size in bytes, modification time in ns."""
+
+    inode: int
+    size: int
+    modified: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Stamp:
+        """Take it from a stat result."""
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class LocalFiles:
+    """File operations under one directory. Names are relative, with `/`, and come from our own code only.
+
+    Attributes:
+        root: the store's directory.
+    """
+
+    root: Path
+
+    def read(self, name: str) -> bytes | None:
+        """Return the content of a file, or None if there is no such file."""
+        content = self.read_stamped(name)
+        return None if content is None else content[0]
+
+    def read_stamped(self, name: str) -> tuple[bytes, Stamp] | None:
+        """Return the content of a file and the stamp of what was read, or None if there is no such file."""
+        path = self.root / name
+        with storage_errors(path):
+            try:
+                with open(path, "rb") as file:
+                    return file.read(), Stamp.of(os.fstat(file.fileno()))
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                return None
+
+    def read_range(self, name: str, start: int, size: int, stamp: Stamp) -> bytes | None:
+        """Return `size` bytes from `start`, or None if the file is gone or no longer the one with this stamp."""
+        path = self.root / name
+        with storage_errors(path):
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            try:
+                if Stamp.of(os.fstat(descriptor)) != stamp:
+                    return None
+                return os.pread(descriptor, size, start)
+            finally:
+                os.close(descriptor)
+
+    def prepare(self, *directories: str) -> None:
+        """Create the root and the named directories in it, durably, where they are missing."""
+        with storage_errors(self.root):
+            created = [path for path in (self.root, *self.root.parents) if not path.exists()]
+            self.root.mkdir(parents=True, exist_ok=True)
+            for path in created:
+                _sync_directory(path.parent)
+            for name in directories:
+                (self.root / name).mkdir(exist_ok=True)
+            _sync_directory(self.root)
+
+    def create(self, name: str, data: bytes, *, point: str | None = None) -> bool:
+        """Create a file whole, exclusively and durably. Return False if the name is taken.
+
+        The content is written and synced under a temporary name, then linked: `link` fails if the name exists, and
+        no reader ever sees a part. A failed fsync is not tried again on the same file: its pages may be lost already.
+
+        Args:
+            name: of the file.
+            data: its content.
+            point: prefix of the fault points `<point>-link` and `<point>-linked`.
+        """
+        path = self.root / name
+        with storage_errors(path):
+            temporary = self._temporary()
+            try:
+                _write_synced(temporary, data)
+                if point is not None:
+                    fault_point(f"{point}-link")
+                try:
+                    os.link(temporary, path)
+                    created = True
+                except FileExistsError:
+                    created = False
+                if point is not None:
+                    fault_point(f"{point}-linked")
+                # Also when another process made the link: it may have died before this.
+                _sync_directory(path.parent)
+            finally:
+                with suppress(OSError):
+                    os.unlink(temporary)
+        return created
+
+    def create_directory(self, name: str, objects: Mapping[str, bytes], *, point: str) -> bool:
+        """Create a directory with all its files, whole, exclusively and durably. Return False if the name is taken.
+
+        Args:
+            name: of the directory.
+            objects: content by name inside it; names may have subdirectories.
+            point: prefix of the fault points `<point>-write` (before each file), `<point>-rename`, `<point>-renamed`.
+        """
+        path = self.root / name
+        with storage_errors(path):
+            temporary = self._temporary()
+            try:
+                _write_tree(temporary, objects, point)
+                fault_point(f"{point}-rename")
+                created = _rename_exclusively(temporary, path)
+                fault_point(f"{point}-renamed")
+                _sync_directory(path.parent)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        return created
+
+    def tree(self, name: str) -> dict[str, int] | None:
+        """Return the size of every file below a directory by its name inside it, or None if there is no directory.
+
+        Symbolic links and other special files count as files of size -1, so that they never pass for objects.
+        """
+        path = self.root / name
+        if not path.is_dir() or path.is_symlink():
+            return None
+        found: dict[str, int] = {}
+        with storage_errors(path):
+            for folder, directories, names in os.walk(path, onerror=_raise):
+                links = [entry for entry in directories if (Path(folder) / entry).is_symlink()]
+                for entry in [*names, *links]:
+                    file = Path(folder) / entry
+                    regular = file.is_file() and not file.is_symlink()
+                    found[file.relative_to(path).as_posix()] = file.stat().st_size if regular else -1
+        return found
+
+    def entries(self, name: str = ".") -> set[str]:
+        """Return the names in a directory; none if there is no directory."""
+        path = self.root / name
+        with storage_errors(path):
+            try:
+                return set(os.listdir(path))
+            except (FileNotFoundError, NotADirectoryError):
+                return set()
+
+    def exists(self, name: str) -> bool:
+        """Tell whether there is a file or directory of this name."""
+        return os.path.lexists(self.root / name)
+
+    def quarantine(self, name: str) -> str | None:
+        """Move a file or directory below `quarantine/`, durably, and return its name there.
+
+        Returns None if there is nothing of that name (any more).
+        """
+        path = self.root / name
+        target = f"{QUARANTINE}/{name.replace('/', '-')}"
+        if self.exists(target):
+            target += f".{os.urandom(4).hex()}"
+        with storage_errors(path):
+            (self.root / QUARANTINE).mkdir(exist_ok=True)
+            try:
+                os.rename(path, self.root / target)
+            except FileNotFoundError:
+                return None
+            _sync_directory(self.root / QUARANTINE)
+            _sync_directory(path.parent)
+        return target
+
+    def discard_directory(self, name: str) -> None:
+        """Remove a directory that nothing refers to: out of sight in one step, then its files."""
+        temporary = self._temporary()
+        with storage_errors(self.root / name):
+            os.rename(self.root / name, temporary)
+            _sync_directory((self.root / name).parent)
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _temporary(self) -> Path:
+        (self.root / TEMPORARY).mkdir(exist_ok=True)
+        return self.root / TEMPORARY / f"{os.getpid()}-{os.urandom(6).hex()}"
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _write_tree(root: Path, objects: Mapping[str, bytes], point: str) -> None:
+    """Write and sync every file, then every directory, the deepest first."""
+    folders = {root}
+    root.mkdir()
+    for name, data in objects.items():
+        path = root / name
+        folders.update(parent for parent in path.parents if parent.is_relative_to(root))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fault_point(f"{point}-write")
+        _write_synced(path, data)
+    for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
+        _sync_directory(folder)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _rename_exclusively(source: Path, target: Path) -> bool:
+    """Rename a directory. POSIX refuses a target that is not empty, and no store directory is ever empty."""
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            return False
+        raise
+    return True
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,159 @@
+"""The store-wide files: plan, remap, tokenizer, records, seal. Read and checked here, for writers and readers alike.
+
+Nothing here lists a directory: what exists follows from the plan and from trying names.
+"""
+
+from __future__ import annotations
+
+import lzma
+from collections.abc import Mapping
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.damage import damaged_file, damaged_shard
+from storage.errors import UsageError
+from storage.files import LocalFiles, sha256
+from storage.plan import Plan, ShardSpec
+from storage.records import PLAN, REMAP, SEAL, TOKENIZER, CommitRecord, Seal, record_name
+from storage.remap import decode_remap, remap_sha256
+
+LARGEST_TOKENIZER_FILE = 1 << 30  # bytes, decompressed
+
+
+def read_plan(files: LocalFiles) -> Plan | None:
+    """Return the plan, or None if there is no plan.json. Raises CorruptionError if it is damaged."""
+    data = files.read(PLAN)
+    if data is None:
+        return None
+    try:
+        plan = Plan.from_json(data)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged_file(files.root, PLAN, str(error)) from error
+    return plan
+
+
+def tokenizer_hashes(plan: Plan) -> Mapping[str, str]:
+    """Return the sha256 (hex) of each tokenizer file by name, from the plan's `tokenizer.files`."""
+    hashes: Mapping[str, str] = plan.tokenizer.get("files", {})
+    return hashes
+
+
+def tokenizer_name(name: str) -> str:
+    """Return the store's name for a tokenizer file. Raises UsageError for names that are not plain."""
+    if not name or name.startswith(".") or "/" in name or "\\" in name or "\0" in name:
+        raise UsageError(f"tokenizer file name {name!r} is not a plain file name")
+    return f"{TOKENIZER}/{name}.xz"
+
+
+def compress_tokenizer_file(data: bytes) -> bytes:
+    """Return the stored form of a tokenizer file: xz, for it would else be a large part of a small store."""
+    return lzma.compress(data, preset=6)
+
+
+def _decompress(data: bytes) -> bytes:
+    decoder = lzma.LZMADecompressor(format=lzma.FORMAT_XZ)
+    content = decoder.decompress(data, max_length=LARGEST_TOKENIZER_FILE)
+    if not decoder.eof or decoder.unused_data:
+        raise ValueError("it is cut short or has something after its end")
+    return content
+
+
+class Manifest:
+    """A store's files outside of its shards.
+
+    Args:
+        files: of the store.
+        plan: already read.
+
+    All methods raise CorruptionError, naming the file, if it is missing or its content does not agree with the plan.
+    """
+
+    def __init__(self, files: LocalFiles, plan: Plan) -> None:
+        self.files = files
+        self.plan = plan
+
+    @classmethod
+    def open(cls, files: LocalFiles) -> Manifest:
+        """Open a store.
+
+        Raises:
+            UsageError: there is no store here.
+            CorruptionError: its plan is damaged.
+        """
+        plan = read_plan(files)
+        if plan is None:
+            raise UsageError(
+                "there is no store here: no plan.json",
+                where=str(files.root),
+                fix="name a directory that `pipeline extract` has written",
+            )
+        return cls(files, plan)
+
+    @cached_property
+    def shards(self) -> tuple[ShardSpec, ...]:
+        """The shards of the plan."""
+        return self.plan.shards()
+
+    def remap(self) -> NDArray[np.uint32]:
+        """Return the token id of each frequency rank [V]."""
+        data = self._require(REMAP)
+        try:
+            remap = decode_remap(data, self.plan.vocab_size)
+        except ValueError as error:
+            raise damaged_file(self.files.root, REMAP, str(error)) from error
+        if remap_sha256(remap) != self.plan.remap_sha256:
+            raise damaged_file(self.files.root, REMAP, "its hash is not the plan's")
+        return remap
+
+    def tokenizer_file(self, name: str) -> bytes:
+        """Return the content of a tokenizer file that the plan lists."""
+        path = tokenizer_name(name)
+        data = self._require(path)
+        try:
+            content = _decompress(data)
+        except (lzma.LZMAError, ValueError, EOFError) as error:
+            raise damaged_file(self.files.root, path, str(error)) from error
+        if sha256(content) != tokenizer_hashes(self.plan)[name]:
+            raise damaged_file(self.files.root, path, "its hash is not the plan's")
+        return content
+
+    def record(self, spec: ShardSpec) -> CommitRecord | None:
+        """Return the commit record of a shard, or None if it is not committed."""
+        data = self.files.read(record_name(spec.index))
+        return None if data is None else self.parse_record(spec, data)
+
+    def parse_record(self, spec: ShardSpec, data: bytes) -> CommitRecord:
+        """Read a record and check that it belongs to this shard of this store."""
+        name = record_name(spec.index)
+        try:
+            record = CommitRecord.from_json(data)
+        except ValueError as error:
+            raise damaged_shard(self.files.root, spec, f"its commit record: {error}", name=name) from error
+        if record.store_id != self.plan.store_id:
+            raise damaged_shard(self.files.root, spec, "its commit record is another store's", name=name)
+        if record.spec() != spec:
+            raise damaged_shard(self.files.root, spec, "its commit record is another shard's", name=name)
+        return record
+
+    def seal(self) -> Seal | None:
+        """Return the seal, or None if the store is not sealed."""
+        data = self.files.read(SEAL)
+        if data is None:
+            return None
+        try:
+            seal = Seal.from_json(data)
+        except ValueError as error:
+            raise damaged_file(self.files.root, SEAL, str(error)) from error
+        if seal.store_id != self.plan.store_id:
+            raise damaged_file(self.files.root, SEAL, "it is another store's")
+        if [(item.shard, item.split) for item in seal.shards] != [(spec.index, spec.split) for spec in self.shards]:
+            raise damaged_file(self.files.root, SEAL, "its shards are not the plan's")
+        return seal
+
+    def _require(self, name: str) -> bytes:
+        data = self.files.read(name)
+        if data is None:
+            raise damaged_file(self.files.root, name, "it is missing")
+        return data

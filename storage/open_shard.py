@@ -1,0 +1,209 @@
+"""One committed shard, open for reading: verified files, chunks on demand, slices by sequence.
+
+Data path: commit record, files -> **open shard** -> slices of stored values -> `shard.decode_batch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.arrays import OFFSETS, SEQUENCE_ARRAYS, ArraySpec, array_specs, is_even
+from storage.cache import ChunkCache
+from storage.chunks import ArrayLayout, decode_index, decode_inner
+from storage.files import LocalFiles, Stamp, sha256
+from storage.plan import Plan
+from storage.records import CommitRecord
+from storage.shard import GROUP, axis_lengths, read_group
+
+_AXIS_EDGES = {"row": "row_offset", "head": "head_offset", "tail": "tail_offset", "token": "token_offset"}
+
+
+class DamageError(ValueError):
+    """Damage found inside a shard, not yet told which shard it is.
+
+    Args:
+        problem: what is wrong.
+        name: the file or array inside the shard's directory.
+    """
+
+    def __init__(self, problem: str, name: str) -> None:
+        super().__init__(f"{name}: {problem}")
+        self.problem = problem
+        self.name = name
+
+
+class Objects(Protocol):
+    """Where an open shard gets its bytes from. Both methods raise DamageError for bytes that are not as committed."""
+
+    def whole(self, name: str) -> bytes:
+        """Return a whole file."""
+        ...
+
+    def part(self, name: str, start: int, size: int) -> bytes:
+        """Return `size` bytes of a file from `start`."""
+        ...
+
+
+class CommittedObjects:
+    """The files that a commit record names, each checked for size and sha256 before its first use.
+
+    After that, parts are read alone as long as the file is the one that was checked (inode, size, modification time);
+    chunks carry their own crc32c besides.
+
+    Args:
+        files: of the store.
+        record: of the shard.
+    """
+
+    def __init__(self, files: LocalFiles, record: CommitRecord) -> None:
+        self._files = files
+        self._record = record
+        self._checked: dict[str, Stamp] = {}
+
+    def whole(self, name: str) -> bytes:
+        """Read a file and check it against the record."""
+        expected = self._record.objects[name]
+        found = self._files.read_stamped(f"{self._record.path}/{name}")
+        if found is None:
+            raise DamageError("the file is missing", name)
+        data, stamp = found
+        if len(data) != expected.size:
+            size = f"it has {len(data)} bytes" if data else "it is empty"
+            raise DamageError(f"{size}; the commit record says {expected.size}", name)
+        if sha256(data) != expected.sha256:
+            raise DamageError("its sha256 is not the one in the commit record", name)
+        self._checked[name] = stamp
+        return data
+
+    def part(self, name: str, start: int, size: int) -> bytes:
+        """Read a part of a file; all of it the first time, or when the file has been replaced."""
+        stamp = self._checked.get(name)
+        if stamp is not None:
+            data = self._files.read_range(f"{self._record.path}/{name}", start, size, stamp)
+            if data is not None:
+                return data
+        return self.whole(name)[start : start + size]
+
+
+class OpenShard:
+    """A shard whose metadata has been checked against plan and record.
+
+    Args:
+        plan: of the store.
+        record: of the shard.
+        objects: its files.
+        cache: for decoded chunks, shared between shards.
+
+    Raises:
+        DamageError: here and in every method, for content that is not as committed.
+    """
+
+    def __init__(self, plan: Plan, record: CommitRecord, objects: Objects, cache: ChunkCache) -> None:
+        self._number = record.shard
+        self._objects = objects
+        self._cache = cache
+        self._sizes = {name: item.size for name, item in record.objects.items()}
+        self._indices: dict[str, NDArray[np.uint64]] = {}
+        self.specs = array_specs(
+            plan,
+            end_bytes="token_end_byte/zarr.json" in record.objects,
+            even=is_even(plan, rows=record.counts.rows, head=record.counts.head_entries),
+        )
+        lengths = axis_lengths(record.counts)
+        names = {name for spec in self.specs.values() for name in spec.files(lengths[spec.axis])}
+        if names | {GROUP} != set(record.objects):
+            raise DamageError("the record's files are not the arrays of this plan", GROUP)
+        try:
+            read_group(objects.whole(GROUP), plan, record.spec())
+        except DamageError:
+            raise
+        except ValueError as error:
+            raise DamageError(str(error), GROUP) from error
+        self.layouts = {name: self._layout(spec, lengths[spec.axis]) for name, spec in self.specs.items()}
+        self._edges = {name: self._offsets(name, lengths) for name in OFFSETS if name in self.specs}
+
+    def _layout(self, spec: ArraySpec, length: int) -> ArrayLayout:
+        name = f"{spec.name}/zarr.json"
+        try:
+            layout = ArrayLayout.from_metadata(
+                self._objects.whole(name), axis=spec.axis, dtype=spec.dtype, ranks=spec.ranks, by_rank=spec.by_rank
+            )
+        except DamageError:
+            raise
+        except ValueError as error:
+            raise DamageError(str(error), name) from error
+        if layout.length != length:
+            raise DamageError(f"it states {layout.length} values; the commit record says {length}", name)
+        return layout
+
+    def _offsets(self, name: str, lengths: Mapping[str, int]) -> NDArray[np.int64]:
+        values = self.values(name, 0, self.layouts[name].length).astype(np.int64)
+        axis = name.removesuffix("_offset")
+        if values[0] != 0 or values[-1] != lengths[axis] or np.any(np.diff(values) < 0):
+            raise DamageError(f"offsets do not rise from 0 to {lengths[axis]}", name)
+        return values
+
+    def values(self, name: str, start: int, end: int) -> NDArray[Any]:
+        """Return stored values [end - start] or [end - start, ranks] of an array, positions start to end - 1.
+
+        The result may be a view of the cache: do not write to it.
+        """
+        layout = self.layouts[name]
+        if start >= end:
+            return np.zeros((0, *layout.chunk_shape[1:]), layout.dtype)
+        first, last = start // layout.chunk, (end - 1) // layout.chunk
+        parts = [self._chunk(name, number) for number in range(first, last + 1)]
+        joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return joined[start - first * layout.chunk : end - first * layout.chunk]
+
+    def _chunk(self, name: str, number: int) -> NDArray[Any]:
+        key = (self._number, name, number)
+        cached = self._cache.get(key)
+        if cached is not None:
+            return cached
+        layout = self.layouts[name]
+        path = f"{name}/{layout.key}"
+        try:
+            index = self._index(name)
+            offset, size = (int(value) for value in index[number])
+            decoded = decode_inner(self._objects.part(path, offset, size), layout)
+        except DamageError:
+            raise
+        except ValueError as error:
+            raise DamageError(str(error), path) from error
+        self._cache.put(key, decoded)
+        return decoded
+
+    def _index(self, name: str) -> NDArray[np.uint64]:
+        index = self._indices.get(name)
+        if index is None:
+            layout = self.layouts[name]
+            path = f"{name}/{layout.key}"
+            size = self._sizes[path]
+            tail = self._objects.part(path, size - layout.index_bytes, layout.index_bytes)
+            index = self._indices[name] = decode_index(tail, layout, size)
+        return index
+
+    def sequences(self, first: int, end: int) -> dict[str, NDArray[Any]]:
+        """Return stored values of sequences first to end - 1, by array name; offsets as stored."""
+        cut: dict[str, NDArray[Any]] = {}
+        for name, spec in self.specs.items():
+            if name in SEQUENCE_ARRAYS:
+                cut[name] = self.values(name, first, end + (spec.axis == "sequence_edge"))
+            elif spec.axis == "token_byte":
+                cut[name] = self._bits(name, *self._span("token_offset", first, end))
+            else:
+                cut[name] = self.values(name, *self._span(_AXIS_EDGES[spec.axis], first, end)).reshape(-1)
+        return cut
+
+    def _span(self, offsets: str, first: int, end: int) -> tuple[int, int]:
+        edges = self._edges[offsets]
+        return int(edges[first]), int(edges[end])
+
+    def _bits(self, name: str, start: int, end: int) -> NDArray[np.bool_]:
+        packed = self.values(name, start // 8, -(-end // 8))
+        return np.unpackbits(packed)[start % 8 : start % 8 + end - start].astype(bool)

@@ -1,0 +1,182 @@
+"""The reader: sequences of a store by number, in any order, and not one damaged row.
+
+Data path: seal -> records -> verified shards -> chunks -> **`SequenceBatch`** -> training. Opening reads the plan, the
+remap, the tokenizer's files and the seal; a shard's record and metadata are read and checked when it is first used, and
+each array's object before its first value is. State is never found by listing a directory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.arrays import array_specs
+from storage.cache import ChunkCache
+from storage.damage import damaged_shard
+from storage.errors import CorruptionError, UsageError
+from storage.files import LocalFiles, sha256
+from storage.manifest import Manifest, tokenizer_hashes
+from storage.open_shard import CommittedObjects, DamageError, OpenShard
+from storage.plan import Plan, Split
+from storage.records import CommitRecord, Seal, SealedShard, record_name
+from storage.rows import SequenceBatch
+from storage.shard import Slices, decode_batch
+
+CACHE_BYTES = 256 * 2**20
+
+
+class StoreReader:
+    """A store open for reading one of its splits.
+
+    Args:
+        path: the store's directory.
+        split: `train` or `heldout`; sequences of the other split cannot be reached.
+        allow_partial: read an unsealed store as the set of shards that are committed now.
+        cache_bytes: bound on the decoded chunks kept in memory.
+
+    Attributes:
+        plan: of the store.
+        remap: uint32 [V], token id of each frequency rank.
+        digest: sha256 (hex) of the seal; of a partial store, of the seal that its frozen set of shards would have.
+        shards: the shards of this split that are read, in order.
+
+    Raises:
+        UsageError: no store there, or it is not sealed and `allow_partial` is not given.
+        CorruptionError: a file of the store is missing, empty, short, altered, swapped or foreign. It names the shard,
+            the file, the documents, and the command that repairs it. All reading methods raise it too.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        split: Split = "train",
+        allow_partial: bool = False,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        if split not in ("train", "heldout"):
+            raise UsageError(f"split {split!r} is neither 'train' nor 'heldout'")
+        self._files = LocalFiles(Path(path))
+        self._manifest = Manifest.open(self._files)
+        self._cache = ChunkCache(cache_bytes)
+        self._open: dict[int, OpenShard] = {}
+        self.plan: Plan = self._manifest.plan
+        self.split: Split = split
+        self.remap: NDArray[np.uint32] = self._manifest.remap()
+        self._tokenizer = {name: self._manifest.tokenizer_file(name) for name in tokenizer_hashes(self.plan)}
+        seal = self._sealed(allow_partial)
+        self.digest: str = seal.digest
+        self.shards: tuple[SealedShard, ...] = tuple(item for item in seal.shards if item.split == split)
+        counts = [item.sequences for item in self.shards]
+        self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+
+    def _sealed(self, allow_partial: bool) -> Seal:
+        seal = self._manifest.seal()
+        if seal is not None:
+            return seal
+        records = [record for spec in self._manifest.shards if (record := self._manifest.record(spec)) is not None]
+        if not allow_partial:
+            raise UsageError(
+                f"the store is not finished: {len(records)} of {len(self._manifest.shards)} shards are committed"
+                " and it is not sealed",
+                where=str(self._files.root),
+                fix="run the same `pipeline extract` again to finish it, or allow a partial store",
+            )
+        return Seal.of(self.plan.store_id, records)
+
+    def __len__(self) -> int:
+        """Return the number of sequences of the split."""
+        return int(self._starts[-1])
+
+    @property
+    def rows(self) -> int:
+        """Number of target rows of the split."""
+        return sum(item.rows for item in self.shards)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of the split."""
+        return sum(item.tokens for item in self.shards)
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Return the teacher's tokenizer files by name, as they were."""
+        return dict(self._tokenizer)
+
+    def read(self, indices: Sequence[int] | NDArray[np.integer]) -> SequenceBatch:
+        """Return sequences by their number in the split, in the order asked.
+
+        Args:
+            indices: numbers in range(len(self)); repeats are allowed.
+
+        Raises:
+            IndexError: a number is out of range.
+            CorruptionError: as above; nothing is returned then.
+        """
+        wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if len(wanted) and (int(wanted.min()) < 0 or int(wanted.max()) >= len(self)):
+            raise IndexError(f"sequence numbers {wanted.min()} to {wanted.max()}; the split has {len(self)}")
+        runs = list(self._runs(wanted))
+        cuts = [self._cut(*run) for run in runs] or [self._nothing()]
+        try:
+            return decode_batch(self.plan, cuts, self.remap)
+        except ValueError as error:
+            for run, cut in zip(runs, cuts, strict=True):
+                self._decode_alone(run[0], cut)
+            raise AssertionError("damage in a batch, but in none of its parts") from error
+
+    def _runs(self, wanted: NDArray[np.int64]) -> Iterator[tuple[SealedShard, int, int]]:
+        """Cut sequence numbers into runs of neighbours in one shard: (shard, first, end) with numbers inside it."""
+        if len(wanted) == 0:
+            return
+        position = np.searchsorted(self._starts, wanted, side="right") - 1
+        new = (np.diff(wanted) != 1) | (np.diff(position) != 0)
+        edges = [0, *(np.flatnonzero(new) + 1).tolist(), len(wanted)]
+        for start, end in pairwise(edges):
+            first = int(wanted[start] - self._starts[position[start]])
+            yield self.shards[int(position[start])], first, first + end - start
+
+    def _cut(self, item: SealedShard, first: int, end: int) -> Slices:
+        try:
+            return self._shard(item).sequences(first, end)
+        except DamageError as error:
+            raise self._damaged(item, error) from error
+
+    def _decode_alone(self, item: SealedShard, cut: Slices) -> None:
+        try:
+            decode_batch(self.plan, [cut], self.remap)
+        except ValueError as error:
+            raise self._damaged(item, DamageError(str(error), "")) from error
+
+    def _nothing(self) -> Slices:
+        """Return the slices of no sequence."""
+        specs = array_specs(self.plan, end_bytes=True, even=False).values()
+        return {spec.name: np.zeros(int(spec.axis == "sequence_edge"), spec.dtype) for spec in specs}
+
+    def _shard(self, item: SealedShard) -> OpenShard:
+        shard = self._open.get(item.shard)
+        if shard is None:
+            record = self._record(item)
+            shard = OpenShard(self.plan, record, CommittedObjects(self._files, record), self._cache)
+            self._open[item.shard] = shard
+        return shard
+
+    def _record(self, item: SealedShard) -> CommitRecord:
+        spec = self._manifest.shards[item.shard]
+        name = record_name(item.shard)
+        data = self._files.read(name)
+        if data is None:
+            raise damaged_shard(self._files.root, spec, "its commit record is missing", name=name)
+        record = self._manifest.parse_record(spec, data)
+        if sha256(data) != item.record_sha256:
+            raise damaged_shard(self._files.root, spec, "its commit record is not the sealed one", name=name)
+        return record
+
+    def _damaged(self, item: SealedShard, error: DamageError) -> CorruptionError:
+        spec = self._manifest.shards[item.shard]
+        record = self._record(item)
+        return damaged_shard(self._files.root, spec, str(error), name=f"{record.path}/{error.name}")

@@ -1,0 +1,79 @@
+"""Repair: take what is damaged out of a store, so that `pipeline extract` computes exactly that anew.
+
+No worker may run meanwhile. Nothing is deleted: everything goes to `quarantine/`. This is the only code that takes a
+commit record away, and it does so last: while the record stands, readers refuse the shard, and without record and
+directory it is simply not committed yet. A crash in between leaves something that the next repair finds.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from storage.damage import damaged_file
+from storage.files import LocalFiles
+from storage.manifest import Manifest
+from storage.records import PLAN, REMAP, SEAL, SHARDS, TOKENIZER, record_name
+from storage.verify import Report, verify
+
+
+@dataclass(frozen=True, kw_only=True)
+class Action:
+    """One thing that a repair does or would do.
+
+    Attributes:
+        name: file or directory inside the store that is moved to quarantine.
+        reason: why.
+        moved_to: its name in quarantine; None if nothing was moved (yet).
+    """
+
+    name: str
+    reason: str
+    moved_to: str | None = None
+
+
+def repair(path: str | os.PathLike[str], *, apply: bool) -> list[Action]:
+    """Find what is damaged, and with `apply` move it to quarantine. Returns an empty list for a good store.
+
+    Args:
+        path: the store's directory.
+        apply: do it; without it, only say what would be done.
+
+    Raises:
+        UsageError: there is no store.
+        CorruptionError: plan.json itself is damaged: only a copy helps.
+        OutOfSpaceError, StorageUnavailableError: the file system refuses.
+    """
+    report = verify(path)
+    files = LocalFiles(Path(path))
+    for problem in report.problems:
+        if problem.name == PLAN:
+            raise damaged_file(files.root, PLAN, problem.message)
+    actions = [action for action in _planned(files, report) if files.exists(action.name)]
+    if not apply:
+        return actions
+    return [
+        Action(name=action.name, reason=action.reason, moved_to=files.quarantine(action.name)) for action in actions
+    ]
+
+
+def _planned(files: LocalFiles, report: Report) -> list[Action]:
+    """Everything to move, in order: parts, damaged directories, seal, records."""
+    parts: list[Action] = []
+    directories: dict[str, Action] = {}
+    records: dict[str, Action] = {}
+    manifest = Manifest.open(files)
+    for problem in report.problems:
+        if problem.shard is None:
+            if problem.name == REMAP or problem.name.startswith(f"{TOKENIZER}/"):
+                parts.append(Action(name=problem.name, reason=problem.message))
+            continue
+        if problem.name.startswith(f"{SHARDS}/"):
+            directory = "/".join(problem.name.split("/")[:2])
+            directories.setdefault(directory, Action(name=directory, reason=problem.message))
+        name = record_name(manifest.shards[problem.shard].index)
+        records.setdefault(name, Action(name=name, reason=f"shard {problem.shard} must be computed anew"))
+    seal = [Action(name=SEAL, reason="it seals damaged shards, or is damaged itself")]
+    needs_seal = records or any(problem.name == SEAL for problem in report.problems)
+    return [*parts, *directories.values(), *(seal if needs_seal else []), *records.values()]

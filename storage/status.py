@@ -1,0 +1,104 @@
+"""What a store holds and what is missing, from its plan, records and file sizes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from storage.files import QUARANTINE, TEMPORARY, LocalFiles
+from storage.manifest import Manifest
+from storage.plan import Split
+from storage.records import CommitRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """What a store holds.
+
+    Attributes:
+        path: of the store.
+        store_id: hash of the plan.
+        teacher: its name, if the plan has one.
+        kind, k, draws: what is stored per row.
+        digest: sha256 of the seal; None while it is not sealed.
+        shards, committed, missing: number of shards of the plan, committed and not.
+        documents: of the plan, before filters.
+        sequences, tokens, rows: committed, both splits.
+        heldout_rows: those of `rows` that are held out.
+        bytes: of every file of the store, without temporary and quarantined ones.
+        bytes_per_row: bytes / rows, all-in; None without rows.
+        shard_bytes_per_row: the same for shards, records and seal alone: what grows with the corpus.
+        head_mass: mean probability that the exact head keeps; None without rows.
+    """
+
+    path: str
+    store_id: str
+    teacher: str | None
+    kind: str
+    k: int
+    draws: int
+    digest: str | None
+    shards: int
+    committed: int
+    missing: int
+    documents: int
+    sequences: int
+    tokens: int
+    rows: int
+    heldout_rows: int
+    bytes: int
+    bytes_per_row: float | None
+    shard_bytes_per_row: float | None
+    head_mass: float | None
+
+
+def status(path: str | os.PathLike[str]) -> Status:
+    """Return what a store holds.
+
+    Raises:
+        UsageError: there is no store.
+        CorruptionError: plan, seal or a commit record is damaged.
+    """
+    files = LocalFiles(Path(path))
+    manifest = Manifest.open(files)
+    seal = manifest.seal()
+    records = [record for spec in manifest.shards if (record := manifest.record(spec)) is not None]
+    plan, rows = manifest.plan, _rows(records)
+    size, growing = _sizes(files)
+    return Status(
+        path=str(files.root),
+        store_id=plan.store_id,
+        teacher=plan.teacher.get("name"),
+        kind=plan.target.kind,
+        k=plan.target.k,
+        draws=plan.target.draws,
+        digest=None if seal is None else seal.digest,
+        shards=len(manifest.shards),
+        committed=len(records),
+        missing=len(manifest.shards) - len(records),
+        documents=plan.documents,
+        sequences=sum(record.counts.sequences for record in records),
+        tokens=sum(record.counts.tokens for record in records),
+        rows=rows,
+        heldout_rows=_rows(records, "heldout"),
+        bytes=size,
+        bytes_per_row=size / rows if rows else None,
+        shard_bytes_per_row=growing / rows if rows else None,
+        head_mass=sum(record.counts.head_mass * record.counts.rows for record in records) / rows if rows else None,
+    )
+
+
+def _rows(records: list[CommitRecord], split: Split | None = None) -> int:
+    return sum(record.counts.rows for record in records if split in (None, record.split))
+
+
+def _sizes(files: LocalFiles) -> tuple[int, int]:
+    """Return bytes of all files, and of those that grow with the number of rows."""
+    sizes = {
+        name: size
+        for name, size in (files.tree(".") or {}).items()
+        if name.split("/")[0] not in (TEMPORARY, QUARANTINE) and size > 0
+    }
+    growing = sum(size for name, size in sizes.items() if name.split("/")[0] in ("shards", "commits", "sealed.json"))
+    return sum(sizes.values()), growing

@@ -1,0 +1,197 @@
+"""What must hold of a batch before it becomes a shard, and after it has been read back: the invariants of rows.
+
+Data path: `SequenceBatch` -> **check_batch** -> encode. Every message names the document of the offending row.
+
+Axis legend: T tokens, S sequences, R rows, H head entries, C tail entries.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.errors import NumericsError
+from storage.plan import Plan, ShardSpec
+from storage.rows import SequenceBatch
+from storage.segments import row_starts
+
+LARGEST_HALF = 65504.0
+ROUNDING = 1e-3  # nats by which a log-probability or entropy may pass its limit through rounding
+_BLOCK_VALUES = 1 << 22  # ids compared at once
+
+_AXES = {
+    "T": ("tokens", "has_row"),
+    "S": ("document", "window_start"),
+    "S+1": ("token_offset", "row_offset", "head_offset", "tail_offset"),
+    "R": ("head_size", "tail_size", "tail_logit", "logsumexp", "entropy", "next_logprob"),
+    "H": ("head_ids", "logprob"),
+    "C": ("tail_ids", "count"),
+}
+
+
+def check_batch(plan: Plan, spec: ShardSpec, batch: SequenceBatch) -> None:
+    """Check that a batch is a whole, consistent shard of a plan.
+
+    Raises:
+        NumericsError: NaN, or an infinity where none is legal.
+        ValueError: shapes, counts, order, ids or documents contradict each other or the plan.
+    """
+    _check_shapes(batch)
+    _check_offsets(batch)
+    _check_documents(plan, spec, batch)
+    _check_rows(plan, batch)
+    _check_numbers(batch)
+    _check_ids(plan, batch)
+
+
+def _check_shapes(batch: SequenceBatch) -> None:
+    lengths = {
+        "T": len(batch.tokens),
+        "S": len(batch.document),
+        "S+1": len(batch.document) + 1,
+        "R": len(batch.head_size),
+        "H": len(batch.head_ids),
+        "C": len(batch.tail_ids),
+    }
+    for axis, names in _AXES.items():
+        for name in names:
+            shape = np.shape(getattr(batch, name))
+            if shape != (lengths[axis],):
+                raise ValueError(f"{name} has shape {shape}; axis {axis} has length {lengths[axis]}")
+    if batch.token_end_byte is not None and batch.token_end_byte.shape != batch.tokens.shape:
+        raise ValueError(f"token_end_byte has shape {batch.token_end_byte.shape}, tokens {batch.tokens.shape}")
+
+
+def _check_offsets(batch: SequenceBatch) -> None:
+    ends = (
+        ("token_offset", batch.token_offset, len(batch.tokens)),
+        ("row_offset", batch.row_offset, batch.rows),
+        ("head_offset", batch.head_offset, len(batch.head_ids)),
+        ("tail_offset", batch.tail_offset, len(batch.tail_ids)),
+    )
+    for name, offset, length in ends:
+        if offset[0] != 0 or offset[-1] != length or np.any(np.diff(offset) < 0):
+            raise ValueError(f"{name} must rise from 0 to {length}; it goes from {offset[0]} to {offset[-1]}")
+    for name, size, offset in (
+        ("head", batch.head_size, batch.head_offset),
+        ("tail", batch.tail_size, batch.tail_offset),
+    ):
+        if np.any(size < 0):
+            raise ValueError(f"{name}_size is negative")
+        wrong = np.flatnonzero(row_starts(size)[batch.row_offset] != offset)
+        if len(wrong):
+            sequence = min(int(wrong[0]), len(batch)) - 1
+            raise ValueError(f"{name}_size and {name}_offset disagree{_of_sequence(batch, sequence)}")
+
+
+def _check_documents(plan: Plan, spec: ShardSpec, batch: SequenceBatch) -> None:
+    wanted = np.array(plan.documents_of(spec), dtype=np.int64)
+    wrong = np.flatnonzero(~np.isin(batch.document, wanted))
+    if len(wrong):
+        raise ValueError(
+            f"document {batch.document[wrong[0]]} is not one of shard {spec.index} "
+            f"({spec.split}, {spec.first_document} to {spec.end_document - 1})"
+        )
+    behind = np.diff(batch.document) < 0
+    same = np.diff(batch.document) == 0
+    wrong = np.flatnonzero(behind | (same & (np.diff(batch.window_start) <= 0)))
+    if len(wrong):
+        raise ValueError(f"sequences are not in order of document and window{_of_sequence(batch, int(wrong[0]) + 1)}")
+    if np.any(batch.window_start < 0):
+        raise ValueError("window_start is negative")
+
+
+def _check_rows(plan: Plan, batch: SequenceBatch) -> None:
+    """Rows lie where has_row says, sizes obey the plan, and draws add up."""
+    marked = np.concatenate([[0], np.cumsum(batch.has_row)])[batch.token_offset]
+    wrong = np.flatnonzero(marked != batch.row_offset)
+    if len(wrong):
+        raise ValueError(f"has_row and row_offset disagree{_of_sequence(batch, int(wrong[0]) - 1)}")
+    filled = np.flatnonzero(np.diff(batch.token_offset) > 0)
+    last = batch.token_offset[1:][filled] - 1
+    wrong = filled[batch.has_row[last]]
+    if len(wrong):
+        raise ValueError(f"the last token of a sequence has a row{_of_sequence(batch, int(wrong[0]))}")
+    if batch.draws != plan.target.draws:
+        raise ValueError(f"the batch has {batch.draws} draws per row, the plan {plan.target.draws}")
+    largest = min(plan.target.k, plan.vocab_size)
+    _refuse(batch, batch.head_size > largest, f"head_size exceeds k = {largest}")
+    drawn = np.bincount(np.repeat(np.arange(batch.rows), batch.tail_size), weights=batch.count, minlength=batch.rows)
+    expected = np.where(batch.tail_size > 0, batch.draws, 0)
+    _refuse(batch, drawn != expected, f"counts do not add up to {batch.draws} draws")
+    _refuse_entry(batch, batch.count == 0, batch.tail_size, "a count is 0")
+    _refuse(
+        batch,
+        (batch.tail_size == 0) & (batch.tail_logit > -np.inf) & (batch.draws > 0),
+        "a row has tail mass but no samples",
+    )
+
+
+def _check_numbers(batch: SequenceBatch) -> None:
+    for name in ("tail_logit", "logsumexp", "entropy", "next_logprob"):
+        values = getattr(batch, name)
+        _refuse(batch, np.isnan(values), f"{name} is NaN", NumericsError)
+    for name in ("logsumexp", "entropy"):
+        too_large = ~(np.abs(getattr(batch, name)) <= LARGEST_HALF)
+        _refuse(batch, too_large, f"{name} is beyond {LARGEST_HALF:.0f}", NumericsError)
+    _refuse(batch, batch.next_logprob > ROUNDING, "next_logprob is positive", NumericsError)
+    _refuse(batch, batch.entropy < -ROUNDING, "entropy is negative", NumericsError)
+    _refuse_entry(batch, ~np.isfinite(batch.logprob), batch.head_size, "logprob is not finite", NumericsError)
+    _refuse_entry(batch, batch.logprob > ROUNDING, batch.head_size, "logprob is positive", NumericsError)
+    rising = np.concatenate([[False], np.diff(batch.logprob) > 0]) if len(batch.logprob) else np.zeros(0, bool)
+    rising[row_starts(batch.head_size)[:-1][batch.head_size > 0]] = False
+    _refuse_entry(batch, rising, batch.head_size, "logprob rises within a row")
+
+
+def _check_ids(plan: Plan, batch: SequenceBatch) -> None:
+    for name in ("tokens", "head_ids", "tail_ids"):
+        ids = getattr(batch, name)
+        if len(ids) and int(ids.max()) >= plan.vocab_size:
+            raise ValueError(f"{name} holds id {int(ids.max())}; the vocabulary has {plan.vocab_size} tokens")
+    if batch.rows == 0:
+        return
+    width = max(1, int(batch.head_size.max()) + int(batch.tail_size.max()))
+    step = max(1, _BLOCK_VALUES // width)
+    for first in range(0, batch.rows, step):
+        rows = slice(first, min(first + step, batch.rows))
+        table = np.sort(np.concatenate([_padded(batch, "head", rows), _padded(batch, "tail", rows)], axis=1), axis=1)
+        repeated = np.zeros(batch.rows, dtype=bool)
+        repeated[rows] = np.any((table[:, 1:] == table[:, :-1]) & (table[:, 1:] < plan.vocab_size), axis=1)
+        _refuse(batch, repeated, "an id occurs twice in a row")
+
+
+def _padded(batch: SequenceBatch, part: str, rows: slice) -> NDArray[np.uint32]:
+    """Return the ids of some rows as a table; the padding lies above every id."""
+    size: NDArray[Any] = getattr(batch, f"{part}_size")
+    ids: NDArray[np.uint32] = getattr(batch, f"{part}_ids")
+    starts = row_starts(size)
+    table = np.full((rows.stop - rows.start, int(size.max())), np.iinfo(np.uint32).max, dtype=np.uint32)
+    inside = np.arange(table.shape[1]) < size[rows, None]
+    table[inside] = ids[starts[rows.start] : starts[rows.stop]]
+    return table
+
+
+def _refuse(batch: SequenceBatch, bad_R: NDArray[np.bool_], what: str, error: type[Exception] = ValueError) -> None:
+    if np.any(bad_R):
+        row = int(np.argmax(bad_R))
+        sequence = int(np.searchsorted(batch.row_offset, row, side="right")) - 1
+        raise error(f"{what}{_of_sequence(batch, sequence)}, row {row - int(batch.row_offset[sequence])}")
+
+
+def _refuse_entry(
+    batch: SequenceBatch,
+    bad_N: NDArray[np.bool_],
+    size_R: NDArray[np.int32],
+    what: str,
+    error: type[Exception] = ValueError,
+) -> None:
+    if np.any(bad_N):
+        bad_R = np.zeros(batch.rows, dtype=bool)
+        bad_R[np.searchsorted(row_starts(size_R), int(np.argmax(bad_N)), side="right") - 1] = True
+        _refuse(batch, bad_R, what, error)
+
+
+def _of_sequence(batch: SequenceBatch, sequence: int) -> str:
+    return f": document {int(batch.document[sequence])}, window at {int(batch.window_start[sequence])}"

@@ -1,0 +1,210 @@
+"""Verification: is every byte of a store what was committed, and does every row mean something? Changes nothing.
+
+The full check reads everything: hashes, checksums, decoding, invariants of rows. The quick one reads plan, remap,
+tokenizer, seal and records, and compares the names and sizes of files.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.cache import ChunkCache
+from storage.errors import CorruptionError, DistillError
+from storage.files import QUARANTINE, TEMPORARY, LocalFiles, sha256
+from storage.manifest import Manifest, tokenizer_hashes, tokenizer_name
+from storage.open_shard import CommittedObjects, DamageError, OpenShard
+from storage.plan import ShardSpec
+from storage.records import COMMITS, PLAN, REMAP, SEAL, SHARDS, TOKENIZER, CommitRecord, Seal, record_name
+from storage.shard import counts_of, decode_batch
+from storage.validate import check_batch
+
+HEAD_MASS_TOLERANCE = 1e-5  # sums may be rounded otherwise on another machine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One damage.
+
+    Attributes:
+        shard: its index; None for files of the whole store.
+        name: file or directory inside the store.
+        message: what is wrong.
+    """
+
+    shard: int | None
+    name: str
+    message: str
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What a verification found.
+
+    Attributes:
+        quick: whether only names and sizes of shard files were checked.
+        shards, committed: shards of the plan, and those with a good commit record.
+        sealed: whether there is a good seal.
+        rows: target rows that were checked (stated by records, for a quick check).
+        problems: every damage.
+        warnings: what is no damage but should be known.
+    """
+
+    quick: bool
+    shards: int = 0
+    committed: int = 0
+    sealed: bool = False
+    rows: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """0 without damage, else the code of CorruptionError."""
+        return CorruptionError.exit_code if self.problems else 0
+
+    def add(self, error: str | DistillError, *, name: str, shard: int | None = None) -> None:
+        """Note a damage."""
+        message = error.what if isinstance(error, DistillError) else error
+        self.problems.append(Problem(shard=shard, name=name, message=message))
+
+
+def verify(path: str | os.PathLike[str], *, quick: bool = False) -> Report:
+    """Check a store.
+
+    Args:
+        path: the store's directory.
+        quick: check records, names and sizes only.
+
+    Raises:
+        UsageError: there is no store.
+        StorageUnavailableError: it cannot be read.
+    """
+    report = Report(quick=quick)
+    files = LocalFiles(Path(path))
+    try:
+        manifest = Manifest.open(files)
+    except CorruptionError as error:
+        report.add(error, name=PLAN)
+        return report
+    report.shards = len(manifest.shards)
+    remap = _check_parts(manifest, report)
+    seal = _check_seal(manifest, report)
+    known = set()
+    for spec in manifest.shards:
+        record = _check_record(manifest, spec, seal, report)
+        if record is not None:
+            known.add(record.directory)
+            report.committed += 1
+            _check_shard(manifest, record, None if quick else remap, report)
+    _warn_of_strangers(files, manifest, known, report)
+    if seal is None and not report.problems:
+        report.warnings.append(f"not sealed: {report.committed} of {report.shards} shards are committed")
+    return report
+
+
+def _check_parts(manifest: Manifest, report: Report) -> NDArray[np.uint32] | None:
+    """Check remap and tokenizer; return the remap if it is good."""
+    for name in tokenizer_hashes(manifest.plan):
+        try:
+            manifest.tokenizer_file(name)
+        except CorruptionError as error:
+            report.add(error, name=tokenizer_name(name))
+    try:
+        return manifest.remap()
+    except CorruptionError as error:
+        report.add(error, name=REMAP)
+        return None
+
+
+def _check_seal(manifest: Manifest, report: Report) -> Seal | None:
+    try:
+        seal = manifest.seal()
+    except CorruptionError as error:
+        report.add(error, name=SEAL)
+        return None
+    report.sealed = seal is not None
+    return seal
+
+
+def _check_record(manifest: Manifest, spec: ShardSpec, seal: Seal | None, report: Report) -> CommitRecord | None:
+    name = record_name(spec.index)
+    try:
+        record = manifest.record(spec)
+    except CorruptionError as error:
+        report.add(error, name=name, shard=spec.index)
+        return None
+    if seal is not None:
+        if record is None:
+            report.add("the commit record is missing", name=name, shard=spec.index)
+        elif sha256(record.to_json()) != seal.shards[spec.index].record_sha256:
+            report.add("the commit record is not the sealed one", name=name, shard=spec.index)
+    return record
+
+
+def _check_shard(manifest: Manifest, record: CommitRecord, remap: NDArray[np.uint32] | None, report: Report) -> None:
+    before = len(report.problems)
+    sizes = manifest.files.tree(record.path)
+    if sizes is None:
+        report.add("the directory is missing", name=record.path, shard=record.shard)
+        return
+    for name in sorted(sizes.keys() - record.objects.keys()):
+        report.add("a foreign file", name=f"{record.path}/{name}", shard=record.shard)
+    for name, item in record.objects.items():
+        if name not in sizes:
+            report.add("the file is missing", name=f"{record.path}/{name}", shard=record.shard)
+        elif sizes[name] != item.size:
+            message = f"it has {sizes[name]} bytes; the commit record says {item.size}"
+            report.add(message, name=f"{record.path}/{name}", shard=record.shard)
+    if not report.quick:
+        _check_content(manifest, record, remap, report, decode=len(report.problems) == before)
+    report.rows += record.counts.rows
+
+
+def _check_content(
+    manifest: Manifest, record: CommitRecord, remap: NDArray[np.uint32] | None, report: Report, *, decode: bool
+) -> None:
+    objects = CommittedObjects(manifest.files, record)
+    for name in record.objects:
+        try:
+            objects.whole(name)
+        except DamageError as error:
+            decode = False
+            full = f"{record.path}/{name}"
+            if full not in {problem.name for problem in report.problems}:
+                report.add(error.problem, name=full, shard=record.shard)
+    if not decode or remap is None:
+        return
+    try:
+        _check_rows(manifest, record, objects, remap)
+    except (ValueError, DistillError) as error:
+        report.add(f"its rows: {error}", name=record.path, shard=record.shard)
+
+
+def _check_rows(manifest: Manifest, record: CommitRecord, objects: CommittedObjects, remap: NDArray[np.uint32]) -> None:
+    shard = OpenShard(manifest.plan, record, objects, ChunkCache(0))
+    batch = decode_batch(manifest.plan, [shard.sequences(0, record.counts.sequences)], remap)
+    check_batch(manifest.plan, record.spec(), batch)
+    found = counts_of(batch)
+    if abs(found.head_mass - record.counts.head_mass) > HEAD_MASS_TOLERANCE:
+        raise ValueError(f"head mass is {found.head_mass}; the commit record says {record.counts.head_mass}")
+
+
+def _warn_of_strangers(files: LocalFiles, manifest: Manifest, known: set[str], report: Report) -> None:
+    """Warn of files that nothing refers to. They are never read."""
+    expected = {
+        ".": {PLAN, REMAP, TOKENIZER, SHARDS, COMMITS, SEAL, TEMPORARY},
+        TEMPORARY: set(),
+        TOKENIZER: {tokenizer_name(name).split("/")[1] for name in tokenizer_hashes(manifest.plan)},
+        COMMITS: {record_name(spec.index).split("/")[1] for spec in manifest.shards},
+        SHARDS: known,
+    }
+    for directory, names in expected.items():
+        for name in sorted(files.entries(directory) - names):
+            label = name if directory == "." else f"{directory}/{name}"
+            text = "holds what was moved out of the way" if name == QUARANTINE else "nothing refers to it"
+            report.warnings.append(f"{label}: {text}")

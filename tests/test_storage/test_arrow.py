@@ -1,0 +1,77 @@
+"""Rows as Arrow tables and Parquet files."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import storage_cases as cases
+
+from storage.arrow import record_batches, schema, to_parquet, to_table
+from storage.errors import UsageError
+from storage.reader import StoreReader
+
+
+def test_one_line_per_row(sealed):
+    reader = StoreReader(sealed)
+    table = to_table(reader)
+    assert table.schema == schema()
+    assert table.num_rows == reader.rows
+    table.validate(full=True)
+
+
+def test_values(sealed):
+    reader = StoreReader(sealed)
+    batch = reader.read(range(len(reader)))
+    lines = to_table(reader).to_pylist()
+    row = 0
+    for sequence in range(len(batch)):
+        start, end = batch.token_offset[sequence : sequence + 2]
+        for position in np.flatnonzero(batch.has_row[start:end]):
+            line = lines[row]
+            head = slice(int(batch.head_size[:row].sum()), int(batch.head_size[: row + 1].sum()))
+            tail = slice(int(batch.tail_size[:row].sum()), int(batch.tail_size[: row + 1].sum()))
+            assert line["document"] == batch.document[sequence]
+            assert (line["sequence"], line["position"]) == (sequence, position)
+            assert line["token"] == batch.tokens[start + position]
+            assert line["next_token"] == batch.tokens[start + position + 1]
+            assert line["ids"] == [*batch.head_ids[head], *batch.tail_ids[tail]]
+            assert line["logprob"] == batch.logprob[head].tolist()
+            assert line["counts"] == batch.count[tail].tolist()
+            assert line["head_size"] == batch.head_size[row]
+            assert line["tail_mass"] == pytest.approx(1 - np.exp(batch.logprob[head].astype(float)).sum(), abs=1e-5)
+            row += 1
+    assert row == reader.rows
+
+
+def test_a_stream_equals_the_table_and_has_the_c_interface(sealed):
+    reader = StoreReader(sealed)
+    stream = record_batches(reader, sequences_per_batch=3)
+    assert hasattr(stream, "__arrow_c_stream__")
+    assert pa.RecordBatchReader.from_stream(stream).read_all().equals(to_table(reader).combine_chunks())
+
+
+def test_parquet(sealed, tmp_path):
+    reader = StoreReader(sealed, split="heldout")
+    assert to_parquet(reader, tmp_path / "rows.parquet") == reader.rows
+    assert pq.read_table(tmp_path / "rows.parquet").equals(to_table(reader))
+    with pytest.raises(UsageError):
+        to_parquet(reader, tmp_path / "rows.parquet")
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.parquet"]
+
+
+def test_a_batch_can_be_given_too():
+    plan = cases.make_plan()
+    batch = cases.make_batch(plan, plan.shards()[0])
+    table = to_table(batch, first_sequence=7)
+    assert table.column("sequence")[0].as_py() >= 7
+    assert table.num_rows == batch.rows
+
+
+def test_no_rows(tmp_path):
+    plan = cases.make_plan()
+    empty = cases.batch_of(plan, [], np.random.default_rng(0))
+    assert to_table(empty).num_rows == 0
+    cases.open_writer(tmp_path / "store", plan)
+    assert to_table(StoreReader(tmp_path / "store", allow_partial=True)).num_rows == 0

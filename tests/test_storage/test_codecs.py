@@ -1,0 +1,136 @@
+"""One battery for all log-probability codecs, over the table; and golden bytes, refreshed only on demand."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from storage.codecs import CODECS, default_codecs, logprob_codec
+from storage.codecs.sqrt_delta import SqrtDelta
+from storage.errors import UsageError
+from storage.plan import TargetSpec
+from storage.segments import cumsum_rows, diff_rows
+from storage.shard import scale_heads
+
+GOLDEN = Path(__file__).parent / "golden" / "codecs.json"
+REFRESH = os.environ.get("TOPK_DISTILL_REFRESH_GOLDENS") == "1"
+
+head = st.lists(st.floats(-9000, 0, width=32) | st.floats(-20, 0, width=32), min_size=0, max_size=12)
+heads = st.lists(head.map(lambda values: sorted(values, reverse=True)), min_size=1, max_size=20)
+
+
+def flat(rows):
+    sizes = np.array([len(row) for row in rows], dtype=np.int32)
+    return np.array([value for row in rows for value in row], dtype=np.float32), sizes
+
+
+@pytest.mark.parametrize("name", CODECS)
+class TestEveryCodec:
+    @settings(max_examples=200, deadline=None)
+    @given(rows=heads)
+    def test_stays_within_its_bound_and_falls(self, name, rows):
+        codec = CODECS[name]()
+        logprob, sizes = flat(rows)
+        codes = codec.encode(logprob, sizes)
+        assert codes.dtype == codec.dtype
+        assert codes.shape == logprob.shape
+        back = codec.decode(codes, sizes)
+        assert back.dtype == np.float32
+        assert np.all(np.abs(back.astype(np.float64) - logprob) <= codec.error_bound(logprob))
+        for start, size in zip(np.cumsum(sizes) - sizes, sizes, strict=True):
+            assert np.all(np.diff(back[start : start + size]) <= 0)
+
+    def test_encoding_what_was_decoded_changes_nothing(self, name):
+        codec = CODECS[name]()
+        logprob = np.sort(np.random.default_rng(0).uniform(-30, 0, (50, 8)).astype(np.float32))[:, ::-1].reshape(-1)
+        sizes = np.full(50, 8, np.int32)
+        codes = codec.encode(logprob, sizes)
+        np.testing.assert_array_equal(codec.encode(codec.decode(codes, sizes), sizes), codes)
+
+    def test_parameters_build_the_same_codec(self, name):
+        codec = CODECS[name]()
+        assert logprob_codec(codec.parameters()) == codec
+        assert logprob_codec(json.loads(json.dumps(codec.parameters()))) == codec
+
+    def test_no_rows(self, name):
+        codec, nothing = CODECS[name](), np.zeros(0, np.int32)
+        assert len(codec.decode(codec.encode(np.zeros(0, np.float32), nothing), nothing)) == 0
+
+    def test_golden(self, name):
+        codec = CODECS[name]()
+        logprob, sizes = flat([[-1e-7, -0.1, -2.5, -4.1, -7.0], [-0.693], [], [-3.0, -3.0, -12.5, -40.0, -9e3]])
+        codes = codec.encode(logprob, sizes)
+        found = {"codes": codes.tobytes().hex(), "decoded": codec.decode(codes, sizes).tobytes().hex()}
+        goldens = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+        if REFRESH:
+            GOLDEN.parent.mkdir(exist_ok=True)
+            GOLDEN.write_text(json.dumps({**goldens, name: found}, indent=1, sort_keys=True) + "\n")
+        else:
+            assert found == goldens[name], "bytes have changed: stored stores would be read wrongly"
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows=heads)
+def test_sqrt_delta_is_within_a_quarter_step_of_the_root_and_half_a_step_of_the_logarithm(rows):
+    codec = SqrtDelta()
+    logprob, sizes = flat(rows)
+    back = codec.decode(codec.encode(logprob, sizes), sizes).astype(np.float64)
+    joint = 2 * np.log(codec.root_step / codec.log_step)
+    large = logprob >= joint
+    root_error = np.abs(np.exp(back / 2) - np.exp(logprob.astype(np.float64) / 2))
+    assert np.all(root_error[large] <= codec.root_step / 4 + 1e-6)
+    inside = ~large & (logprob > -8000)
+    assert np.all(np.abs(back - logprob)[inside] <= codec.log_step / 2 + 1e-3)
+
+
+@settings(max_examples=50, deadline=None)
+@given(root=st.floats(0.004, 0.2), ratio=st.floats(1.5, 20), rows=heads)
+def test_any_steps_keep_the_bound(root, ratio, rows):
+    codec = SqrtDelta(root_step=root, log_step=min(1.0, root * ratio))
+    logprob, sizes = flat(rows)
+    back = codec.decode(codec.encode(logprob, sizes), sizes)
+    assert np.all(np.abs(back.astype(np.float64) - logprob) <= codec.error_bound(logprob))
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"id": "pickle"},
+        {},
+        {"id": "sqrt-delta", "root_step": 0.5, "log_step": 0.1},
+        {"id": "sqrt-delta", "step": 1.0},
+        {"id": "exact", "root_step": 0.1},
+    ],
+)
+def test_unknown_codecs_and_parameters_are_refused(parameters):
+    with pytest.raises(UsageError):
+        logprob_codec(parameters)
+
+
+def test_default_is_in_the_table():
+    assert logprob_codec(default_codecs(TargetSpec(kind="topk", k=8))["logprob"]) == SqrtDelta()
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows=st.lists(st.lists(st.integers(0, 60000), max_size=9).map(sorted), max_size=20))
+def test_differences_and_sums_within_rows_are_inverse(rows):
+    sizes = np.array([len(row) for row in rows], dtype=np.int32)
+    values = np.array([value for row in rows for value in row], dtype=np.uint16)
+    np.testing.assert_array_equal(cumsum_rows(diff_rows(values, sizes), sizes), values)
+
+
+@pytest.mark.parametrize("sizes", [[3, 3], [1, 4, 0, 1]], ids=["even", "ragged"])
+def test_heads_are_scaled_to_the_mass_that_the_tail_leaves(sizes):
+    sizes = np.array(sizes, np.int32)
+    logprob = np.log(np.linspace(0.3, 0.05, sizes.sum())).astype(np.float32)
+    tail_logit = np.linspace(-2, 1, len(sizes)).astype(np.float32)
+    scaled = scale_heads(logprob, sizes, tail_logit)
+    row = np.repeat(np.arange(len(sizes)), sizes)
+    mass = np.bincount(row, weights=np.exp(scaled), minlength=len(sizes))
+    np.testing.assert_allclose(mass[sizes > 0], (1 / (1 + np.exp(tail_logit)))[sizes > 0], rtol=1e-6)

@@ -1,0 +1,314 @@
+"""The commit protocol in one process: identity, resumption, errors of the file system, other writers."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import storage_cases as cases
+
+import storage.files
+from storage.commit import StoreWriter
+from storage.errors import (
+    CorruptionError,
+    IdentityError,
+    NumericsError,
+    OutOfSpaceError,
+    StorageUnavailableError,
+    UsageError,
+)
+from storage.plan import TargetSpec
+from storage.reader import StoreReader
+from storage.records import CommitRecord, Seal
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+
+
+class FailingOs:
+    """The `os` module of storage.files, with an error at the n-th call (from 1) of one of its functions."""
+
+    def __init__(self, function: str, number: int, code: int) -> None:
+        self.wanted, self.number, self.code = function, number, code
+        self.calls = 0
+        self.synced_after: list[str] = []
+        self.failed: str | None = None
+
+    def __getattr__(self, name):
+        real = getattr(os, name)
+        if name not in (self.wanted, "fsync"):
+            return real
+
+        def counted(*arguments, **options):
+            target = self.target(arguments[0])
+            if name == self.wanted:
+                self.calls += 1
+                if self.calls == self.number:
+                    self.failed = target
+                    raise OSError(self.code, os.strerror(self.code))
+            if name == "fsync" and self.failed is not None:
+                self.synced_after.append(target)
+            return real(*arguments, **options)
+
+        return counted
+
+    @staticmethod
+    def target(argument):
+        return os.readlink(f"/proc/self/fd/{argument}") if isinstance(argument, int) else os.fspath(argument)
+
+
+def test_a_store_is_sealed_and_a_second_run_changes_nothing(tmp_path):
+    path = tmp_path / "store"
+    cases.write_store(path)
+    before = cases.tree(path)
+    assert {"plan.json", "remap", "sealed.json", "commits/000000.json", "tokenizer/tokenizer.json.xz"} <= before.keys()
+    writer = cases.write_store(path)
+    assert writer.missing() == []
+    assert writer.committed() == frozenset(range(5))
+    assert writer.seal() == StoreReader(path).digest
+    assert cases.tree(path) == before
+    assert not list((path / "tmp").iterdir())
+
+
+def test_an_interrupted_store_goes_on_to_the_same_bytes(tmp_path, sealed):
+    cases.write_store(tmp_path / "store", shards=[1, 3])
+    writer = cases.open_writer(tmp_path / "store", cases.make_plan())
+    assert [shard.index for shard in writer.missing()] == [0, 2, 4]
+    assert writer.seal() is None
+    cases.write_store(tmp_path / "store")
+    assert cases.tree(tmp_path / "store") == cases.tree(sealed)
+
+
+def test_recorded_fields_may_differ(tmp_path):
+    cases.write_store(tmp_path / "store")
+    writer = cases.open_writer(tmp_path / "store", cases.make_plan(recorded={"workers": 8, "host": "b"}))
+    assert writer.plan.recorded == {"workers": 1}
+
+
+def test_another_plan_is_refused_with_every_difference(tmp_path):
+    cases.write_store(tmp_path / "store")
+    before = cases.tree(tmp_path / "store")
+    other = cases.make_plan(
+        target=TargetSpec(kind="hybrid", k=7, draws=4), teacher={"name": "other"}, documents_per_shard=5
+    )
+    with pytest.raises(IdentityError) as caught:
+        cases.open_writer(tmp_path / "store", other)
+    assert caught.value.exit_code == 3
+    for line in ("target.k: 6 -> 7", "teacher.name: 'synthetic' -> 'other'", "documents_per_shard: 6 -> 5"):
+        assert line in str(caught.value)
+    assert "teacher.files: " in str(caught.value)
+    assert cases.tree(tmp_path / "store") == before
+
+
+def test_a_directory_with_other_things_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("do not touch")
+    with pytest.raises(UsageError, match=r"thesis\.tex"):
+        cases.open_writer(tmp_path, cases.make_plan())
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(UsageError, match="file"):
+        cases.open_writer(tmp_path / "thesis.tex", cases.make_plan())
+
+
+def test_leftovers_of_another_plan_are_refused(tmp_path):
+    cases.open_writer(tmp_path / "store", cases.make_plan())
+    (tmp_path / "store" / "plan.json").unlink()
+    with pytest.raises(UsageError, match="cut off"):
+        cases.open_writer(tmp_path / "store", cases.make_plan(vocab_size=200))
+    cases.open_writer(tmp_path / "store", cases.make_plan(documents=9))
+
+
+def test_a_store_that_lost_its_plan_is_not_overwritten(tmp_path):
+    cases.write_store(tmp_path / "store")
+    (tmp_path / "store" / "plan.json").unlink()
+    with pytest.raises(UsageError, match="commit records"):
+        cases.open_writer(tmp_path / "store", cases.make_plan())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"remap_sha256": "00"},
+        {"vocab_size": 299},
+        {"tokenizer": {"files": {"tokenizer.json": "00"}}},
+        {"target": TargetSpec(kind="topk", k=4, temperatures=(2.0,))},
+    ],
+)
+def test_arguments_that_contradict_the_plan_are_refused(tmp_path, change):
+    plan = replace(cases.make_plan(), **change)
+    with pytest.raises(UsageError):
+        StoreWriter.create(tmp_path / "s", plan, remap=cases.make_remap(), tokenizer_files=cases.TOKENIZER_FILES)
+    assert not (tmp_path / "s").exists()
+
+
+def test_tokenizer_names_cannot_leave_the_store(tmp_path):
+    plan = cases.make_plan(tokenizer={"files": {"../evil": cases.hashlib.sha256(b"x").hexdigest()}})
+    with pytest.raises(UsageError, match="plain"):
+        StoreWriter.create(tmp_path / "s", plan, remap=cases.make_remap(), tokenizer_files={"../evil": b"x"})
+    assert not (tmp_path / "evil.xz").exists()
+
+
+def test_invalid_batches_are_refused_and_not_committed(tmp_path):
+    plan = cases.make_plan()
+    writer = cases.open_writer(tmp_path / "store", plan)
+    shard = writer.missing()[0]
+    batch = cases.make_batch(plan, shard)
+    entropy = batch.entropy.copy()
+    entropy[3] = np.nan
+    with pytest.raises(NumericsError, match="document"):
+        writer.commit(shard, replace(batch, entropy=entropy))
+    assert writer.committed() == frozenset()
+    assert not list((tmp_path / "store" / "shards").iterdir())
+
+
+def test_what_another_process_committed_stays(tmp_path, caplog):
+    """A teacher that is not deterministic: the first commit wins, mine is discarded with a warning."""
+    plan = cases.make_plan()
+    writer = cases.open_writer(tmp_path / "store", plan)
+    shard = plan.shards()[0]
+    first = writer.commit(shard, cases.make_batch(plan, shard))
+    before = cases.tree(tmp_path / "store")
+    with caplog.at_level(logging.WARNING, logger="topk_distill.storage"):
+        second = writer.commit(shard, cases.make_batch(plan, shard, longest=10))
+    assert second == first
+    assert "not deterministic" in caplog.text
+    assert cases.tree(tmp_path / "store") == before
+
+
+def test_a_process_that_wakes_up_late_changes_nothing(tmp_path, caplog, monkeypatch):
+    """It has looked for the record before the other one committed."""
+    plan = cases.make_plan()
+    writer, late = (cases.open_writer(tmp_path / "store", plan) for _ in range(2))
+    shard = plan.shards()[0]
+    look = late._manifest.record
+
+    def look_then_sleep(spec):
+        monkeypatch.setattr(late._manifest, "record", look)
+        found = look(spec)
+        writer.commit(shard, cases.make_batch(plan, shard))
+        return found
+
+    monkeypatch.setattr(late._manifest, "record", look_then_sleep)
+    kept = late.commit(shard, cases.make_batch(plan, shard, longest=10))
+    assert kept == writer._records[0]
+    assert "not deterministic" in caplog.text
+    assert [file.name for file in (tmp_path / "store" / "shards").iterdir()] == [kept.directory]
+
+
+def test_a_directory_that_is_there_whole_is_recognised(tmp_path, sealed):
+    """A kill between rename and commit leaves it."""
+    cases.write_store(tmp_path / "store")
+    (tmp_path / "store" / "sealed.json").unlink()
+    (tmp_path / "store" / "commits" / "000002.json").unlink()
+    cases.write_store(tmp_path / "store")
+    assert cases.tree(tmp_path / "store") == cases.tree(sealed)
+    assert not (tmp_path / "store" / "quarantine").exists()
+
+
+@pytest.mark.parametrize("damage", ["flip", "missing", "foreign", "emptied"])
+def test_a_directory_that_is_there_damaged_is_moved_away(tmp_path, sealed, damage, caplog):
+    path = tmp_path / "store"
+    cases.write_store(path)
+    (path / "sealed.json").unlink()
+    (path / "commits" / "000002.json").unlink()
+    (directory,) = (path / "shards").glob("000002-*")
+    victim = directory / "head_ids/c/0/0"
+    if damage == "flip":
+        victim.write_bytes(bytes([victim.read_bytes()[0] ^ 1]) + victim.read_bytes()[1:])
+    elif damage == "missing":
+        victim.unlink()
+    elif damage == "emptied":
+        victim.write_bytes(b"")
+    else:
+        (directory / "foreign").write_text("x")
+    cases.write_store(path)
+    assert cases.tree(path) == cases.tree(sealed)
+    assert "moved to quarantine" in caplog.text
+
+
+CODES = {errno.ENOSPC: OutOfSpaceError, errno.EDQUOT: OutOfSpaceError, errno.EIO: StorageUnavailableError}
+REFUSALS = {errno.EROFS: StorageUnavailableError, errno.EACCES: StorageUnavailableError}
+POINTS = [
+    *((function, number, code) for function in ("write", "fsync") for number in (1, 9, 30, 61) for code in CODES),
+    *((function, number, errno.EIO) for function in ("rename", "link") for number in (1, 2)),
+    *((function, 1, code) for function in ("open", "link", "rename") for code in REFUSALS),
+    *(("open", number, errno.ENOSPC) for number in (5, 50)),
+]
+
+
+@pytest.mark.parametrize(("function", "number", "code"), POINTS)
+def test_an_error_anywhere_loses_nothing(tmp_path, sealed, monkeypatch, function, number, code):
+    path = tmp_path / "store"
+    cases.write_store(path, shards=[0])
+    committed = cases.tree(path)
+    failing = FailingOs(function, number, code)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.files, "os", failing)
+        with pytest.raises((CODES | REFUSALS)[code]) as caught:
+            cases.write_store(path)
+    assert failing.failed is not None
+    assert caught.value.exit_code == (6 if (CODES | REFUSALS)[code] is OutOfSpaceError else 5)
+    assert str(path) in caught.value.where
+    assert caught.value.fix
+    assert failing.failed not in failing.synced_after, "a failed file was synced again"
+    after = cases.tree(path)
+    assert {name: after[name] for name in committed} == committed
+    cases.write_store(path)
+    assert cases.tree(path) == cases.tree(sealed)
+
+
+def test_a_target_that_cannot_be_created(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageUnavailableError):
+        cases.open_writer(tmp_path / "file" / "store", cases.make_plan())
+
+
+def test_two_processes_at_once(tmp_path, sealed):
+    command = [sys.executable, str(HERE / "write_store_process.py"), str(tmp_path / "store")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    workers = [subprocess.Popen(command, env=environment) for _ in range(2)]
+    assert [worker.wait(60) for worker in workers] == [0, 0]
+    assert cases.tree(tmp_path / "store") == cases.tree(sealed)
+
+
+def test_records_and_seals_are_read_only_in_the_form_in_which_they_are_written(sealed):
+    for kind, name in ((CommitRecord, "commits/000001.json"), (Seal, "sealed.json")):
+        data = (sealed / name).read_bytes()
+        assert kind.from_json(data).to_json() == data
+        for bit in range(0, len(data) * 8, 5):
+            flipped = bytearray(data)
+            flipped[bit // 8] ^= 1 << bit % 8
+            with pytest.raises(ValueError):
+                kind.from_json(bytes(flipped))
+        for other in (b"", b"{}", b"[]", b"null", data + b" ", data[:-1]):
+            with pytest.raises(ValueError):
+                kind.from_json(other)
+
+
+def test_a_plan_from_the_future_is_a_usage_error(tmp_path):
+    path = tmp_path / "store"
+    cases.write_store(path)
+    newer = replace(cases.make_plan(), format_version=2)
+    (path / "plan.json").write_bytes(newer.to_json())
+    with pytest.raises(UsageError, match="format version 2"):
+        StoreReader(path)
+    with pytest.raises(UsageError, match="format version 2"):
+        cases.open_writer(path, cases.make_plan())
+
+
+def test_a_damaged_plan_does_not_open(tmp_path):
+    path = tmp_path / "store"
+    cases.write_store(path)
+    data = (path / "plan.json").read_bytes()
+    for bit in range(0, len(data) * 8, 11):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (path / "plan.json").write_bytes(flipped)
+        with pytest.raises(CorruptionError, match=r"plan\.json"):
+            StoreReader(path)

@@ -1,0 +1,284 @@
+"""Damage of every kind to every file of a store: named, not one row returned, found by verify, mended by repair."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import storage_cases as cases
+
+from storage.errors import CorruptionError, DistillError, UsageError
+from storage.reader import StoreReader
+from storage.records import CommitRecord
+from storage.repair import repair
+from storage.verify import verify
+
+SHARD = 1  # the damaged one
+
+
+def objects_of(store: Path) -> list[str]:
+    """Every file of the damaged shard, and its record."""
+    (directory,) = (store / "shards").glob(f"{SHARD:06d}-*")
+    files = [path.relative_to(store).as_posix() for path in sorted(directory.rglob("*")) if path.is_file()]
+    return [*files, f"commits/{SHARD:06d}.json"]
+
+
+def file_kinds() -> list[str]:
+    """Names of a shard's files without the content hash, the same in every store of this plan."""
+    arrays = [
+        "tokens", "has_row", "token_offset", "row_offset", "head_offset", "tail_offset", "document", "window_start",
+        "token_end_byte", "head_size", "head_ids", "logprob", "tail_size", "tail_ids", "count", "tail_logit",
+        "logsumexp", "entropy", "next_logprob",
+    ]  # fmt: skip
+    objects = [f"{name}/c/0/0" if name in ("head_ids", "logprob") else f"{name}/c/0" for name in arrays]
+    return ["zarr.json", *objects, *(f"{name}/zarr.json" for name in arrays), "record"]
+
+
+def find(store: Path, kind: str, shard: int = SHARD) -> Path:
+    if kind == "record":
+        return store / f"commits/{shard:06d}.json"
+    (directory,) = (store / "shards").glob(f"{shard:06d}-*")
+    return directory / kind
+
+
+def flip(path: Path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    bit %= len(data) * 8
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def swap(left: Path, right: Path) -> None:
+    first, second = left.read_bytes(), right.read_bytes()
+    left.write_bytes(second)
+    right.write_bytes(first)
+
+
+DAMAGES = {
+    "missing": lambda store, path, kind: path.unlink(),
+    "empty": lambda store, path, kind: path.write_bytes(b""),
+    "truncated": lambda store, path, kind: path.write_bytes(path.read_bytes()[:-1]),
+    "longer": lambda store, path, kind: path.write_bytes(path.read_bytes() + b"\n"),
+    "flipped": lambda store, path, kind: flip(path, 1009 * len(kind) + 13),
+    "swapped": lambda store, path, kind: swap(path, find(store, kind, SHARD + 1)),
+    "directory": lambda store, path, kind: (path.unlink(), path.mkdir()),
+}
+UNCHANGED_BY_A_SWAP = {"zarr.json"}  # of an array: the same in shards of the same size
+
+
+@pytest.fixture
+def store(tmp_path, sealed) -> Path:
+    return Path(shutil.copytree(sealed, tmp_path / "store"))
+
+
+def read_shard(store: Path, shard: int):
+    reader = StoreReader(store)
+    first = sum(item.sequences for item in reader.shards if item.shard < shard)
+    return reader.read(range(first, first + reader.shards[shard].sequences))
+
+
+def test_the_battery_covers_every_file(sealed):
+    assert {find(sealed, kind).relative_to(sealed).as_posix() for kind in file_kinds()} == set(objects_of(sealed))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("kind", file_kinds())
+def test_no_row_of_a_damaged_shard_is_returned(store, damage, kind, sealed):
+    before = cases.tree(store)
+    DAMAGES[damage](store, find(store, kind), kind)
+    if cases.tree(store) == before:
+        assert damage == "swapped", "only identical files can be swapped without damage"
+        return
+    with pytest.raises(CorruptionError) as caught:
+        read_shard(store, SHARD)
+    message = str(caught.value)
+    assert f"shard {SHARD} (train, documents 6 to 11)" in message
+    assert f"pipeline repair {store}" in message
+    assert (f"{SHARD:06d}.json" if kind == "record" else kind) in message
+    assert len(read_shard(store, 0)) > 0, "the others can still be read"
+
+    assert {problem.shard for problem in verify(store).problems} >= {SHARD}
+    repair(store, apply=True)
+    cases.write_store(store)
+    assert cases.tree(store) == cases.tree(sealed)
+
+
+@pytest.mark.parametrize("name", ["plan.json", "remap", "sealed.json", "tokenizer/tokenizer.json.xz"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "longer", "flipped"])
+def test_damaged_files_of_the_whole_store(store, sealed, name, damage):
+    DAMAGES[damage](store, store / name, name)
+    expected = UsageError if damage == "missing" and name in ("plan.json", "sealed.json") else CorruptionError
+    with pytest.raises(expected) as caught:
+        StoreReader(store)
+    if expected is CorruptionError:
+        assert name in str(caught.value)
+        assert [problem.name for problem in verify(store).problems] == [name]
+        assert verify(store, quick=True).exit_code == 4
+    if name == "plan.json":
+        with pytest.raises(DistillError):
+            repair(store, apply=True)
+        return
+    repair(store, apply=True)
+    cases.write_store(store)
+    assert cases.tree(store) == cases.tree(sealed)
+
+
+@pytest.mark.parametrize("name", ["remap", "sealed.json", "tokenizer/tokenizer_config.json.xz"])
+def test_every_flipped_bit_of_the_store_wide_files_is_found(store, name):
+    good = (store / name).read_bytes()
+    for bit in range(0, len(good) * 8, max(1, len(good) // 60)):
+        flip(store / name, bit)
+        with pytest.raises(CorruptionError):
+            StoreReader(store)
+        (store / name).write_bytes(good)
+
+
+def test_two_whole_shards_swapped(store):
+    (left,), (right,) = ((store / "shards").glob(f"{shard:06d}-*") for shard in (0, 1))
+    left.rename(store / "aside")
+    right.rename(left)
+    (store / "aside").rename(right)
+    for shard in (0, 1):
+        with pytest.raises(CorruptionError, match=f"shard {shard}"):
+            read_shard(store, shard)
+    assert {problem.shard for problem in verify(store).problems} == {0, 1}
+
+
+def test_two_records_swapped(store):
+    swap(find(store, "record", 0), find(store, "record", 1))
+    with pytest.raises(CorruptionError, match="another shard's"):
+        read_shard(store, 0)
+
+
+def test_a_record_of_another_store(store, tmp_path):
+    cases.write_store(tmp_path / "other", cases.make_plan(documents_per_shard=6, rendering={"window": 16}))
+    shutil.copy(find(tmp_path / "other", "record"), find(store, "record"))
+    with pytest.raises(CorruptionError, match="another store's"):
+        read_shard(store, SHARD)
+    with pytest.raises(CorruptionError, match="another store's"):
+        cases.open_writer(store, cases.make_plan()).missing()
+
+
+def test_a_consistent_forgery_of_one_shard_is_found_by_the_seal(store, tmp_path):
+    """Another run of the same plan wrote other content: its record is good, but it is not the sealed one."""
+    plan = cases.make_plan()
+    writer = cases.open_writer(tmp_path / "other", plan)
+    writer.commit(plan.shards()[SHARD], cases.make_batch(plan, plan.shards()[SHARD], longest=8))
+    shutil.copytree(tmp_path / "other" / "shards", store / "shards", dirs_exist_ok=True)
+    shutil.copy(find(tmp_path / "other", "record"), store / "commits")
+    with pytest.raises(CorruptionError, match="not the sealed one"):
+        read_shard(store, SHARD)
+    assert verify(store).problems[0].shard == SHARD
+
+
+def test_a_foreign_file_inside_a_shard_is_damage(store, sealed):
+    (find(store, "zarr.json").parent / "notes.txt").write_text("mine")
+    report = verify(store)
+    assert [problem.message for problem in report.problems] == ["a foreign file"]
+    assert report.exit_code == 4
+    assert verify(store, quick=True).exit_code == 4
+    repair(store, apply=True)
+    cases.write_store(store)
+    assert cases.tree(store) == cases.tree(sealed)
+
+
+def test_orphans_are_a_warning(store):
+    (store / "tmp" / "123-abc").mkdir()
+    (store / "shards" / "000001-0123456789abcdef").mkdir()
+    (store / "README").write_text("mine")
+    report = verify(store)
+    assert report.exit_code == 0
+    assert len(report.warnings) == 3
+
+
+def test_a_good_store(store):
+    before = cases.tree(store)
+    for quick in (False, True):
+        report = verify(store, quick=quick)
+        assert (report.problems, report.warnings, report.exit_code) == ([], [], 0)
+        assert (report.shards, report.committed, report.sealed) == (5, 5, True)
+    assert report.rows == StoreReader(store).rows + StoreReader(store, split="heldout").rows
+    assert repair(store, apply=True) == []
+    assert cases.tree(store) == before
+
+
+def test_an_unsealed_store_is_no_damage(tmp_path):
+    cases.write_store(tmp_path / "store", shards=[2])
+    report = verify(tmp_path / "store")
+    assert report.exit_code == 0
+    assert report.warnings == ["not sealed: 1 of 5 shards are committed"]
+
+
+def test_a_repair_only_shows_what_it_would_do(store):
+    find(store, "entropy/c/0").unlink()
+    before = cases.tree(store)
+    actions = repair(store, apply=False)
+    assert cases.tree(store) == before
+    names = [action.name for action in actions]
+    assert names[0].startswith("shards/000001-")
+    assert names[1:] == ["sealed.json", "commits/000001.json"], "the seal before the record, the record last"
+    assert all(action.moved_to is None for action in actions)
+
+
+def test_a_repair_that_is_cut_off_is_finished_by_the_next(store, sealed, monkeypatch):
+    from storage.files import LocalFiles
+
+    real = LocalFiles.quarantine
+    for steps in range(3):
+        find(store, "entropy/c/0").unlink()
+        moved = []
+
+        def limited(self, name, steps=steps, moved=moved):
+            if len(moved) == steps:
+                raise KeyboardInterrupt
+            moved.append(name)
+            return real(self, name)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalFiles, "quarantine", limited)
+            with pytest.raises(KeyboardInterrupt):
+                repair(store, apply=True)
+        with pytest.raises(DistillError):
+            read_shard(store, SHARD)
+        repair(store, apply=True)
+        cases.write_store(store)
+        assert cases.tree(store) == cases.tree(sealed)
+
+
+def test_a_recomputed_shard_that_differs_is_told(store, caplog):
+    """A repaired shard whose content comes out different: the rest of the store was made under other conditions."""
+    find(store, "entropy/c/0").unlink()
+    repair(store, apply=True)
+    plan = cases.make_plan()
+    writer = cases.open_writer(store, plan)
+    (shard,) = writer.missing()
+    writer.commit(shard, cases.make_batch(plan, shard, longest=9))
+    assert "differs from what it was" in caplog.text
+
+
+def test_a_recomputed_shard_that_is_the_same_is_not(store, caplog):
+    find(store, "entropy/c/0").unlink()
+    repair(store, apply=True)
+    cases.write_store(store)
+    assert "differs" not in caplog.text
+
+
+def test_verify_checks_what_rows_mean(tmp_path, monkeypatch):
+    """A writer with a defect has committed a shard whose hashes are all right."""
+    import storage.commit
+
+    monkeypatch.setattr(storage.commit, "check_batch", lambda *arguments: None)
+    plan = cases.make_plan()
+    writer = cases.open_writer(tmp_path / "store", plan)
+    batch = cases.make_batch(plan, plan.shards()[0])
+    batch.entropy[2] = float("nan")
+    writer.commit(plan.shards()[0], batch)
+    (problem,) = verify(tmp_path / "store").problems
+    assert "entropy is NaN" in problem.message
+    assert verify(tmp_path / "store", quick=True).problems == []
+
+
+def test_record_names_its_directory_by_content(sealed):
+    record = CommitRecord.from_json(find(sealed, "record").read_bytes())
+    assert find(sealed, "zarr.json").parent.name == record.directory

@@ -1,0 +1,197 @@
+"""Reading: order, splits, partial stores, memory, and the same values as plain zarr-python."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import storage_cases as cases
+from storage_cases import zarr_quietly
+
+import storage.arrays
+import storage.open_shard
+from storage.errors import CorruptionError, UsageError
+from storage.reader import StoreReader
+from storage.segments import cumsum_rows
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_totals_and_identity(sealed):
+    plan = cases.make_plan()
+    train, heldout = StoreReader(sealed), StoreReader(sealed, split="heldout")
+    assert train.plan == plan
+    assert train.digest == heldout.digest
+    for reader in (train, heldout):
+        batches = [cases.make_batch(plan, shard) for shard in plan.shards() if shard.split == reader.split]
+        assert len(reader) == sum(len(batch) for batch in batches)
+        assert reader.rows == sum(batch.rows for batch in batches)
+        assert reader.tokens == sum(len(batch.tokens) for batch in batches)
+    assert train.tokenizer_files() == cases.TOKENIZER_FILES
+    np.testing.assert_array_equal(train.remap, cases.make_remap())
+
+
+def test_splits_do_not_share_a_document(sealed):
+    plan = cases.make_plan()
+    for split in ("train", "heldout"):
+        reader = StoreReader(sealed, split=split)
+        documents = reader.read(range(len(reader))).document
+        assert all(plan.heldout.holds_out(int(number)) == (split == "heldout") for number in documents)
+    with pytest.raises(UsageError, match="split"):
+        StoreReader(sealed, split="test")
+
+
+def test_any_order_and_repeats(sealed):
+    reader = StoreReader(sealed)
+    whole = reader.read(range(len(reader)))
+    wanted = np.random.default_rng(0).integers(0, len(reader), 40)
+    wanted[5] = wanted[4]
+    batch = reader.read(wanted)
+    for place, number in enumerate(wanted):
+        for name, offset in (("tokens", "token_offset"), ("entropy", "row_offset"), ("head_ids", "head_offset")):
+            mine, theirs = getattr(batch, offset), getattr(whole, offset)
+            np.testing.assert_array_equal(
+                getattr(batch, name)[mine[place] : mine[place + 1]],
+                getattr(whole, name)[theirs[number] : theirs[number + 1]],
+            )
+    np.testing.assert_array_equal(batch.document, whole.document[wanted])
+
+
+def test_numbers_out_of_range(sealed):
+    reader = StoreReader(sealed)
+    for wrong in (-1, len(reader)):
+        with pytest.raises(IndexError):
+            reader.read([0, wrong])
+
+
+def test_an_unfinished_store_is_refused_with_its_counts(tmp_path):
+    cases.write_store(tmp_path / "store", shards=[0, 2])
+    with pytest.raises(UsageError, match="2 of 5 shards") as caught:
+        StoreReader(tmp_path / "store")
+    assert "pipeline extract" in caught.value.fix
+
+
+def test_a_partial_store_is_a_frozen_set_of_shards(tmp_path):
+    cases.write_store(tmp_path / "store", shards=[0, 2])
+    partial = StoreReader(tmp_path / "store", allow_partial=True)
+    assert [item.shard for item in partial.shards] == [0, 2]
+    again = StoreReader(tmp_path / "store", allow_partial=True)
+    assert again.digest == partial.digest
+    cases.write_store(tmp_path / "store", shards=[1])
+    more = StoreReader(tmp_path / "store", allow_partial=True)
+    assert more.digest != partial.digest
+    assert len(partial.read(range(len(partial)))) == len(partial)
+    cases.write_store(tmp_path / "store")
+    assert StoreReader(tmp_path / "store", allow_partial=True).digest == StoreReader(tmp_path / "store").digest
+
+
+def test_there_is_no_store(tmp_path):
+    with pytest.raises(UsageError, match="no store"):
+        StoreReader(tmp_path)
+
+
+def test_equals_plain_zarr(sealed):
+    reader = StoreReader(sealed)
+    whole, first = reader.read(range(len(reader))), 0
+    for directory in sorted((sealed / "shards").iterdir())[:4]:
+        with zarr_quietly() as zarr:
+            arrays = {name: array[:] for name, array in zarr.open_group(directory, mode="r").arrays()}
+        sequences = len(arrays["document"])
+        rows = slice(whole.row_offset[first], whole.row_offset[first + sequences])
+        tokens = slice(whole.token_offset[first], whole.token_offset[first + sequences])
+        head = slice(whole.head_offset[first], whole.head_offset[first + sequences])
+        tail = slice(whole.tail_offset[first], whole.tail_offset[first + sequences])
+        np.testing.assert_array_equal(reader.remap[arrays["tokens"]], whole.tokens[tokens])
+        np.testing.assert_array_equal(reader.remap[arrays["head_ids"].reshape(-1)], whole.head_ids[head])
+        ranks = cumsum_rows(arrays["tail_ids"], arrays["tail_size"])
+        np.testing.assert_array_equal(reader.remap[ranks], whole.tail_ids[tail])
+        np.testing.assert_array_equal(arrays["entropy"].astype(np.float32), whole.entropy[rows])
+        np.testing.assert_array_equal(arrays["token_end_byte"], whole.token_end_byte[tokens])
+        bits = np.unpackbits(arrays["has_row"])[: tokens.stop - tokens.start].astype(bool)
+        np.testing.assert_array_equal(bits, whole.has_row[tokens])
+        first += sequences
+
+
+@pytest.fixture
+def many_chunks(tmp_path, monkeypatch):
+    """A store whose shards have about ten chunks per array."""
+    monkeypatch.setattr(storage.arrays, "CHUNK_UNITS", 8)
+    cases.write_store(tmp_path / "store")
+    return tmp_path / "store"
+
+
+def test_chunking_does_not_change_what_is_read(many_chunks, sealed):
+    left, right = StoreReader(many_chunks), StoreReader(sealed)
+    for numbers in ([3], [9, 2, 2], range(len(left))):
+        one, other = left.read(numbers), right.read(numbers)
+        for name in ("tokens", "has_row", "head_ids", "logprob", "tail_ids", "count", "entropy", "token_end_byte"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_a_random_sequence_decodes_only_the_chunks_it_needs(many_chunks, monkeypatch):
+    reader = StoreReader(many_chunks)
+    decoded = []
+    real = storage.open_shard.decode_inner
+    monkeypatch.setattr(
+        storage.open_shard, "decode_inner", lambda data, layout: decoded.append(layout) or real(data, layout)
+    )
+    rows = np.diff(reader.read(range(len(reader))).row_offset)
+    sequence = int(np.flatnonzero((rows > 2) & (rows < 8))[0])
+    reader = StoreReader(many_chunks)
+    decoded.clear()
+    reader.read([sequence])
+    of_rows = [layout for layout in decoded if layout.axis in ("row", "head", "tail")]
+    assert len(of_rows) <= 2 * 10, "ten arrays, and at most two chunks of each"
+    assert min(layout.chunks for layout in of_rows) >= 5
+    decoded.clear()
+    reader.read([sequence])
+    assert decoded == []
+
+
+def test_the_cache_is_bounded(many_chunks):
+    reader = StoreReader(many_chunks, cache_bytes=2000)
+    for number in range(len(reader)):
+        reader.read([number])
+        assert reader._cache.size <= 2000
+    nothing = StoreReader(many_chunks, cache_bytes=0)
+    np.testing.assert_array_equal(nothing.read([1, 0]).tokens, reader.read([1, 0]).tokens)
+    assert nothing._cache.size == 0
+
+
+def test_what_is_returned_can_be_written_to(sealed):
+    """No view of the cache gets out."""
+    reader = StoreReader(sealed)
+    before = reader.read([0]).entropy.copy()
+    for name in ("tokens", "entropy", "has_row", "head_size", "document", "window_start", "count", "token_end_byte"):
+        values = getattr(reader.read([0]), name)
+        values[...] = 0
+    np.testing.assert_array_equal(reader.read([0]).entropy, before)
+    assert reader.read([0]).tokens.any()
+
+
+def test_damage_after_the_first_read_is_found(many_chunks):
+    """The file was checked, then replaced or changed in place."""
+    reader = StoreReader(many_chunks, cache_bytes=0)
+    reader.read(range(3))
+    (directory,) = (many_chunks / "shards").glob("000000-*")
+    for victim in (directory / "head_ids/c/0/0", directory / "entropy/c/0"):
+        good = victim.read_bytes()
+        victim.write_bytes(good[:-30] + bytes([good[-30] ^ 4]) + good[-29:])
+        with pytest.raises(CorruptionError):
+            reader.read(range(3))
+        victim.write_bytes(good)
+        reader.read(range(3))
+
+
+def test_importing_the_reader_is_cheap():
+    code = (
+        "import storage, sys; assert not {m for m in sys.modules if m.split('.')[0] in ('numpy', 'zarr', 'pyarrow')};"
+        "import storage.reader, storage.commit, storage.verify, storage.repair, storage.status, storage.permutation;"
+        "heavy = {'torch', 'transformers', 'datasets', 'click', 'pydantic', 'zarr', 'pyarrow'} & set(sys.modules);"
+        "assert not heavy, heavy; import storage.arrow;"
+        "assert not {'torch', 'transformers', 'datasets', 'click', 'pydantic'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT)

@@ -1,0 +1,129 @@
+"""What a batch must satisfy before it becomes a shard; every refusal names the document."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import storage_cases as cases
+
+from storage.errors import NumericsError
+from storage.validate import check_batch
+
+PLAN = cases.make_plan()
+SHARD = PLAN.shards()[0]
+
+
+def changed(name, index, value):
+    def change(batch):
+        values = getattr(batch, name).copy()
+        values[index] = value
+        return replace(batch, **{name: values})
+
+    return change
+
+
+def risen(batch):
+    logprob = batch.logprob.copy()
+    logprob[1] = logprob[0] + 0.5
+    return replace(batch, logprob=np.minimum(logprob, 0.0))
+
+
+def repeated(batch):
+    ids = batch.head_ids.copy()
+    ids[1] = ids[0]
+    return replace(batch, head_ids=ids)
+
+
+def sampled_in_head(batch):
+    ids = batch.tail_ids.copy()
+    ids[0] = batch.head_ids[0]
+    return replace(batch, tail_ids=ids)
+
+
+def reversed_documents(batch):
+    return replace(batch, document=batch.document[::-1].copy())
+
+
+NUMERICS = {
+    "logprob NaN": changed("logprob", 8, np.nan),
+    "logprob -inf": changed("logprob", 8, -np.inf),
+    "logprob positive": changed("logprob", 0, 0.5),
+    "entropy NaN": changed("entropy", 1, np.nan),
+    "entropy inf": changed("entropy", 1, np.inf),
+    "entropy negative": changed("entropy", 1, -0.1),
+    "tail_logit NaN": changed("tail_logit", 1, np.nan),
+    "logsumexp beyond float16": changed("logsumexp", 1, 7e4),
+    "next_logprob NaN": changed("next_logprob", 1, np.nan),
+}
+WRONG = {
+    "head rises": risen,
+    "id twice in the head": repeated,
+    "sample in the head": sampled_in_head,
+    "id outside": changed("head_ids", 0, cases.VOCAB),
+    "token outside": changed("tokens", 0, cases.VOCAB),
+    "tail id outside": changed("tail_ids", 0, 2**32 - 1),
+    "count too high": changed("count", 0, 9),
+    "count zero": changed("count", 0, 0),
+    "head too large": changed("head_size", 0, 99),
+    "document of another shard": changed("document", 0, 20),
+    "heldout document": changed("document", 0, next(n for n in range(24) if PLAN.heldout.holds_out(n))),
+    "documents out of order": reversed_documents,
+    "offset beyond": changed("token_offset", -1, 10**6),
+    "offset falls": changed("token_offset", 1, -1),
+    "row offset": changed("row_offset", 1, 0),
+    "short entropy": lambda batch: replace(batch, entropy=batch.entropy[:-1]),
+    "short end bytes": lambda batch: replace(batch, token_end_byte=batch.token_end_byte[:-1]),
+    "other draws": lambda batch: replace(batch, draws=5),
+    "negative window": changed("window_start", 0, -1),
+}
+
+
+def test_good_batches_pass():
+    for shard in PLAN.shards():
+        for ragged in (False, True):
+            check_batch(PLAN, shard, cases.make_batch(PLAN, shard, ragged=ragged))
+
+
+@pytest.mark.parametrize("name", NUMERICS)
+def test_numbers(name):
+    with pytest.raises(NumericsError, match=r"document \d+"):
+        check_batch(PLAN, SHARD, NUMERICS[name](cases.make_batch(PLAN, SHARD)))
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_structure(name):
+    with pytest.raises(ValueError):
+        check_batch(PLAN, SHARD, WRONG[name](cases.make_batch(PLAN, SHARD)))
+
+
+def test_a_row_at_the_last_token_of_a_sequence():
+    batch = cases.make_batch(PLAN, SHARD)
+    has_row = batch.has_row.copy()
+    first = int(np.flatnonzero(has_row)[0])
+    sequence = int(np.searchsorted(batch.token_offset, first, side="right"))
+    has_row[first], has_row[batch.token_offset[sequence] - 1] = False, True
+    with pytest.raises(ValueError, match="last token"):
+        check_batch(PLAN, SHARD, replace(batch, has_row=has_row))
+
+
+def test_the_message_names_document_window_and_row():
+    batch = cases.make_batch(PLAN, SHARD)
+    sequence = int(np.argmax(np.diff(batch.row_offset)))
+    row = int(batch.row_offset[sequence]) + 1
+    where = f"document {batch.document[sequence]}, window at {batch.window_start[sequence]}, row 1"
+    with pytest.raises(NumericsError, match=f"entropy is NaN: {where}"):
+        check_batch(PLAN, SHARD, changed("entropy", row, np.nan)(batch))
+
+
+def test_large_shards_are_compared_in_blocks(monkeypatch):
+    import storage.validate
+
+    monkeypatch.setattr(storage.validate, "_BLOCK_VALUES", 40)
+    check_batch(PLAN, SHARD, cases.make_batch(PLAN, SHARD))
+    batch = cases.make_batch(PLAN, SHARD)
+    ids = batch.head_ids.copy()
+    ids[-1] = ids[-2]
+    with pytest.raises(ValueError, match="twice"):
+        check_batch(PLAN, SHARD, replace(batch, head_ids=ids))
