@@ -1,0 +1,314 @@
+"""Phase 1: a teacher reads a corpus once, and a store of its sparse next-token distributions is left on disk.
+
+Data path: config -> plan -> [shard] -> documents -> sequences -> hidden states -> logits -> target rows -> commit.
+
+`extract` is a generator of small events, so that whoever runs it decides what to show. It must be exhausted.
+
+Axis legend: B sequences of a batch, T tokens of its longest one, D hidden width, N positions of a chunk, V real tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator
+from collections.abc import Sequence as Items
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.config.extract import ExtractConfig
+from pipeline.planning import BACKEND, PlannedExtraction, build_plan, bytes_per_row, rate_key
+from pipeline.rates import write_rate
+from stages.corpus.tokenize import Sequence, render
+from stages.targets import KINDS, TargetRows, assemble
+from stages.targets.positions import document_order, wanted_mask, wanted_positions
+from stages.teacher import BACKENDS, Teacher
+from stages.teacher.batching import pad
+from storage.commit import StoreWriter
+from storage.errors import OutOfSpaceError
+from storage.faults import fault_point
+from storage.plan import ShardSpec, Split
+from storage.rows import SequenceBatch
+
+CONTEXT_TOKENS = 48  # of the first event: what the teacher read before it names its candidates
+CANDIDATES = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """The plan is written. `missing` of `shards` shards are left to do, about `rows` rows."""
+
+    store: Path
+    shards: int
+    missing: int
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstRow:
+    """The teacher at work, once, before the first shard.
+
+    Attributes:
+        context: text that the teacher read.
+        following: the token that really follows it.
+        candidates: the five most probable next tokens, (text, probability) falling.
+        head_mass: probability that the head of k entries holds at this position.
+        bytes_per_row: estimate of what a stored row takes.
+        seconds: since the start of the extraction.
+    """
+
+    context: str
+    following: str
+    candidates: tuple[tuple[str, float], ...]
+    head_mass: float
+    bytes_per_row: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """A batch is done.
+
+    Attributes:
+        shard: index of the shard in work.
+        rows, rows_total: target rows done and to do in this run; the total is estimated from the survey's sample.
+        tokens_per_second: since the first batch of this run.
+        seconds_left: at that rate.
+    """
+
+    shard: int
+    rows: int
+    rows_total: int
+    tokens_per_second: float
+    seconds_left: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardDone:
+    """A shard is committed: what it holds, and how many of `shards` are committed now."""
+
+    shard: int
+    split: Split
+    committed: int
+    shards: int
+    sequences: int
+    tokens: int
+    rows: int
+    bytes: int
+    head_mass: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractSummary:
+    """The end of a run.
+
+    Attributes:
+        store: its directory.
+        digest: hash of the sealed store; None while shards are missing.
+        committed, shards: of the whole store.
+        new_shards, new_rows, new_tokens: of this run.
+        tokens_per_second: of this run, encoding and writing included; None without a new shard.
+        seconds: of this run, planning and loading included.
+    """
+
+    store: Path
+    digest: str | None
+    committed: int
+    shards: int
+    new_shards: int
+    new_rows: int
+    new_tokens: int
+    tokens_per_second: float | None
+    seconds: float
+
+
+Event = Started | FirstRow | Progress | ShardDone | ExtractSummary
+
+
+def extract(config: ExtractConfig, *, limit: int | None = None) -> Iterator[Event]:
+    """Extract every shard that is not committed yet, seal the store, and tell about it; the last event is the summary.
+
+    Args:
+        limit: stop after this many shards; the same call again goes on.
+
+    Raises:
+        UsageError: bad configuration, corpus or teacher.
+        IdentityError: the store there was made with another plan.
+        NumericsError: the teacher gives NaN or infinity; names document and position.
+        OutOfSpaceError, StorageUnavailableError: memory or disk; what is committed stays valid.
+    """
+    meter = _Meter()
+    planned = build_plan(config)
+    writer = StoreWriter.create(
+        config.store, planned.plan, remap=planned.remap, tokenizer_files=planned.tokenizer_files
+    )
+    shards, missing = len(planned.plan.shards()), writer.missing()
+    rows_total = expected_rows(planned, missing[:limit])
+    yield Started(store=config.store, shards=shards, missing=len(missing), rows=rows_total)
+    if missing:
+        teacher = load_teacher(planned)
+        yield from first_row(planned, teacher, missing, meter)
+        meter.begin_work(rows_total)
+    for shard in missing[:limit]:
+        began = time.perf_counter()
+        batch = yield from extract_shard(planned, teacher, shard, meter)
+        record = writer.commit(shard, batch)
+        meter.new_shards += 1
+        write_rate(rate_key(planned.survey), meter.tokens_per_second)
+        yield ShardDone(
+            shard=shard.index,
+            split=shard.split,
+            committed=len(writer.committed()),
+            shards=shards,
+            sequences=len(batch),
+            tokens=len(batch.tokens),
+            rows=batch.rows,
+            bytes=record.size,
+            head_mass=record.counts.head_mass,
+            seconds=time.perf_counter() - began,
+        )
+    yield ExtractSummary(
+        store=config.store,
+        digest=writer.seal(),
+        committed=len(writer.committed()),
+        shards=shards,
+        new_shards=meter.new_shards,
+        new_rows=meter.rows,
+        new_tokens=meter.tokens,
+        tokens_per_second=meter.tokens_per_second if meter.new_shards else None,
+        seconds=meter.seconds,
+    )
+
+
+def load_teacher(planned: PlannedExtraction) -> Teacher:
+    """Load the weights that the plan names. Errors: see the backend."""
+    found = planned.survey
+    return BACKENDS[BACKEND](
+        found.model,
+        vocab_size=found.vocab_size,
+        device=found.device,
+        dtype=found.dtype,
+        attention=str(planned.plan.teacher["attention"]),
+    )
+
+
+def extract_shard(
+    planned: PlannedExtraction, teacher: Teacher, shard: ShardSpec, meter: _Meter
+) -> Generator[Progress, None, SequenceBatch]:
+    """Compute everything that a shard holds; yields after each batch, returns the whole."""
+    found, plan = planned.survey, planned.plan
+    documents = found.corpus.documents(plan.documents_of(shard))
+    sequences = list(render(documents, found.tokenizer, found.rendering))
+    computed: list[int] = []
+    blocks = [TargetRows.empty(plan.target)]
+    for batch in planned.batching.batches(sequences):
+        fault_point("teacher-batch")
+        chosen = [sequences[index] for index in batch]
+        blocks += target_rows(planned, teacher, chosen)
+        computed += batch
+        meter.count(chosen)
+        yield meter.progress(shard)
+    rows = TargetRows.concatenate(blocks)
+    return assemble(sequences, rows.take(document_order(sequences, computed)), draws=plan.target.draws)
+
+
+@torch.inference_mode()
+def target_rows(planned: PlannedExtraction, teacher: Teacher, sequences: Items[Sequence]) -> list[TargetRows]:
+    """Return the rows of one batch of sequences, in their order, chunk by chunk."""
+    target, step = planned.plan.target, planned.batching.chunk_size
+    at = wanted_positions(sequences)
+    with _memory_advice():
+        hidden_BTD = teacher.hidden(pad(sequences, teacher.device))
+        hidden_ND = hidden_BTD[wanted_mask(sequences).to(hidden_BTD.device)]
+        return [
+            KINDS[target.kind](teacher.logits(hidden_ND[first : first + step]), at[first : first + step], target)
+            for first in range(0, len(at), step)
+        ]
+
+
+@torch.inference_mode()
+def first_row(
+    planned: PlannedExtraction, teacher: Teacher, shards: Items[ShardSpec], meter: _Meter
+) -> Iterator[FirstRow]:
+    """Show what the teacher makes of the first words to come: one short forward, nothing of it is stored."""
+    found, k = planned.survey, planned.plan.target.k
+    documents = (text for shard in shards for text in found.corpus.documents(planned.plan.documents_of(shard)))
+    sequence = next(render(documents, found.tokenizer, found.rendering), None)
+    if sequence is None:
+        return
+    length = min(CONTEXT_TOKENS, len(sequence) - 1)
+    ids_1T = torch.from_numpy(sequence.tokens[:length].astype(np.int64))[None].to(teacher.device)
+    prob_V = torch.softmax(teacher.logits(teacher.hidden(ids_1T)[0, -1:])[0], dim=-1)
+    top = prob_V.topk(min(CANDIDATES, len(prob_V)))
+    decode = found.tokenizer.decode
+    yield FirstRow(
+        context=str(decode(sequence.tokens[:length].tolist(), skip_special_tokens=True)),
+        following=str(decode([int(sequence.tokens[length])])),
+        candidates=tuple(
+            (str(decode([token])), prob) for token, prob in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        ),
+        head_mass=prob_V.topk(k).values.sum().item(),
+        bytes_per_row=bytes_per_row(planned.plan.target),
+        seconds=meter.seconds,
+    )
+
+
+def expected_rows(planned: PlannedExtraction, shards: Items[ShardSpec]) -> int:
+    """Estimate the rows of some shards from the survey's sample."""
+    sample = planned.survey.sample
+    documents = sum(len(planned.plan.documents_of(shard)) for shard in shards)
+    return round(documents * sample.rows / sample.documents)
+
+
+class _Meter:
+    """Counts and clock of one run."""
+
+    def __init__(self) -> None:
+        self.began = self.work_began = time.perf_counter()
+        self.rows = self.tokens = self.new_shards = self.rows_total = 0
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / (time.perf_counter() - self.work_began)
+
+    def begin_work(self, rows_total: int) -> None:
+        self.rows_total = rows_total
+        self.work_began = time.perf_counter()
+
+    def count(self, sequences: Items[Sequence]) -> None:
+        self.rows += sum(int(sequence.has_row.sum()) for sequence in sequences)
+        self.tokens += sum(len(sequence) for sequence in sequences)
+        self.rows_total = max(self.rows_total, self.rows)
+
+    def progress(self, shard: ShardSpec) -> Progress:
+        elapsed = time.perf_counter() - self.work_began
+        return Progress(
+            shard=shard.index,
+            rows=self.rows,
+            rows_total=self.rows_total,
+            tokens_per_second=self.tokens_per_second,
+            seconds_left=elapsed * (self.rows_total - self.rows) / max(self.rows, 1),
+        )
+
+
+@contextmanager
+def _memory_advice() -> Iterator[None]:
+    """Turn torch's out-of-memory errors into ours; on a CPU torch raises a plain RuntimeError."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
+            raise OutOfSpaceError(
+                "out of memory in the teacher's forward pass",
+                where="batch_size and chunk_size of the configuration",
+                fix="set batch_size: 1 or a smaller chunk_size (both are part of the plan: use a new store directory)",
+            ) from error
+        raise

@@ -1,0 +1,206 @@
+"""From a configuration to a plan, and to an estimate of what it will take, without loading a weight.
+
+Data path: configuration -> **survey -> plan** -> shards. The survey opens the corpus and the tokenizer and tokenises a
+fixed sample of documents; the plan adds the teacher's file hashes, the estimate a rate.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.config.extract import ExtractConfig
+from pipeline.rates import RateKey, read_rate
+from pipeline.survey import Survey, survey
+from stages.corpus.files import file_sha256
+from stages.corpus.tokenizer import tokenizer_files, tokenizer_identity
+from stages.devices import dtype_name
+from stages.teacher import teacher_identity
+from stages.teacher.batching import Batching, resolve_batching
+from storage.codecs import default_codecs
+from storage.plan import HeldoutRule, Json, Plan, TargetSpec
+from storage.remap import build_remap, remap_sha256
+
+BACKEND = "hf"
+ROWS_PER_SHARD = 20_000
+LIBRARIES = ("topk-distill", "torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy", "zarr", "pcodec")
+
+# Bytes per row, measured on real text with V = 49,152 (FORMAT.md): hybrid 12+4 takes 36.5, hybrid 32+8 takes 77.
+BYTES_PER_ROW = 8.5
+BYTES_PER_HEAD_ENTRY = 1.75
+BYTES_PER_DRAW = 1.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedExtraction:
+    """A plan, and what is needed to carry it out."""
+
+    plan: Plan
+    survey: Survey
+    batching: Batching
+    remap: NDArray[np.uint32]
+    tokenizer_files: dict[str, bytes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What an extraction will take.
+
+    Attributes:
+        documents: in the corpus.
+        heldout_documents: of those, how many are held out.
+        tokens, rows: teacher tokens and target rows, training and held-out; extrapolated unless `exact`.
+        exact: whether every document was tokenised for this estimate.
+        shards: units of work.
+        bytes_per_row, bytes: of the store, from measured sizes per entry.
+        tokens_per_second: rate used, None if unknown.
+        rate_source: `measured` by an earlier extraction with this teacher here, `given`, or None.
+        seconds: None if the rate is unknown.
+        teacher, device, dtype: what would run where.
+    """
+
+    documents: int
+    heldout_documents: int
+    tokens: int
+    rows: int
+    exact: bool
+    shards: int
+    bytes_per_row: float
+    bytes: int
+    tokens_per_second: float | None
+    rate_source: str | None
+    seconds: float | None
+    teacher: str
+    device: str
+    dtype: str
+
+
+def build_plan(config: ExtractConfig) -> PlannedExtraction:
+    """Return the plan of an extraction, and what carries it out. Reads the weight files to hash them, loads none.
+
+    Raises:
+        UsageError: as `survey`.
+    """
+    found = survey(config, weights=True)
+    teacher = teacher_identity(
+        found.model, found.model_config, backend=BACKEND, dtype=found.dtype, attention=config.teacher.attention
+    )
+    return _planned(config, found, teacher)
+
+
+def estimate(config: ExtractConfig, *, tokens_per_second: float | None = None) -> Estimate:
+    """Tell what an extraction will take. Loads and hashes no weights.
+
+    Args:
+        tokens_per_second: rate to assume; default: the one measured by the last extraction with this teacher here.
+
+    Raises:
+        UsageError: as `survey`.
+    """
+    found = survey(config)
+    plan = _planned(config, found, teacher={}).plan
+    rate = tokens_per_second if tokens_per_second is not None else read_rate(rate_key(found))
+    source = "given" if tokens_per_second is not None else "measured"
+    tokens, rows = found.scaled(found.sample.tokens), found.scaled(found.sample.rows)
+    per_row = bytes_per_row(plan.target)
+    return Estimate(
+        documents=plan.documents,
+        heldout_documents=sum(plan.heldout.holds_out(number) for number in range(plan.documents)),
+        tokens=tokens,
+        rows=rows,
+        exact=found.is_exact,
+        shards=len(plan.shards()),
+        bytes_per_row=per_row,
+        bytes=round(rows * per_row),
+        tokens_per_second=rate,
+        rate_source=None if rate is None else source,
+        seconds=None if rate is None else tokens / rate,
+        teacher=found.model.name,
+        device=str(found.device),
+        dtype=dtype_name(found.dtype),
+    )
+
+
+def bytes_per_row(target: TargetSpec) -> float:
+    """Estimate the bytes that a stored row takes, everything included."""
+    return BYTES_PER_ROW + BYTES_PER_HEAD_ENTRY * target.k + BYTES_PER_DRAW * target.draws
+
+
+def rate_key(found: Survey) -> RateKey:
+    """Name what a measured rate belongs to: architecture, dtype, device, threads, window."""
+    return RateKey(
+        model_config=file_sha256(found.model.directory / "config.json"),
+        dtype=dtype_name(found.dtype),
+        device=_device_name(found.device),
+        threads=torch.get_num_threads(),
+        window=found.rendering.window,
+    )
+
+
+def _planned(config: ExtractConfig, found: Survey, teacher: dict[str, Json]) -> PlannedExtraction:
+    files = tokenizer_files(found.model.directory)
+    batching = resolve_batching(
+        _number(config.batch_size), _number(config.chunk_size), vocab_size=found.vocab_size, device=found.device
+    )
+    target = TargetSpec(
+        kind=config.target.kind, k=config.target.k, draws=config.target.samples, seed=config.target.seed
+    )
+    remap = build_remap(found.sample.counts)
+    plan = Plan(
+        teacher=teacher,
+        tokenizer=tokenizer_identity(found.tokenizer, files, found.vocab_size),
+        vocab_size=found.vocab_size,
+        corpus=tuple(source.identity for source in found.corpus.sources),
+        documents=len(found.corpus),
+        rendering=found.rendering.to_plan(),
+        target=target,
+        heldout=HeldoutRule(fraction=config.heldout.fraction, seed=config.heldout.seed),
+        documents_per_shard=_documents_per_shard(config, found),
+        batching=batching.to_plan(),
+        codecs=default_codecs(target),
+        remap_sha256=remap_sha256(remap),
+        recorded=_recorded(found),
+    )
+    return PlannedExtraction(plan=plan, survey=found, batching=batching, remap=remap, tokenizer_files=files)
+
+
+def _documents_per_shard(config: ExtractConfig, found: Survey) -> int:
+    chosen = _number(config.documents_per_shard)
+    if chosen is not None:
+        return chosen
+    training_rows_per_document = found.sample.rows / found.sample.documents * (1.0 - config.heldout.fraction)
+    return max(1, round(ROWS_PER_SHARD / training_rows_per_document))
+
+
+def _number(value: int | str) -> int | None:
+    """Turn the configuration's `auto` into None."""
+    return value if isinstance(value, int) else None
+
+
+def _recorded(found: Survey) -> dict[str, Json]:
+    return {
+        "teacher": found.model.recorded(),
+        "corpus": [dict(source.recorded) for source in found.corpus.sources],
+        "device": _device_name(found.device),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "libraries": {name: _version(name) for name in LIBRARIES},
+    }
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {platform.machine()}"

@@ -1,0 +1,133 @@
+"""Source `jsonl`: one JSON object per line, the text in one field.
+
+Not read through `datasets`: its JSON loader infers a type per column and, where a later row differs, silently
+re-encodes every text of that column as a JSON string. Here one pass hashes the file, checks every line and notes
+where it begins, so that any range can be read without holding the corpus in memory (8 bytes per document).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.corpus.files import find_files
+from stages.corpus.source import SourceSpec
+from storage.errors import UsageError
+from storage.plan import Json
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonlFile:
+    """One checked file: per non-empty line, the byte where it begins and its number counted from 1, both int64 [D]."""
+
+    path: Path
+    sha256: str
+    begins: NDArray[np.int64]
+    line_numbers: NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonlFiles:
+    """Files in order, one document per non-empty line."""
+
+    files: tuple[JsonlFile, ...]
+    field: str
+
+    @property
+    def identity(self) -> Mapping[str, Json]:
+        """What makes the content; see `Source`."""
+        return {"kind": "jsonl", "field": self.field, "files": [file.sha256 for file in self.files]}
+
+    @property
+    def recorded(self) -> Mapping[str, Json]:
+        """What may differ for the same content; see `Source`."""
+        return {"paths": [str(file.path) for file in self.files]}
+
+    def __len__(self) -> int:
+        return sum(len(file.begins) for file in self.files)
+
+    def read(self, first: int, end: int) -> list[str]:
+        """Return the texts with first <= index < end."""
+        texts: list[str] = []
+        offset = 0
+        for file in self.files:
+            low, high = max(first - offset, 0), min(end - offset, len(file.begins))
+            offset += len(file.begins)
+            if low >= high:
+                continue
+            with file.path.open("rb") as stream:
+                for row in range(low, high):
+                    stream.seek(int(file.begins[row]))
+                    texts.append(_text_of(stream.readline(), self.field, f"{file.path}, line {file.line_numbers[row]}"))
+        return texts
+
+
+def open_jsonl(spec: SourceSpec) -> JsonlFiles:
+    """Open and check every line of the files that `spec.path` names.
+
+    Raises:
+        UsageError: no file, a line that is not a JSON object, a line without the field, or one whose field is not a
+            string. File and line are named, and the fields there are.
+    """
+    return JsonlFiles(files=tuple(_scan(path, spec.field) for path in find_files(spec.path or "")), field=spec.field)
+
+
+def _scan(path: Path, field: str) -> JsonlFile:
+    digest = hashlib.sha256()
+    begins, numbers = array("q"), array("q")
+    position = 0
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            digest.update(line)
+            if line.strip():
+                _text_of(line, field, f"{path}, line {number}")
+                begins.append(position)
+                numbers.append(number)
+            position += len(line)
+    return JsonlFile(
+        path=path,
+        sha256=digest.hexdigest(),
+        begins=np.array(begins, dtype=np.int64),
+        line_numbers=np.array(numbers, dtype=np.int64),
+    )
+
+
+def _text_of(line: bytes, field: str, where: str) -> str:
+    """Return the text of one line. Raises UsageError naming `where` if it has none."""
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UsageError(
+            f"broken JSON line: {error}", where=where, fix="repair or remove the line; each must be one JSON object"
+        ) from error
+    if not isinstance(row, dict):
+        raise UsageError(f"a line holds {type(row).__name__}, not an object", where=where, fix="write {...} per line")
+    if field not in row:
+        raise UsageError(
+            f"no field {field!r}; the fields are {', '.join(map(repr, row)) or 'none'}",
+            where=where,
+            fix="set corpus.field to the field that holds the text",
+        )
+    text = row[field]
+    if not isinstance(text, str):
+        found = "null" if text is None else type(text).__name__
+        raise UsageError(f"field {field!r} is {found}, not a string", where=where, fix="drop or repair the row")
+    return _without_surrogates(text, where)
+
+
+def _without_surrogates(text: str, where: str) -> str:
+    """JSON can spell half a surrogate pair, which is no character: refuse it here rather than in the tokenizer."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the text holds a lone surrogate at character {error.start}", where=where, fix="repair the row"
+        ) from error
+    return text

@@ -1,0 +1,103 @@
+"""What a corpus source is, and the corpus: its sources one after the other, numbered through.
+
+Data path: configuration -> **sources -> Document** -> Sequence -> teacher. A document's number is its index in the
+concatenated sources before any filter; it never changes, and draws, held-out rule and shards depend on it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol
+
+from storage.errors import UsageError
+from storage.plan import Json
+
+READ_AHEAD = 256  # documents per read of a source
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSpec:
+    """What a configuration says about one source; see `SourceConfig` for the meaning of each field."""
+
+    source: str
+    path: str | None = None
+    field: str = "text"
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One item of the corpus: its number and its text."""
+
+    number: int
+    text: str
+
+
+class Source(Protocol):
+    """Texts in a fixed order that can be read from any position.
+
+    Opening a source checks all of it: every text exists and is a string, so that nothing is found out hours later.
+    """
+
+    @property
+    def identity(self) -> Mapping[str, Json]:
+        """What makes the content: kind, field, and a sha256 per file or over the content. No paths."""
+        ...
+
+    @property
+    def recorded(self) -> Mapping[str, Json]:
+        """What may differ for the same content: paths, names, revisions."""
+        ...
+
+    def __len__(self) -> int:
+        """Return the number of documents."""
+        ...
+
+    def read(self, first: int, end: int) -> list[str]:
+        """Return the texts with first <= index < end."""
+        ...
+
+
+class Corpus:
+    """Sources in order.
+
+    Raises:
+        UsageError: there is no document in any of them.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = tuple(sources)
+        self._ends = list(accumulate(len(source) for source in self.sources))
+        if len(self) == 0:
+            named = "; ".join(str(dict(source.recorded) or source.identity["kind"]) for source in self.sources)
+            raise UsageError("the corpus is empty: no documents", where=named, fix="point corpus at files with text")
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def documents(self, numbers: Iterable[int]) -> Iterator[Document]:
+        """Yield the documents with these rising numbers, reading neighbours together."""
+        for source_index, wanted in self._runs(numbers):
+            first = self._ends[source_index] - len(self.sources[source_index])
+            texts = self.sources[source_index].read(wanted[0] - first, wanted[-1] + 1 - first)
+            for number in wanted:
+                yield Document(number=number, text=texts[number - wanted[0]])
+
+    def _runs(self, numbers: Iterable[int]) -> Iterator[tuple[int, list[int]]]:
+        """Split rising numbers into runs within one source that span at most READ_AHEAD documents."""
+        run: list[int] = []
+        owner = 0
+        for number in numbers:
+            source_index = bisect_right(self._ends, number)
+            if run and (source_index != owner or number - run[0] >= READ_AHEAD):
+                yield owner, run
+                run = []
+            owner = source_index
+            run.append(number)
+        if run:
+            yield owner, run

@@ -1,0 +1,64 @@
+"""Source `text`: one document per file, files sorted by path."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.corpus.files import find_files
+from stages.corpus.source import SourceSpec
+from storage.errors import UsageError
+from storage.plan import Json
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFiles:
+    """UTF-8 text files."""
+
+    files: tuple[Path, ...]
+    hashes: tuple[str, ...]
+
+    @property
+    def identity(self) -> Mapping[str, Json]:
+        """What makes the content; see `Source`."""
+        return {"kind": "text", "files": list(self.hashes)}
+
+    @property
+    def recorded(self) -> Mapping[str, Json]:
+        """What may differ for the same content; see `Source`."""
+        return {"paths": [str(path) for path in self.files]}
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, first: int, end: int) -> list[str]:
+        """Return the texts with first <= index < end."""
+        return [_decode(path, path.read_bytes()) for path in self.files[first:end]]
+
+
+def open_text(spec: SourceSpec) -> TextFiles:
+    """Open the files that `spec.path` names, and check that each is UTF-8.
+
+    Raises:
+        UsageError: no file, or one that is not UTF-8 (named, with the position).
+    """
+    files = find_files(spec.path or "")
+    hashes = []
+    for path in files:
+        data = path.read_bytes()
+        _decode(path, data)
+        hashes.append(hashlib.sha256(data).hexdigest())
+    return TextFiles(files=tuple(files), hashes=tuple(hashes))
+
+
+def _decode(path: Path, data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"not UTF-8 text: byte {data[error.start]:#04x} at position {error.start}",
+            where=str(path),
+            fix="convert the file to UTF-8, or narrow the pattern to text files",
+        ) from error

@@ -1,0 +1,96 @@
+"""The tokenizer: loaded from a model directory, described for the plan, compared with another one.
+
+A store's ids mean something only together with one token -> id map, so the plan holds a hash of that map. Roles of
+special tokens and the chat template are recorded and may differ: a base student may learn from an instruct teacher.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from storage.errors import UsageError
+from storage.plan import Json, canonical_json
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """Load the fast tokenizer of a model directory. Remote code is never run.
+
+    Raises:
+        UsageError: there is none, or only a slow one, which cannot tell where in the text a token ends.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise UsageError(
+            f"cannot load a tokenizer: {str(error).splitlines()[0] if str(error) else error!r}",
+            where=str(directory),
+            fix="a model directory needs tokenizer.json beside its weights",
+        ) from error
+    if not tokenizer.is_fast:
+        raise UsageError("only a slow tokenizer, without token offsets", where=str(directory), fix="add tokenizer.json")
+    return tokenizer
+
+
+def tokenizer_files(directory: Path) -> dict[str, bytes]:
+    """Return the content of each tokenizer file and chat template of a model directory, by name."""
+    return {name: (directory / name).read_bytes() for name in FILES if (directory / name).is_file()}
+
+
+def real_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the number of ids that the tokenizer can produce: its greatest id plus one."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str:
+    """Return sha256 (hex) of the canonical JSON of [[id, token], ...] in id order, ids below `vocab_size`."""
+    pairs = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index < vocab_size)
+    return hashlib.sha256(canonical_json(pairs)).hexdigest()
+
+
+def tokenizer_identity(
+    tokenizer: PreTrainedTokenizerBase, files: Mapping[str, bytes], vocab_size: int
+) -> dict[str, Json]:
+    """Return what the plan holds about a tokenizer: hash per file, hash of the token -> id map, special tokens."""
+    return {
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())},
+        "vocabulary_sha256": vocabulary_sha256(tokenizer, vocab_size),
+        "special_tokens": {
+            "bos": tokenizer.bos_token_id,
+            "eos": tokenizer.eos_token_id,
+            "pad": tokenizer.pad_token_id,
+        },
+    }
+
+
+def first_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
+    """Name the first id at which two token -> id maps differ, with both tokens; None if they are the same.
+
+    An id that only one of them knows is a difference too.
+    """
+    ours_by_id = {index: token for token, index in ours.get_vocab().items()}
+    theirs_by_id = {index: token for token, index in theirs.get_vocab().items()}
+    for index in sorted(ours_by_id.keys() | theirs_by_id.keys()):
+        if ours_by_id.get(index) != theirs_by_id.get(index):
+            first, second = _named(ours_by_id.get(index)), _named(theirs_by_id.get(index))
+            return f"id {index} is {first} in one and {second} in the other"
+    return None
+
+
+def _named(token: str | None) -> str:
+    return "no token" if token is None else repr(token)

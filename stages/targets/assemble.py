@@ -1,0 +1,81 @@
+"""Sequences and their rows, computed in any order, become the batch that a shard stores.
+
+Data path: target rows -> **SequenceBatch** -> StoreWriter. numpy only.
+
+Axis legend: N rows, K head entries, M draws, T tokens and S sequences of the batch, C distinct sampled ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from stages.corpus.tokenize import Sequence
+from stages.targets.rows import TargetRows
+from storage.rows import SequenceBatch
+
+
+def assemble(sequences: Items[Sequence], rows: TargetRows, *, draws: int) -> SequenceBatch:
+    """Join sequences with their rows, which come in the order of the sequences and of their positions.
+
+    Args:
+        draws: samples per row; 0 for kinds without.
+    """
+    rows_S = np.array([int(sequence.has_row.sum()) for sequence in sequences], dtype=np.int64)
+    assert int(rows_S.sum()) == len(rows), "one row per wanted position"
+    tail_ids_C, count_C, tail_size_N = merge_draws(rows.drawn, empty_N=np.isneginf(rows.tail_logit))
+    row_offset = _offsets(rows_S)
+    k = rows.head_ids.shape[1]
+    return SequenceBatch(
+        tokens=_joined([sequence.tokens for sequence in sequences], np.uint32),
+        token_offset=_offsets(np.array([len(sequence) for sequence in sequences], dtype=np.int64)),
+        row_offset=row_offset,
+        head_offset=row_offset * k,
+        tail_offset=_offsets(tail_size_N)[row_offset],
+        document=np.array([sequence.document for sequence in sequences], dtype=np.int64),
+        window_start=np.array([sequence.window_start for sequence in sequences], dtype=np.int64),
+        token_end_byte=_joined([sequence.token_end_byte for sequence in sequences], np.uint32),
+        has_row=_joined([sequence.has_row for sequence in sequences], np.bool_),
+        head_size=np.full(len(rows), k, dtype=np.int32),
+        tail_size=tail_size_N,
+        head_ids=rows.head_ids.reshape(-1),
+        logprob=rows.logprob.reshape(-1),
+        tail_ids=tail_ids_C,
+        count=count_C,
+        tail_logit=rows.tail_logit,
+        logsumexp=rows.logsumexp,
+        entropy=rows.entropy,
+        next_logprob=rows.next_logprob,
+        draws=draws,
+    )
+
+
+def merge_draws(
+    drawn_NM: NDArray[np.uint32], *, empty_N: NDArray[np.bool_]
+) -> tuple[NDArray[np.uint32], NDArray[np.uint16], NDArray[np.int32]]:
+    """Return distinct ids uint32 [C], how often each was drawn uint16 [C], and how many there are per row int32 [N].
+
+    Ids rise within a row of `drawn_NM`; rows marked empty get none.
+    """
+    rows, draws = drawn_NM.shape
+    first_NM = np.ones((rows, draws), dtype=np.bool_)
+    first_NM[:, 1:] = drawn_NM[:, 1:] != drawn_NM[:, :-1]
+    first_NM[empty_N] = False
+    # A run of equal ids ends where the next one of the row begins, or at the end of the row.
+    row_C, begin_C = np.nonzero(first_NM)
+    end_C = np.full(len(begin_C), draws, dtype=np.int64)
+    same_row_C = row_C[1:] == row_C[:-1]
+    end_C[:-1][same_row_C] = begin_C[1:][same_row_C]
+    count_C = (end_C - begin_C).astype(np.uint16)
+    return drawn_NM[first_NM], count_C, first_NM.sum(axis=1, dtype=np.int32)
+
+
+def _offsets(sizes: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+
+
+def _joined(parts: list[NDArray[Any]], dtype: DTypeLike) -> NDArray[Any]:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=dtype)

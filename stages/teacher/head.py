@@ -1,0 +1,106 @@
+"""The head: final hidden states to float32 logits, exactly as the model defines them.
+
+bfloat16 logits are useless to store (rounding moves probabilities by up to 11%), so the product, the bias, the scale
+and the softcap are computed in float32 whatever the dtype of the forward pass, and only over real tokens.
+
+Axis legend: N positions, D hidden width, V real tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from storage.errors import UsageError
+
+# Architectures whose configuration scales logits: prefix of model_type -> (field, divides instead of multiplies).
+SCALES: dict[str, tuple[str, bool]] = {
+    "cohere": ("logit_scale", False),
+    "granite": ("logits_scaling", True),
+    "hyperclovax": ("logits_scaling", False),
+    "falcon_h1": ("lm_head_multiplier", False),
+    "minicpm3": ("logits_scaling", True),
+    "muse": ("output_multiplier", False),
+}
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadRule:
+    """What happens to logits after the matrix product: z * scale, then softcap * tanh(z / softcap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> HeadRule:
+        """Read the rule from a model's configuration."""
+        text = config.get_text_config()
+        caps = [getattr(text, name, None) for name in SOFTCAPS]
+        softcap = next((float(cap) for cap in caps if cap), None)
+        for prefix, (field, divides) in SCALES.items():
+            if text.model_type.startswith(prefix):
+                value = getattr(text, field, None)
+                factor = 1.0 if value is None else float(value)
+                return cls(scale=1.0 / factor if divides else factor, softcap=softcap)
+        return cls(softcap=softcap)
+
+
+class Head:
+    """The output layer of a model, in float32 and cut to the real tokens.
+
+    Args:
+        layer: the model's output embedding.
+        rule: scale and softcap.
+        vocab_size: real tokens; head rows beyond them are padding.
+
+    Raises:
+        UsageError: the layer is not linear, or has fewer rows than there are tokens.
+    """
+
+    def __init__(self, layer: torch.nn.Module | None, rule: HeadRule, vocab_size: int) -> None:
+        if not isinstance(layer, torch.nn.Linear):
+            raise UsageError(f"the teacher's head is {type(layer).__name__}, not a linear layer", where="teacher.path")
+        rows = layer.weight.shape[0]
+        if rows < vocab_size:
+            raise UsageError(f"the teacher's head has {rows} rows for {vocab_size} tokens", where="teacher.path")
+        self.rule = rule
+        self.exact_in_bfloat16 = layer.weight.dtype == torch.bfloat16
+        self.weight_VD = layer.weight.detach()[:vocab_size].float()
+        self.bias_V = None if layer.bias is None else layer.bias.detach()[:vocab_size].float()
+
+    def __call__(self, hidden_ND: Tensor) -> Tensor:
+        """Return logits_NV, float32."""
+        low = self.exact_in_bfloat16 and hidden_ND.dtype == torch.bfloat16
+        with _bfloat16_products(allowed=low and hidden_ND.device.type == "cpu"):
+            logits_NV = torch.mm(hidden_ND.float(), self.weight_VD.T)
+        if self.bias_V is not None:
+            logits_NV += self.bias_V
+        if self.rule.scale != 1.0:
+            logits_NV *= self.rule.scale
+        if self.rule.softcap is not None:
+            logits_NV.div_(self.rule.softcap).tanh_().mul_(self.rule.softcap)
+        return logits_NV
+
+
+@contextmanager
+def _bfloat16_products(*, allowed: bool) -> Iterator[None]:
+    """Let oneDNN multiply float32 matrices through bfloat16, summing in float32; only where both hold bfloat16 values.
+
+    Products of bfloat16 numbers are exact in float32, so nothing is lost; measured 2.3 times the default CPU product.
+    """
+    if not allowed:
+        yield
+        return
+    backend = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = backend.fp32_precision
+    backend.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before

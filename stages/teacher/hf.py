@@ -1,0 +1,93 @@
+"""Backend `hf`: a Hugging Face causal language model, the reference every other backend is compared with.
+
+Data path: Sequence batch -> **hidden states -> logits** -> target rows.
+
+Axis legend: B sequences, T tokens, D hidden width, N positions, V real tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from stages.teacher.files import ModelDirectory
+from stages.teacher.head import Head, HeadRule
+from stages.teacher.quiet import quiet
+from storage.errors import OutOfSpaceError, UsageError
+
+PROBE_TOKENS = 8
+
+
+class HFTeacher:
+    """A loaded model that turns token ids into logits.
+
+    Sequences are padded on the right and no attention mask is given: in a causal model no position sees what comes
+    after it, so padding changes nothing, and an explicit mask of ones would only select slower attention kernels.
+    """
+
+    def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
+        self.model = model
+        self.device = model.device
+        layer = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self.head = Head(layer, HeadRule.of(model.config), vocab_size)
+
+    @classmethod
+    def load(
+        cls, files: ModelDirectory, *, vocab_size: int, device: torch.device, dtype: torch.dtype, attention: str
+    ) -> HFTeacher:
+        """Load safetensors weights and check on a few tokens that hidden states and head give the model's own logits.
+
+        Raises:
+            UsageError: not a causal language model, or one whose head does something this backend does not know.
+            OutOfSpaceError: it does not fit into memory.
+        """
+        where = str(files.directory)
+        try:
+            with quiet():
+                model: Any = AutoModelForCausalLM.from_pretrained(
+                    files.directory,
+                    dtype=dtype,
+                    attn_implementation=attention,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    local_files_only=True,
+                )
+            teacher = cls(model.to(device).eval().requires_grad_(False), vocab_size)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            what = "the teacher does not fit into memory"
+            raise OutOfSpaceError(what, where=where, fix="use a larger device, or dtype: bfloat16") from error
+        except (OSError, ValueError, ImportError, AttributeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UsageError(f"cannot load the teacher: {reason}", where=where) from error
+        teacher._check_head(where)
+        return teacher
+
+    def hidden(self, ids_BT: Tensor) -> Tensor:
+        """Return the final hidden states hidden_BTD, after the final norm, in the dtype of the forward pass."""
+        output = self.model.base_model(input_ids=ids_BT, use_cache=False)
+        hidden_BTD: Tensor = output.last_hidden_state
+        return hidden_BTD
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Return logits_NV, float32, over real tokens."""
+        return self.head(hidden_ND)
+
+    @torch.inference_mode()
+    def _check_head(self, where: str) -> None:
+        """Compare with the model's own logits, within what a bfloat16 product may differ by."""
+        vocab_size = self.head.weight_VD.shape[0]
+        ids_BT = torch.arange(min(PROBE_TOKENS, vocab_size), device=self.device)[None]
+        expected_NV = self.model(input_ids=ids_BT, use_cache=False).logits[0, :, :vocab_size].float()
+        found_NV = self.logits(self.hidden(ids_BT)[0])
+        error = (found_NV - expected_NV).abs().max().item()
+        allowed = 0.02 * expected_NV.abs().max().item() + 1e-3
+        if not error <= allowed:
+            raise UsageError(
+                f"{type(self.model).__name__} treats its logits in a way that backend hf does not know: "
+                f"they differ by {error:.3g}, allowed {allowed:.3g}",
+                where=where,
+                fix="report the architecture; stages/teacher/head.py lists the ones that scale their logits",
+            )
