@@ -1,0 +1,202 @@
+"""The row kernel for a teacher over the whole vocabulary, given as logits or as hidden states plus its head.
+
+Every outcome is a vocabulary entry, so a divergence is a handful of elementwise operations. They run over a few rows
+at a time: in float32, whatever the precision of the logits, on temporaries that stay in cache.
+
+Shape suffixes: C rows of the chunk, R rows of a block, V local vocabulary, N rows of the batch, D hidden width.
+"""
+
+# ruff: noqa: N815  (fields that are tensors carry shape suffixes)
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from stages.losses.chunk import LogitChunk, log_softmax_, ratio, row_dtype, scale_logits_, softmax_
+from stages.losses.divergences import Divergence
+from stages.losses.head import OutputHead
+from stages.losses.kernel import Mix, RowValues
+from stages.losses.rows import LogitRows
+from stages.losses.vocab import VocabShard, local_part, replicated, vocab_group
+
+# Elements of one float32 block: 1 MiB, half of a core's second-level cache on the CPUs measured.
+_BLOCK_ELEMENTS = 1 << 18
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TeacherHead:
+    """A dense teacher by its last hidden states and output head: its logits only ever exist one chunk at a time.
+
+    Attributes:
+        hidden_ND: [N, D_teacher] last hidden states, without gradient.
+        weight_VD: [V, D_teacher] output head; under tensor parallelism the local shard or a DTensor.
+        bias_V: [V] bias of the head.
+        softcap: the teacher's own cap on logits.
+        logit_multiplier: the teacher's own factor on logits, before the cap.
+    """
+
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    softcap: float | None = None
+    logit_multiplier: float = 1.0
+
+    def local(self, shard: VocabShard, columns: int) -> TeacherHead:
+        """The part of the head whose tokens the student holds here, and whole hidden states."""
+        weight_VD, bias_V = local_part(self.weight_VD.detach()), self.bias_V
+        if vocab_group(self.weight_VD, 0) is None:
+            weight_VD = shard.slice_of(weight_VD.t(), columns, "the teacher's head").t()
+        if bias_V is not None:
+            bias_V = local_part(bias_V.detach())
+            bias_V = bias_V if len(bias_V) == len(weight_VD) else shard.slice_of(bias_V, columns, "the teacher's bias")
+        return replace(self, hidden_ND=replicated(self.hidden_ND.detach()), weight_VD=weight_VD, bias_V=bias_V)
+
+    def head(self, columns: int, dtype: torch.dtype) -> OutputHead:
+        """The first `columns` tokens of the head, in that precision."""
+        return OutputHead.of(
+            self.weight_VD.detach(),
+            None if self.bias_V is None else self.bias_V.detach(),
+            columns=columns,
+            dtype=dtype,
+            softcap=self.softcap,
+            multiplier=self.logit_multiplier,
+        )
+
+
+class TeacherLogits(Protocol):
+    """Teacher logits by the chunk."""
+
+    @property
+    def buffers(self) -> int:
+        """Buffers of vocabulary width that it holds itself."""
+
+    def __call__(self, span: slice) -> Tensor:
+        """Logits [C, V] of those rows, local real columns; read only."""
+
+
+class GivenLogits:
+    """Teacher logits that exist already."""
+
+    buffers = 0
+
+    def __init__(self, rows: LogitRows) -> None:
+        self.rows = rows
+
+    def __call__(self, span: slice) -> Tensor:
+        """A view where rows are contiguous."""
+        return self.rows.read(span)
+
+
+class ProjectedLogits:
+    """Teacher logits made from hidden states, one chunk at a time."""
+
+    buffers = 1
+
+    def __init__(self, teacher: TeacherHead, keep_N: Tensor | None, columns: int) -> None:
+        self.hidden_ND, self.keep_N = teacher.hidden_ND.detach(), keep_N
+        self.head = teacher.head(columns, self.hidden_ND.dtype)
+        self._buffer_CV: Tensor | None = None
+
+    def __call__(self, span: slice) -> Tensor:
+        """Valid until the next call: chunks share one buffer."""
+        hidden_CD = self.hidden_ND[span if self.keep_N is None else self.keep_N[span]]
+        if self._buffer_CV is None or len(self._buffer_CV) < len(hidden_CD):
+            self._buffer_CV = hidden_CD.new_empty(len(hidden_CD), len(self.head.weight_VD))
+        logits_CV = self._buffer_CV[: len(hidden_CD)]
+        self.head.fill(hidden_CD, logits_CV)
+        return logits_CV
+
+
+class DenseRows:
+    """KD against full-vocabulary teacher logits plus cross-entropy."""
+
+    def __init__(
+        self, teacher: TeacherLogits, teacher_scale: float, labels_N: Tensor, divergence: Divergence, mix: Mix
+    ) -> None:
+        self.teacher, self.teacher_scale, self.labels_N = teacher, teacher_scale, labels_N
+        self.divergence, self.mix = divergence, mix
+
+    @property
+    def buffers(self) -> int:
+        """The student's chunk, and the teacher's where it is made here."""
+        return 1 + self.teacher.buffers
+
+    def __call__(self, chunk: LogitChunk, span: slice, *, gradient: bool) -> RowValues:
+        """Row losses; see RowKernel."""
+        teacher_CV, labels_C = self.teacher(span), self.labels_N[span]
+        step = len(labels_C)
+        if chunk.shard.group is None and chunk.logits_CV.device.type == "cpu":
+            step = max(1, _BLOCK_ELEMENTS // max(1, chunk.shard.size))
+        blocks = []
+        for start in range(0, len(labels_C), step):
+            block = slice(start, start + step)
+            log_q_RV = chunk.logits_CV[block].to(chunk.block_dtype, copy=True)
+            log_p_RV = teacher_CV[block].to(chunk.block_dtype, copy=True)
+            values, gradient_RV = self._block(log_q_RV, log_p_RV, labels_C[block], chunk.shard)
+            blocks.append(values)
+            if gradient:
+                chunk.logits_CV[block] = gradient_RV
+        return RowValues(torch.cat([values.kd_C for values in blocks]), torch.cat([values.ce_C for values in blocks]))
+
+    def _block(
+        self, log_q_RV: Tensor, log_p_RV: Tensor, labels_R: Tensor, shard: VocabShard
+    ) -> tuple[RowValues, Tensor]:
+        """Losses of a few rows and their gradient, from both sides' logits, which are used up."""
+        mix = self.mix
+        label_R1, here_R1 = shard.local(labels_R.unsqueeze(-1))
+        label_logit_R = torch.zeros(len(labels_R), dtype=row_dtype(labels_R.device), device=labels_R.device)
+        if shard.size:
+            label_logit_R += log_q_RV.gather(-1, label_R1).masked_fill_(~here_R1, 0.0).squeeze(-1)
+        label_logit_R = shard.sum(label_logit_R)
+        plain_RV = log_q_RV.clone() if mix.ce and mix.logit_scale != 1.0 else None
+        ce_R = torch.zeros_like(label_logit_R)
+        if mix.logit_scale != 1.0:
+            scale_logits_(log_q_RV, mix.logit_scale, shard)
+        lse_R = log_softmax_(log_q_RV, shard)
+        if self.teacher_scale != 1.0:
+            scale_logits_(log_p_RV, self.teacher_scale, shard)
+        log_softmax_(log_p_RV, shard)
+        q_RV = log_q_RV.exp()
+        d_RV, h_RV = self.divergence.terms(log_p_RV, log_q_RV, log_p_RV.exp(), q_RV)
+        kd_R = shard.sum(d_RV.sum(-1))
+        gradient_RV = _through_softmax(h_RV, q_RV, self.divergence, shard).mul_(mix.kd_gradient)
+        if plain_RV is not None:
+            local_R = softmax_(plain_RV)
+            lse_R = shard.logsumexp(local_R)
+            gradient_RV.addcmul_(
+                plain_RV, ratio(local_R, lse_R).unsqueeze(-1).to(plain_RV.dtype), value=mix.ce_gradient
+            )
+        elif mix.ce:
+            gradient_RV.add_(q_RV, alpha=mix.ce_gradient)
+        if mix.ce and shard.size:
+            gradient_RV.scatter_add_(-1, label_R1, -mix.ce_gradient * here_R1.to(gradient_RV.dtype))
+        if mix.ce or mix.logit_scale == 1.0:
+            ce_R = lse_R - label_logit_R
+        # a divergence cannot be negative: what is below is rounding
+        return RowValues(kd_R.clamp_min(0.0) * mix.value_scale, ce_R), gradient_RV
+
+
+def _through_softmax(h_RV: Tensor, q_RV: Tensor, divergence: Divergence, shard: VocabShard) -> Tensor:
+    """dD/du = h - q * sum h, in place on h.
+
+    Where one outcome m has nearly all of the student's mass, h_m and q_m * sum h agree in all their digits. Any
+    constant times q may be added to h, so h_m is made zero first: the sum then runs over the other outcomes, and the
+    gradient of m is what they leave.
+    """
+    if divergence.linear:  # h = -p, and its sum is -1
+        return h_RV.add_(q_RV)
+    if shard.group is not None:
+        return h_RV.addcmul_(q_RV, shard.sum(h_RV.sum(-1)).unsqueeze(-1), value=-1.0)
+    top_R1 = q_RV.argmax(-1, keepdim=True)
+    top_q_R1 = q_RV.gather(-1, top_R1)
+    level_R1 = h_RV.gather(-1, top_R1) / top_q_R1
+    h_RV.scatter_(-1, top_R1, 0.0)
+    q_RV.scatter_(-1, top_R1, 0.0)
+    pull_R1 = h_RV.sum(-1, keepdim=True) - level_R1 * q_RV.sum(-1, keepdim=True)
+    h_RV.addcmul_(q_RV, level_R1 + pull_R1, value=-1.0)
+    q_RV.scatter_(-1, top_R1, top_q_R1)
+    return h_RV.scatter_(-1, top_R1, -top_q_R1 * pull_R1)

@@ -1,0 +1,237 @@
+"""The divergences: pure elementwise functions, one table.
+
+Every divergence here is a sum over outcomes b, D = sum_b d(P_b, Q_b). The outcomes are the whole vocabulary (dense
+targets) or the head entries and one bucket for the rest (sparse targets). A divergence gives d and h = Q * dd/dQ, up to
+a constant times Q; the gradient for a logit v of outcome b is then
+
+    dD/du_v = q(v | b) * (h_b - Q_b * sum_b h_b),
+
+which stays finite where Q_b underflows although dd/dQ does not. This is the chain rule through softmax: a constant
+times Q in h changes nothing, because the Q_b sum to one. It is chosen such that h vanishes with P: where student and
+teacher are far apart, most outcomes then add nothing, instead of terms that cancel.
+
+To add one: write a frozen dataclass below and one line in DIVERGENCES.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+# exp(-80) is below the resolution of float32 beside any mass that it could be added to, so a log-ratio beyond +-80
+# only ever multiplies a zero; without the bound expm1 overflows.
+_LOG_RATIO_BOUND = 80.0
+# Two float32 probabilities that come from equal logits differ by less than this, relatively.
+_ROUNDING = 2.0**-18
+
+
+class Divergence(ABC):
+    """D(P, Q) between teacher P and student Q.
+
+    Attributes:
+        linear: whether D is linear in P up to the teacher's entropy, so that an unbiased estimate of P gives an
+            unbiased D.
+    """
+
+    linear: ClassVar[bool] = False
+
+    @abstractmethod
+    def terms(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """d and h per outcome, each of the inputs' shape.
+
+        Args:
+            log_p: teacher log-probabilities; -inf where p is 0.
+            log_q: student log-probabilities.
+            p: exp(log_p).
+            q: exp(log_q).
+
+        An outcome without mass on either side gives zero. NaN in an input gives NaN.
+        """
+
+
+@dataclass(frozen=True)
+class ForwardKL(Divergence):
+    """KL(P, Q) = sum P log(P / Q). Hinton et al. 2015."""
+
+    linear: ClassVar[bool] = True
+
+    def terms(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """d = P log(P/Q), h = -P."""
+        return (log_p - log_q).mul_(p).masked_fill_(p == 0, 0.0), -p
+
+
+@dataclass(frozen=True)
+class ReverseKL(Divergence):
+    """KL(Q, P) = sum Q log(Q / P). Gu et al. 2023 (MiniLLM). Infinite where the student has mass and P is 0."""
+
+    def terms(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """d = h = Q log(Q/P)."""
+        d = (log_q - log_p).mul_(q).masked_fill_(q == 0, 0.0)
+        return d, d
+
+
+@dataclass(frozen=True)
+class JSD(Divergence):
+    """beta KL(P, M) + (1 - beta) KL(Q, M) with M = beta P + (1 - beta) Q. Agarwal et al. 2023 (GKD).
+
+    Attributes:
+        beta: weight of the teacher, 0 < beta < 1.
+    """
+
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.beta < 1.0:
+            raise ValueError(
+                f"jsd: beta is {self.beta}, allowed is 0 < beta < 1; its limits are forward_kl (0) and reverse_kl (1)"
+            )
+
+    def terms(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """d = beta P log(P/M) + (1 - beta) Q log(Q/M), h = (1 - beta) Q log((1 - beta) Q/M)."""
+        ratio, empty = _bounded_log_ratio(log_p, log_q, p, q)
+        h = torch.log1p(torch.exp(ratio) * (self.beta / (1.0 - self.beta))).mul_(q).mul_(self.beta - 1.0)
+        student = torch.log1p(torch.expm1(ratio).mul_(self.beta)).mul_(q).mul_(self.beta - 1.0)
+        teacher = torch.log1p(torch.expm1(-ratio).mul_(1.0 - self.beta)).mul_(p).mul_(-self.beta)
+        return teacher.add_(student).masked_fill_(empty, 0.0), h.masked_fill_(empty, 0.0)
+
+
+@dataclass(frozen=True)
+class SkewForwardKL(Divergence):
+    """KL(P, S) with S = alpha P + (1 - alpha) Q. Ko et al. 2024 (DistiLLM).
+
+    Attributes:
+        alpha: share of the teacher in S, 0 <= alpha < 1.
+    """
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_skew("skew_forward_kl", self.alpha)
+
+    def terms(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """d = P log(P/S), h = -(1 - alpha) P Q/S."""
+        if self.alpha == 0.0:
+            return ForwardKL().terms(log_p, log_q, p, q)
+        ratio, empty = _bounded_log_ratio(log_p, log_q, p, q)
+        d = -torch.log1p((1.0 - self.alpha) * torch.expm1(-ratio)) * p
+        h = p * ((self.alpha - 1.0) / (1.0 + self.alpha * torch.expm1(ratio)))
+        return d.masked_fill_(empty, 0.0), h.masked_fill_(empty, 0.0)
+
+
+@dataclass(frozen=True)
+class SkewReverseKL(Divergence):
+    """KL(Q, S) with S = (1 - alpha) P + alpha Q. Ko et al. 2024 (DistiLLM).
+
+    Attributes:
+        alpha: share of the student in S, 0 <= alpha < 1.
+    """
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_skew("skew_reverse_kl", self.alpha)
+
+    def terms(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """d = Q log(Q/S), h = Q (log(alpha Q/S) + 1 - alpha Q/S)."""
+        if self.alpha == 0.0:
+            return ReverseKL().terms(log_p, log_q, p, q)
+        ratio, empty = _bounded_log_ratio(log_p, log_q, p, q)
+        d = torch.log1p(torch.expm1(ratio).mul_(1.0 - self.alpha)).mul_(q).neg_()
+        x = torch.exp(ratio).mul_((1.0 - self.alpha) / self.alpha)  # S / (alpha Q) - 1
+        # x / (1 + x) - log(1 + x), whose terms agree to all their digits for small x: its series there
+        series = x * x * (x * (2 / 3 + x * (-3 / 4 + x * (4 / 5 - x * (5 / 6)))) - 0.5)
+        h = torch.where(x < 0.01, series, x / (1.0 + x) - torch.log1p(x)).mul_(q)
+        return d.masked_fill_(empty, 0.0), h.masked_fill_(empty, 0.0)
+
+
+@dataclass(frozen=True)
+class Mixed(Divergence):
+    """weight KL(P, Q) + (1 - weight) KL(Q, P).
+
+    Attributes:
+        weight: share of the forward KL, 0 <= weight <= 1.
+    """
+
+    weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.weight <= 1.0:
+            raise ValueError(f"mixed: weight is {self.weight}, allowed is 0 <= weight <= 1")
+
+    def terms(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """The weighted terms of both."""
+        if self.weight in (0.0, 1.0):  # a weight of 0 must not meet an infinite term
+            return (ForwardKL() if self.weight else ReverseKL()).terms(log_p, log_q, p, q)
+        forward_d, forward_h = ForwardKL().terms(log_p, log_q, p, q)
+        reverse_d, reverse_h = ReverseKL().terms(log_p, log_q, p, q)
+        return torch.lerp(reverse_d, forward_d, self.weight), torch.lerp(reverse_h, forward_h, self.weight)
+
+
+@dataclass(frozen=True)
+class TotalVariation(Divergence):
+    """Half the sum of |P - Q|. One minus it is the acceptance rate of speculative decoding (Leviathan et al. 2023)."""
+
+    def terms(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """d = |P - Q| / 2, h = Q (sign(Q - P) - 1) / 2, where a difference within rounding has no sign."""
+        difference = q - p
+        sign = difference.sign().masked_fill_(difference.abs() <= _ROUNDING * (p + q), 0.0)
+        return difference.abs_().mul_(0.5), sign.sub_(1.0).mul_(q).mul_(0.5)
+
+
+DIVERGENCES: dict[str, type[Divergence]] = {
+    "forward_kl": ForwardKL,
+    "reverse_kl": ReverseKL,
+    "backward_kl": ReverseKL,
+    "jsd": JSD,
+    "skew_forward_kl": SkewForwardKL,
+    "skew_reverse_kl": SkewReverseKL,
+    "mixed": Mixed,
+    "tvd": TotalVariation,
+}
+
+
+def make_divergence(divergence: str | Divergence) -> Divergence:
+    """The divergence of that name, with its parameter if one is written behind it: "jsd", "jsd(0.9)".
+
+    The parameter is beta of `jsd`, alpha of the skewed KLs, weight of `mixed`. A ready object is returned as it is.
+
+    Raises:
+        ValueError: unknown name, a value that is no number or out of range, or one where none is taken.
+    """
+    if isinstance(divergence, Divergence):
+        return divergence
+    parts = re.fullmatch(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*", divergence)
+    name = parts[1] if parts else divergence
+    if name not in DIVERGENCES:
+        near = difflib.get_close_matches(name, DIVERGENCES, n=1)
+        raise ValueError(
+            f"divergence {divergence!r} is unknown{f', did you mean {near[0]!r}?' if near else ''}; "
+            f"known are {', '.join(DIVERGENCES)}"
+        )
+    kind = DIVERGENCES[name]
+    if parts is None or parts[2] is None:
+        return kind()
+    parameters = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # the table holds dataclasses only
+    if not parameters:
+        raise ValueError(f"divergence {divergence!r}: {name} takes no parameter")
+    try:
+        value = float(parts[2])
+    except ValueError:
+        raise ValueError(f"divergence {divergence!r}: {parameters[0]} must be a number, found {parts[2]!r}") from None
+    return kind(**{parameters[0]: value})
+
+
+def _check_skew(name: str, alpha: float) -> None:
+    if not 0.0 <= alpha < 1.0:
+        raise ValueError(f"{name}: alpha is {alpha}, allowed is 0 <= alpha < 1")
+
+
+def _bounded_log_ratio(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """log(P/Q) within bounds, and the mask of outcomes without mass on either side, where it is undefined."""
+    return (log_p - log_q).clamp_(-_LOG_RATIO_BOUND, _LOG_RATIO_BOUND), (p == 0) & (q == 0)

@@ -1,0 +1,66 @@
+"""A model's output head: hidden states to logits, with the factor and the cap that some models put on them.
+
+Shape suffixes: C rows of a chunk, D hidden width, V local vocabulary.
+"""
+
+# ruff: noqa: N815  (fields that are tensors carry shape suffixes)
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OutputHead:
+    """logits = softcap * tanh(multiplier * (hidden weight^T + bias) / softcap), or without the cap.
+
+    Attributes:
+        weight_VD: [V, D] local real tokens, in the precision of the products.
+        bias_V: [V].
+        multiplier: the model's own factor on logits.
+        softcap: the model's own cap (Gemma 2).
+    """
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    multiplier: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        *,
+        columns: int,
+        dtype: torch.dtype,
+        multiplier: float,
+        softcap: float | None,
+    ) -> OutputHead:
+        """The first `columns` tokens, cast once."""
+        return cls(
+            weight_VD=weight_VD[:columns].to(dtype),
+            bias_V=None if bias_V is None else bias_V[:columns].to(dtype),
+            multiplier=multiplier,
+            softcap=softcap,
+        )
+
+    def fill(self, hidden_CD: Tensor, logits_CV: Tensor) -> None:
+        """Writes the logits of hidden_CD."""
+        if self.bias_V is None:
+            torch.mm(hidden_CD, self.weight_VD.t(), out=logits_CV)
+        else:
+            torch.addmm(self.bias_V, hidden_CD, self.weight_VD.t(), out=logits_CV)
+        if self.softcap is not None:
+            logits_CV.mul_(self.multiplier / self.softcap).tanh_().mul_(self.softcap)
+        elif self.multiplier != 1.0:
+            logits_CV.mul_(self.multiplier)
+
+    def slope(self, logits_CV: Tensor) -> Tensor | None:
+        """d logits / d (logits before the cap) [C, V], None where there is no cap; take it before they change."""
+        if self.softcap is None:
+            return None
+        return (logits_CV / self.softcap).square_().neg_().add_(1.0)

@@ -1,0 +1,113 @@
+"""KDLoss: a divergence between student logits that exist already and a teacher.
+
+A superset of the KDLoss of NeMo-AutoModel and OpenRLHF: their fields come first, with the same names and defaults.
+
+Shape suffixes: V vocabulary; a leading star is any shape.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from stages.losses.divergences import Divergence, make_divergence
+from stages.losses.job import eager
+from stages.losses.logits import LogitSettings, logit_loss
+from stages.losses.objective import Objective
+from stages.losses.targets import SparseTargets
+
+
+class KDLoss(nn.Module):
+    """Divergence between teacher and student over valid rows.
+
+    Args:
+        ignore_index: rows with this label take no part.
+        temperature: T of both distributions; value and gradient are multiplied by T^2 (Hinton et al. 2015).
+        fp32_upcast: compute in float32; False keeps chunks in the logits' precision (row sums are float32 anyway).
+        tp_group: processes over which plain logits are sharded by vocabulary; a DTensor says so itself.
+        chunk_size: rows computed at once; 0 chooses about 16 MiB. Whatever it is, nothing of size [tokens, vocab] is
+            kept beside the logits' own gradient.
+        divergence: a name of DIVERGENCES, with its parameter if wanted ("jsd(0.9)"), or a Divergence.
+        tail: a key of TAIL_POLICIES, for sparse rows; None takes `sampled` for the forward KL at T=1 on rows with
+            samples, else `bucket`.
+        logits_scale: factor on the student's logits; larger is sharper.
+        target_logits_scale: factor on the teacher's logits.
+        vocab_size: real tokens; columns beyond are padding on both sides.
+        check: raise FloatingPointError for a row whose loss is not finite (one synchronisation per chunk).
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        fp32_upcast: bool = True,
+        tp_group: dist.ProcessGroup | None = None,
+        chunk_size: int = 0,
+        *,
+        divergence: str | Divergence = "forward_kl",
+        tail: str | None = None,
+        logits_scale: float = 1.0,
+        target_logits_scale: float = 1.0,
+        vocab_size: int | None = None,
+        check: bool = False,
+    ) -> None:
+        super().__init__()
+        if chunk_size < 0:
+            raise ValueError(f"chunk_size is {chunk_size}, expected a number of rows, or 0 to choose one")
+        self.objective = Objective(
+            divergence=make_divergence(divergence),
+            tail=tail,
+            temperature=temperature,
+            logits_scale=logits_scale,
+            target_logits_scale=target_logits_scale,
+        )
+        self.ignore_index, self.fp32_upcast, self.tp_group = ignore_index, fp32_upcast, tp_group
+        self.chunk_size, self.vocab_size, self.check = chunk_size, vocab_size, check
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | SparseTargets,
+        labels: Tensor,
+        num_batch_labels: float | Tensor | None = None,
+    ) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            student_logits: [*, V]; under tensor parallelism [*, V/tp] or a DTensor sharded by vocabulary.
+            teacher_logits: of the same shape, without gradient; or sparse rows, one per position of the leading
+                shape in its order.
+            labels: [*], already the next token of each position; ignore_index is excluded.
+            num_batch_labels: valid labels over the accumulation window and all data-parallel processes: the loss is
+                sum / num_batch_labels; None takes the mean over this call.
+
+        Raises:
+            ValueError: shapes, labels, vocabularies or rows that do not fit.
+        """
+        return _run(self, student_logits, teacher_logits, labels, num_batch_labels)
+
+
+@eager
+def _run(
+    loss: KDLoss,
+    student_logits: Tensor,
+    teacher_logits: Tensor | SparseTargets,
+    labels: Tensor,
+    num_batch_labels: float | Tensor | None,
+) -> Tensor:
+    return logit_loss(
+        student_logits,
+        teacher_logits,
+        labels,
+        objective=loss.objective,
+        weights=(1.0, 0.0),
+        settings=LogitSettings(
+            ignore_index=loss.ignore_index,
+            fp32_upcast=loss.fp32_upcast,
+            tp_group=loss.tp_group,
+            chunk_size=loss.chunk_size,
+            vocab_size=loss.vocab_size,
+            check=loss.check,
+        ),
+        num_batch_labels=num_batch_labels,
+    )

@@ -1,0 +1,115 @@
+"""What is compared with what: a divergence with its temperature, scales and tail policy, bound to a batch's teacher.
+
+Shape suffixes: N rows of the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torch import Tensor
+
+from stages.losses.chunk import row_dtype
+from stages.losses.dense import DenseRows, GivenLogits, ProjectedLogits, TeacherHead
+from stages.losses.divergences import Divergence
+from stages.losses.kernel import Mix, RowKernel
+from stages.losses.rows import LogitRows
+from stages.losses.sparse import SparseRows
+from stages.losses.tail import check_tail, prepare_teacher, resolve_tail
+from stages.losses.targets import SparseTargets
+from stages.losses.vocab import VocabShard, local_part, vocab_group
+
+Teacher: TypeAlias = SparseTargets | TeacherHead | Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """A divergence and how both sides enter it.
+
+    Attributes:
+        divergence: what is measured.
+        tail: a key of TAIL_POLICIES or None, for sparse rows.
+        temperature: T of both sides; values and gradients carry T^2.
+        logits_scale: factor on the student's logits; larger is sharper; no T^2 comes from it.
+        target_logits_scale: factor on the teacher's logits.
+    """
+
+    divergence: Divergence
+    tail: str | None = None
+    temperature: float = 1.0
+    logits_scale: float = 1.0
+    target_logits_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "logits_scale", "target_logits_scale"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} is {value}, expected a finite number above 0")
+        check_tail(self.tail, self.divergence)
+
+    def mix(self, kd: float, ce: float, gradient_scale: float = 1.0) -> Mix:
+        """Weights of the parts, with this objective's scales."""
+        return Mix(
+            kd=kd,
+            ce=ce,
+            logit_scale=self.logits_scale / self.temperature,
+            value_scale=self.temperature**2,
+            gradient_scale=gradient_scale,
+        )
+
+    def kernel(
+        self,
+        teacher: Teacher | None,
+        labels_N: Tensor,
+        keep_N: Tensor | None,
+        shard: VocabShard,
+        columns: int,
+        mix: Mix,
+    ) -> RowKernel:
+        """The row kernel for one batch.
+
+        Args:
+            teacher: sparse rows, dense logits [*, V] or a TeacherHead; None where mix.kd is 0.
+            labels_N: labels of the rows that take part.
+            keep_N: numbers of those rows, None for all.
+            shard: the student's part of the vocabulary.
+            columns: the student's local columns, padding included.
+            mix: weights.
+
+        Raises:
+            ValueError: a teacher that does not fit the rows, the vocabulary or the tail policy.
+        """
+        if mix.kd == 0:
+            return SparseRows(None, labels_N, self.divergence, mix)
+        if teacher is None:
+            raise ValueError(
+                "the divergence has a weight above 0, but there is no teacher; only kd_ratio=0 goes without"
+            )
+        if isinstance(teacher, SparseTargets):
+            rows = teacher if keep_N is None else teacher.rows(keep_N)
+            return self._sparse(rows, labels_N, shard, mix)
+        if self.tail is not None:
+            raise ValueError(f"tail={self.tail!r} is for sparse rows; a dense teacher has no tail: leave it None")
+        scale = self.target_logits_scale / self.temperature
+        if isinstance(teacher, TeacherHead):
+            local = teacher.local(shard, columns)
+            return DenseRows(ProjectedLogits(local, keep_N, shard.size), scale, labels_N, self.divergence, mix)
+        logits = local_part(teacher.detach())
+        if vocab_group(teacher, -1) is None or shard.group is None:
+            logits = shard.slice_of(logits, columns, "the teacher")
+        given = GivenLogits(LogitRows(logits, keep_N, shard.size))
+        return DenseRows(given, scale, labels_N, self.divergence, mix)
+
+    def _sparse(self, targets: SparseTargets, labels_N: Tensor, shard: VocabShard, mix: Mix) -> SparseRows:
+        largest = int(targets.ids_NE.amax()) if targets.ids_NE.numel() else 0
+        if largest >= shard.total:
+            raise ValueError(
+                f"the teacher's rows hold token id {largest}, the student's vocabulary has {shard.total} tokens; "
+                "a store serves students with the teacher's own token ids only"
+            )
+        temperature = self.temperature / self.target_logits_scale
+        policy = resolve_tail(self.tail, self.divergence, targets, temperature)
+        teacher = prepare_teacher(targets, policy, temperature, labels_N, row_dtype(labels_N.device))
+        return SparseRows(teacher, labels_N, self.divergence, mix)

@@ -1,0 +1,224 @@
+"""What to do with the teacher's mass outside the head: tail policies, resolved into plain numbers per row.
+
+Notation as in the literature on sparse distillation: H the head, r the teacher's mass outside it, p_hat the unbiased
+estimate of the whole distribution that head and tail samples give (Anshumann et al. 2025, "Sparse Logit Sampling").
+
+Shape suffixes: N rows, E entry slots per row.
+"""
+
+# ruff: noqa: N815  (fields that are tensors carry shape suffixes)
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from stages.losses.divergences import Divergence
+from stages.losses.targets import SparseTargets
+
+TailPolicy: TypeAlias = Literal["sampled", "bucket", "renormalize", "renormalize_both", "residual_to_label"]
+TAIL_POLICIES: dict[str, str] = {
+    "sampled": "head as it is, r spread over the tail samples: unbiased",
+    "bucket": "head as it is, everything else one outcome: a lower bound of the full divergence",
+    "renormalize": "head scaled up to 1 against the student over the whole vocabulary: biased, a baseline",
+    "renormalize_both": "teacher and student both normalised over the head: biased, NeMo-Aligner's published form",
+    "residual_to_label": "head as it is, r given to the label: biased",
+}
+_LINEAR_ONLY = ("sampled", "renormalize", "residual_to_label")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherEntries:
+    """What the row kernel needs of the teacher, at the temperature of the loss.
+
+    Exactly one of two forms. *Estimate* (estimate_NE is given): the loss is sum p_hat (log p_hat - log q), linear in
+    p_hat, q over the whole vocabulary. *Outcomes* (log_p_NE is given): any divergence over the head entries and, if
+    log_tail_N is given, one outcome more for the rest; without it the student too is normalised over the head.
+
+    Attributes:
+        ids_NE: token ids.
+        used_NE: slots that take part.
+        estimate_NE: p_hat, 0 on unused slots.
+        label_mass_N: p_hat that the label receives on top.
+        negentropy_N: the row's value of sum p log p.
+        unit_mass: whether p_hat sums to one but for rounding.
+        log_p_NE: teacher log-probability of head entries, -inf on unused slots.
+        log_tail_N: log r.
+    """
+
+    ids_NE: Tensor
+    used_NE: Tensor
+    estimate_NE: Tensor | None = None
+    label_mass_N: Tensor | None = None
+    negentropy_N: Tensor | None = None
+    unit_mass: bool = True
+    log_p_NE: Tensor | None = None
+    log_tail_N: Tensor | None = None
+
+
+def check_tail(tail: str | None, divergence: Divergence) -> None:
+    """Raises ValueError for an unknown policy, or one that the divergence does not admit."""
+    if tail is None:
+        return
+    if tail not in TAIL_POLICIES:
+        raise ValueError(f"tail policy {tail!r} is unknown; known are {', '.join(TAIL_POLICIES)}")
+    if tail in _LINEAR_ONLY and not divergence.linear:
+        raise ValueError(
+            f"tail={tail!r} estimates the teacher's distribution, which is exact only for a loss that is linear in it "
+            f"(forward_kl); {divergence} is not: use tail='bucket' or 'renormalize_both'"
+        )
+    if tail in ("renormalize", "residual_to_label"):
+        warnings.warn(
+            f"tail={tail!r} gives a biased gradient ({TAIL_POLICIES[tail]}); keep it for comparisons",
+            stacklevel=3,
+        )
+
+
+def resolve_tail(tail: str | None, divergence: Divergence, targets: SparseTargets, temperature: float) -> str:
+    """The policy that applies, see LOSSES in docs/losses.md: sampled where samples and a linear loss allow it."""
+    if tail is not None:
+        return tail
+    return "sampled" if divergence.linear and targets.draws and temperature == 1.0 else "bucket"
+
+
+def prepare_teacher(
+    targets: SparseTargets, policy: str, temperature: float, labels_N: Tensor, dtype: torch.dtype
+) -> TeacherEntries:
+    """Turns stored rows into the numbers of one policy.
+
+    Args:
+        targets: the rows.
+        policy: a key of TAIL_POLICIES.
+        temperature: the teacher's effective temperature, T / target_logits_scale.
+        labels_N: [N], for residual_to_label; ignored rows must have been dropped.
+        dtype: of the result.
+
+    Raises:
+        ValueError: rows that lack what the policy needs.
+    """
+    if policy == "sampled":
+        return _sampled(targets, temperature, dtype)
+    head_NE, log_p_NE, log_tail_N = _head_at(targets, temperature, dtype, need_tail="renormalize" not in policy)
+    if policy == "bucket":
+        return TeacherEntries(ids_NE=targets.ids_NE, used_NE=head_NE, log_p_NE=log_p_NE, log_tail_N=log_tail_N)
+    if policy == "residual_to_label":
+        return _residual_to_label(targets, head_NE, log_p_NE, log_tail_N.exp(), labels_N)
+    log_p_NE = log_p_NE - log_p_NE.logsumexp(-1, keepdim=True)
+    if policy == "renormalize_both":
+        return TeacherEntries(ids_NE=targets.ids_NE, used_NE=head_NE, log_p_NE=log_p_NE)
+    p_NE = log_p_NE.exp()
+    return TeacherEntries(
+        ids_NE=targets.ids_NE,
+        used_NE=head_NE,
+        estimate_NE=p_NE,
+        negentropy_N=-torch.special.entr(p_NE).sum(-1),
+    )
+
+
+def _head_at(
+    targets: SparseTargets, temperature: float, dtype: torch.dtype, *, need_tail: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Head mask, log p_T of the head (-inf elsewhere) and log r_T.
+
+    p_T on the head is softmax_H(logprob / T) * (1 - r_T): a temperature scales ratios within the head, and the stored
+    r_T says how much mass the head keeps.
+    """
+    if bool((targets.head_size_N == 0).any()):
+        row = int((targets.head_size_N == 0).nonzero()[0])
+        raise ValueError(f"row {row} has no exact head; rows of samples only admit tail='sampled' with forward_kl")
+    head_NE = targets.head_NE
+    log_p_NE = targets.logprob_NE.to(dtype).masked_fill(~head_NE, -torch.inf)
+    if temperature == 1.0:
+        logit_N = targets.tail_logit_N.to(dtype)
+    elif need_tail:
+        logit_N = _at(targets.tail_logit_by_temperature, temperature, "tail_logit").to(dtype)
+        _warn_heavy_tail(logit_N, temperature)
+    else:
+        logit_N = torch.zeros_like(targets.tail_logit_N, dtype=dtype)
+    if temperature != 1.0:
+        log_p_NE = (log_p_NE / temperature).log_softmax(-1) + torch.nn.functional.logsigmoid(-logit_N).unsqueeze(-1)
+    return head_NE, log_p_NE, torch.nn.functional.logsigmoid(logit_N)
+
+
+def _sampled(targets: SparseTargets, temperature: float, dtype: torch.dtype) -> TeacherEntries:
+    """p_hat = p on the head, r * count / M on samples; at T != 1 samples carry the weight p_T / p besides."""
+    if targets.draws == 0:
+        raise ValueError("tail='sampled', but the rows hold no tail samples (draws is 0): use tail='bucket'")
+    head_NE, sample_NE = targets.head_NE, targets.sample_NE
+    share_NE = targets.count_NE.to(dtype) / targets.draws
+    if temperature == 1.0:
+        entropy_N = targets.entropy_N
+        p_NE = targets.logprob_NE.to(dtype).exp().masked_fill(~head_NE, 0.0)
+        estimate_NE = torch.addcmul(p_NE, share_NE, targets.tail_logit_N.to(dtype).sigmoid().unsqueeze(-1))
+    else:
+        if targets.sample_logprob_NE is None:
+            raise ValueError(
+                f"tail='sampled' at temperature {temperature:g} needs sample_logprob, which these rows do not hold: "
+                "use tail='bucket', or store it"
+            )
+        warnings.warn(f"tail='sampled' at temperature {temperature:g}: its variance grows fast with T", stacklevel=5)
+        entropy_N = _at(targets.entropy_by_temperature, temperature, "entropy")
+        _, log_p_NE, _ = _head_at(targets, temperature, dtype, need_tail=True)
+        # log Z_T from the head: sum_H p^(1/T) / Z_T = 1 - r_T, and log p_T - (log p) / T is the same for every entry.
+        shift_N1 = log_p_NE[:, :1] - targets.logprob_NE[:, :1].to(dtype) / temperature
+        sampled_NE = targets.sample_logprob_NE.to(dtype).masked_fill(~sample_NE, 0.0)
+        weight_NE = (sampled_NE * (1.0 / temperature - 1.0) + shift_N1).exp()
+        r_N1 = targets.tail_logit_N.to(dtype).sigmoid().unsqueeze(-1)
+        estimate_NE = torch.addcmul(log_p_NE.exp(), share_NE * r_N1, weight_NE)
+    if entropy_N is None:
+        raise ValueError(
+            "tail='sampled' needs the rows' entropy: without it the value would be a cross-entropy, not a divergence"
+        )
+    return TeacherEntries(
+        ids_NE=targets.ids_NE,
+        used_NE=head_NE | sample_NE,
+        estimate_NE=estimate_NE,
+        negentropy_N=-entropy_N.to(dtype),
+        unit_mass=temperature == 1.0,
+    )
+
+
+def _residual_to_label(
+    targets: SparseTargets, head_NE: Tensor, log_p_NE: Tensor, r_N: Tensor, labels_N: Tensor
+) -> TeacherEntries:
+    """p_hat(label) += r, wherever the label lies; the value is the KL of that p_hat, so its own entropy counts."""
+    p_NE = log_p_NE.exp()
+    is_label_NE = head_NE & (targets.ids_NE == labels_N.unsqueeze(-1))
+    whole_NE = p_NE + is_label_NE * r_N.unsqueeze(-1)
+    outside_N = torch.where(is_label_NE.any(-1), 0.0, r_N)
+    negentropy_N = -torch.special.entr(whole_NE).sum(-1) - torch.special.entr(outside_N)
+    return TeacherEntries(
+        ids_NE=targets.ids_NE,
+        used_NE=head_NE,
+        estimate_NE=whole_NE,
+        label_mass_N=outside_N,
+        negentropy_N=negentropy_N,
+    )
+
+
+def _at(stored: Mapping[float, Tensor], temperature: float, what: str) -> Tensor:
+    """The stored column of that temperature."""
+    for key, value in stored.items():
+        if math.isclose(key, temperature, rel_tol=1e-6):
+            return value
+    have = ", ".join(f"{key:g}" for key in sorted(stored)) or "none"
+    raise ValueError(
+        f"teacher temperature {temperature:g}: the rows hold no {what} for it (stored: {have}); "
+        f"add {temperature:g} to the plan's `temperatures` and extract again, or use T=1"
+    )
+
+
+def _warn_heavy_tail(logit_N: Tensor, temperature: float) -> None:
+    mean = float(logit_N.sigmoid().mean()) if len(logit_N) else 0.0
+    if mean > 0.5:
+        warnings.warn(
+            f"at temperature {temperature:g} the rows' mean tail mass is {mean:.2f}: most of the teacher is one "
+            "bucket; store a larger head or use a lower temperature",
+            stacklevel=6,
+        )

@@ -1,0 +1,126 @@
+"""Which part of the vocabulary this process holds, and the reductions over those who hold the rest.
+
+Losses never differentiate through a collective: they reduce row sums without gradient and write the closed-form
+local gradient. A single process is the case where nothing needs reducing.
+
+Shape suffixes: C rows, E entries per row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabShard:
+    """The contiguous range of token ids whose logits are local.
+
+    Attributes:
+        start: first local id.
+        size: number of local ids, real tokens only.
+        total: number of real tokens over all processes.
+        group: the processes that hold the other ranges; None when this process holds them all.
+    """
+
+    start: int
+    size: int
+    total: int
+    group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of(
+        cls, columns: int, group: dist.ProcessGroup | None, vocab_size: int | None, device: torch.device
+    ) -> VocabShard:
+        """Describes `columns` local logit columns.
+
+        Shards lie in rank order and may be uneven; their sizes are gathered once. Columns at or beyond `vocab_size`
+        (the real tokens) are padding of the head and count for nothing.
+        """
+        sizes = [columns]
+        rank = 0
+        if group is not None:
+            rank = dist.get_rank(group)
+            gathered = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
+            gathered[rank] = columns
+            dist.all_reduce(gathered, group=group)
+            sizes = gathered.tolist()
+        start, width = sum(sizes[:rank]), sum(sizes)
+        total = width if vocab_size is None else vocab_size
+        if total > width:
+            raise ValueError(f"vocab_size is {total}, but the logits have only {width} columns")
+        return cls(start=start, size=max(0, min(columns, total - start)), total=total, group=group)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over the group, in place where there is one."""
+        if self.group is not None:
+            dist.all_reduce(value, group=self.group)
+        return value
+
+    def max(self, value: Tensor) -> Tensor:
+        """Maximum over the group, in place where there is one."""
+        if self.group is not None:
+            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
+        return value
+
+    def logsumexp(self, value_C: Tensor) -> Tensor:
+        """log of the sum of exp(value) over the group; -inf where every part is -inf."""
+        if self.group is None:
+            return value_C
+        top_C = self.max(value_C.clone())
+        top_C = top_C.masked_fill(top_C == -torch.inf, 0.0)
+        return top_C + self.sum((value_C - top_C).exp()).log()
+
+    def local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Local column of each id, 0 where it is elsewhere, and the mask of ids that are local."""
+        column = ids - self.start
+        here = (column >= 0) & (column < self.size)
+        return column.masked_fill(~here, 0), here
+
+    def slice_of(self, full: Tensor, columns: int, what: str) -> Tensor:
+        """The local part of a teacher's vocabulary axis (the last), which may be given whole or already sharded.
+
+        Args:
+            full: [*, V] or [*, columns].
+            columns: local columns of the student, padding included.
+            what: how errors name it.
+
+        Raises:
+            ValueError: a vocabulary that fits neither.
+        """
+        width = full.shape[-1]
+        if width == columns or (self.group is None and min(width, columns) >= self.size == self.total):
+            return full[..., : self.size]
+        if width >= self.total and self.group is not None:
+            return full[..., self.start : self.start + self.size]
+        raise ValueError(
+            f"{what} has {width} vocabulary columns, the student has {columns}; if both share a vocabulary and differ "
+            "in padding only, give vocab_size, the number of real tokens; distinct vocabularies cannot be compared"
+        )
+
+
+def vocab_group(tensor: Tensor, dim: int) -> dist.ProcessGroup | None:
+    """The process group over which a DTensor is sharded in its vocabulary dimension, None where it is not."""
+    if not isinstance(tensor, DTensor):
+        return None
+    for mesh_dim, placement in enumerate(tensor.placements):
+        if isinstance(placement, Shard) and placement.dim % tensor.ndim == dim % tensor.ndim:
+            return tensor.device_mesh.get_group(mesh_dim)
+    return None
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The local tensor of a DTensor, differentiably; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def replicated(tensor: Tensor) -> Tensor:
+    """The whole tensor; for a DTensor, gathered, and every process is expected to bring its whole gradient."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    whole = [Replicate()] * tensor.device_mesh.ndim
+    return tensor.redistribute(placements=whole).to_local(grad_placements=whole)

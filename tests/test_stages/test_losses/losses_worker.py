@@ -1,0 +1,302 @@
+"""One process of the tensor-parallel and FSDP2 tests: `losses_worker.py RANK WORLD DIRECTORY`.
+
+Runs every case of CASES with gloo and writes DIRECTORY/RANK.json: case name -> null, or the traceback. All processes
+start from the same seeds and hold the unsharded numbers, so each compares its own part with the float64 reference.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import losses_reference as reference
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from stages.losses import (
+    FusedLinearCrossEntropy,
+    FusedLinearKDLoss,
+    KDLoss,
+    LossParts,
+    MaskedCrossEntropy,
+    SparseTargets,
+    TEParallelCrossEntropy,
+    TeacherHead,
+)
+
+N, D, V = 11, 6, 23
+LABELS = torch.tensor([0, 22, -100, 4, 5, 13, 7, -100, 8, 20, 11])
+NAMES = ["forward_kl", "reverse_kl", "jsd(0.1)", "skew_forward_kl", "skew_reverse_kl", "mixed", "tvd"]
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def rows(draws: int = 5) -> SparseTargets:
+    return SparseTargets.from_logits(rand(N, V, seed=1) * 2, 6, draws=draws, generator=torch.Generator().manual_seed(3))
+
+
+def split(world: int) -> list[int]:
+    """Uneven shards that still cover V; a process of three may hold a single token."""
+    return {1: [V], 2: [9, 14], 3: [1, 15, 7]}[world]
+
+
+def part(full: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+    return full.split(split(mesh.size()), dim)[mesh.get_local_rank()].contiguous()
+
+
+def close(found: Tensor, expected: Tensor, limit: float = 1e-9) -> None:
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    difference = float((found.double() - expected.double()).norm())
+    assert difference <= limit * (1e-3 + float(expected.double().norm())), (difference, found, expected)
+
+
+def check_logits(mesh: DeviceMesh, name: str, form: str, how: str) -> None:
+    """KDLoss on sharded logits: an explicit group and uneven plain shards, or DTensors."""
+    full = (rand(N, V) * 3).requires_grad_()
+    teacher = rand(N, V, seed=1) * 2
+    kd = (
+        reference.dense_kd(name, full, teacher, 1.5)
+        if form == "dense"
+        else reference.sparse_kd(name, full, rows(), LABELS, form)
+    )
+    expected = reference.mean_over(kd, LABELS, 21)
+    (gradient,) = torch.autograd.grad(expected, [full])
+    tail = None if form == "dense" else form
+    fields = {"divergence": name, "tail": tail, "temperature": 1.5 if form == "dense" else 1.0, "chunk_size": 4}
+    if how == "group":
+        local = part(full.detach(), mesh, -1).requires_grad_()
+        given: Tensor | SparseTargets = part(teacher, mesh, -1) if form == "dense" else rows()
+        loss = KDLoss(tp_group=mesh.get_group(), **fields)(local, given, LABELS, 21)  # type: ignore[arg-type]
+        loss.backward()
+        assert local.grad is not None
+        close(local.grad, part(gradient, mesh, -1))
+        if form == "dense":  # a teacher given whole is cut to the student's shard
+            close(KDLoss(tp_group=mesh.get_group(), **fields)(local, teacher, LABELS, 21), expected)  # type: ignore[arg-type]
+    else:
+        sharded = distribute_tensor(full.detach(), mesh, [Shard(1)]).requires_grad_()
+        given = distribute_tensor(teacher, mesh, [Shard(1)]) if form == "dense" else rows()
+        labels = distribute_tensor(LABELS, mesh, [Replicate()])
+        loss = KDLoss(**fields)(sharded, given, labels, 21)  # type: ignore[arg-type]
+        loss.backward()
+        assert isinstance(sharded.grad, DTensor)
+        close(sharded.grad.full_tensor(), gradient)
+    close(loss, expected)
+
+
+def check_fused(mesh: DeviceMesh, name: str, form: str, how: str, temperature: float = 1.0) -> None:
+    """The fused form with a sharded weight: value, gradient of hidden, of the weight and of the bias."""
+    hidden, weight, bias = ((rand(*s, seed=i)).requires_grad_() for i, s in enumerate([(N, D), (V, D), (V,)]))
+    logits = hidden @ weight.t() + bias
+    head = TeacherHead(hidden_ND=rand(N, 4, seed=5), weight_VD=rand(V, 4, seed=6))
+    if form == "dense":
+        kd = reference.dense_kd(name, logits, head.hidden_ND @ head.weight_VD.t(), temperature)
+    else:
+        kd = reference.sparse_kd(name, logits, rows(), LABELS, form, temperature)
+    expected = 0.6 * reference.mean_over(kd, LABELS, 9) + 0.4 * reference.mean_over(
+        reference.cross_entropy(logits, LABELS), LABELS, 9
+    )
+    wanted = torch.autograd.grad(expected, [hidden, weight, bias])
+    tail = None if form == "dense" else form
+    group = mesh.get_group() if how == "group" else None
+    loss = FusedLinearKDLoss(
+        divergence=name, tail=tail, kd_ratio=0.6, chunk_size=4, tp_group=group, temperature=temperature
+    )
+    if how == "group":
+        inputs = [hidden.detach(), part(weight.detach(), mesh, 0), part(bias.detach(), mesh, 0)]
+        teacher_weight = part(head.weight_VD, mesh, 0)
+    else:
+        inputs = [distribute_tensor(hidden.detach(), mesh, [Shard(0)])]
+        inputs += [distribute_tensor(x.detach(), mesh, [Shard(0)]) for x in (weight, bias)]
+        teacher_weight = distribute_tensor(head.weight_VD, mesh, [Shard(0)])
+    inputs = [x.requires_grad_() for x in inputs]
+    teacher = TeacherHead(hidden_ND=head.hidden_ND, weight_VD=teacher_weight) if form == "dense" else rows()
+    parts = loss(inputs[0], inputs[1], teacher, LABELS, 9, bias_V=inputs[2])
+    parts.loss.backward()
+    # unit_mass leaves a rounded sum out; collectives add a multiplication, which is exact in it
+    close(parts.loss, expected, 1e-7)
+    for x, whole in zip(inputs, wanted, strict=True):
+        assert x.grad is not None
+        if isinstance(x.grad, DTensor):
+            close(x.grad.full_tensor(), whole, 1e-7)
+        else:
+            close(x.grad, whole if x is inputs[0] else part(whole, mesh, 0), 1e-7)
+
+
+def check_cross_entropy(mesh: DeviceMesh) -> None:
+    full = (rand(N, V) * 30).requires_grad_()
+    expected = reference.mean_over(reference.cross_entropy(full, LABELS), LABELS)
+    (gradient,) = torch.autograd.grad(expected, [full])
+    local = part(full.detach(), mesh, -1).requires_grad_()
+    loss = TEParallelCrossEntropy(reduction="mean", tp_group=mesh.get_group())(local, LABELS)
+    loss.backward()
+    close(loss, expected)
+    assert local.grad is not None
+    close(local.grad, part(gradient, mesh, -1))
+    sharded = distribute_tensor(full.detach(), mesh, [Shard(1)]).requires_grad_()
+    for module in (MaskedCrossEntropy(), TEParallelCrossEntropy()):
+        close(module(sharded, LABELS), expected * 9)
+    hidden, weight = rand(N, D), rand(V, D, seed=1)
+    fused = FusedLinearCrossEntropy(tp_group=mesh.get_group())(hidden, LABELS, part(weight, mesh, 0))
+    close(fused, reference.mean_over(reference.cross_entropy(hidden @ weight.t(), LABELS), LABELS, 1))
+
+
+def check_bfloat16(mesh: DeviceMesh) -> None:
+    """bfloat16 shards against the float64 reference of the same numbers."""
+    for form in ("dense", "bucket", "sampled"):
+        full = (rand(N, V) * 3).bfloat16()
+        teacher = (rand(N, V, seed=1) * 2).bfloat16()
+        exact = full.double().requires_grad_()
+        kd = (
+            reference.dense_kd("forward_kl", exact, teacher.double())
+            if form == "dense"
+            else reference.sparse_kd("forward_kl", exact, rows(), LABELS, form)
+        )
+        expected = reference.mean_over(kd, LABELS)
+        (gradient,) = torch.autograd.grad(expected, [exact])
+        local = part(full, mesh, -1).requires_grad_()
+        given: Tensor | SparseTargets = part(teacher, mesh, -1) if form == "dense" else rows()
+        loss = KDLoss(tp_group=mesh.get_group(), tail=None if form == "dense" else form)(local, given, LABELS)
+        loss.backward()
+        assert local.grad is not None
+        assert local.grad.dtype == torch.bfloat16
+        close(loss, expected, 1e-5)
+        close(local.grad, part(gradient, mesh, -1), 2.0**-8)
+
+
+def check_padded_vocabulary(mesh: DeviceMesh) -> None:
+    """vocab_size cuts the last shards, down to nothing on the last process."""
+    real = split(mesh.size())[0]
+    full = rand(N, V).requires_grad_()
+    labels = LABELS.clamp(max=real - 1)
+    expected = reference.mean_over(reference.cross_entropy(full[:, :real], labels), labels)
+    (gradient,) = torch.autograd.grad(expected, [full])
+    local = part(full.detach(), mesh, -1).requires_grad_()
+    loss = TEParallelCrossEntropy(reduction="mean", tp_group=mesh.get_group(), vocab_size=real)(local, labels)
+    loss.backward()
+    close(loss, expected)
+    assert local.grad is not None
+    close(local.grad, part(gradient, mesh, -1))
+    if real > 1:
+        teacher = rand(N, V, seed=1)
+        kd = reference.mean_over(reference.dense_kd("jsd", full[:, :real], teacher[:, :real]), labels)
+        found = KDLoss(tp_group=mesh.get_group(), vocab_size=real, divergence="jsd")(local, part(teacher, mesh, -1), labels)
+        close(found, kd)
+
+
+def check_no_valid_label(mesh: DeviceMesh) -> None:
+    """Nothing to learn on any process: exactly 0, and backward works."""
+    local, weight = part(rand(N, V), mesh, -1).requires_grad_(), part(rand(V, D), mesh, 0).requires_grad_()
+    nothing = torch.full_like(LABELS, -100)
+    loss = KDLoss(tp_group=mesh.get_group())(local, rows(), nothing)
+    fused = FusedLinearKDLoss(tp_group=mesh.get_group())(rand(N, D), weight, rows(), nothing)
+    (loss + fused.loss).backward()
+    assert float(loss.detach()) == float(fused.loss.detach()) == 0.0
+    for x in (local, weight):
+        assert x.grad is not None
+        assert not x.grad.any()
+
+
+class Student(nn.Module):
+    """An embedding, a layer and an untied head, with the loss inside: what fully_shard wraps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(V, D)
+        self.layer = nn.Linear(D, D)
+        self.head = nn.Linear(D, V)
+        self.loss = FusedLinearKDLoss(divergence="jsd", kd_ratio=0.7, chunk_size=3)
+
+    def forward(self, tokens_N: Tensor, targets: SparseTargets, labels_N: Tensor, total: float) -> LossParts:
+        hidden_ND = self.layer(self.embed(tokens_N)).tanh()
+        parts: LossParts = self.loss(
+            hidden_ND, self.head.weight, targets, labels_N, total, bias_V=self.head.bias
+        )
+        return parts
+
+
+def student() -> Student:
+    torch.manual_seed(11)
+    return Student().double()
+
+
+def check_fsdp2(mesh: DeviceMesh) -> None:
+    """Each process takes its rows; FSDP2 averages, so the loss is multiplied by the number of processes."""
+    tokens_N, targets = torch.arange(N) % V, rows()
+    whole = student()
+    whole(tokens_N, targets, LABELS, 9).loss.backward()
+    model = student()
+    fully_shard(model.layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    # the second process has the longer half, and the first both ignored rows
+    mine = [slice(0, 8), slice(8, N)][mesh.get_local_rank()]
+    for _ in range(2):  # one object used twice: the same gradients again
+        parts = model(tokens_N[mine], targets.rows(mine), LABELS[mine], 9)
+        (parts.loss * mesh.size()).backward()
+        for (name, expected), found in zip(whole.named_parameters(), model.parameters(), strict=True):
+            assert isinstance(found.grad, DTensor), name
+            assert expected.grad is not None
+            close(found.grad.full_tensor(), expected.grad, 1e-7)
+        model.zero_grad()
+
+
+def cases() -> dict[str, tuple[int, Callable[[DeviceMesh], None]]]:
+    """Case name -> processes that it takes, and what it checks."""
+    chosen: dict[str, tuple[int, Callable[[DeviceMesh], None]]] = {}
+    for size in (2, 3):
+        for name in NAMES:
+            for form in ("dense", "bucket", "renormalize_both"):
+                for how in ("group", "dtensor"):
+                    chosen[f"logits {name} {form} {how} {size}"] = (
+                        size,
+                        lambda mesh, name=name, form=form, how=how: check_logits(mesh, name, form, how),  # type: ignore[misc]
+                    )
+            chosen[f"fused {name} {size}"] = (
+                size,
+                lambda mesh, name=name: [  # type: ignore[misc]
+                    check_fused(mesh, name, form, how) for form in ("dense", "bucket") for how in ("group", "dtensor")
+                ],
+            )
+        chosen[f"sampled {size}"] = (size, lambda mesh: check_logits(mesh, "forward_kl", "sampled", "group"))
+        chosen[f"fused sampled {size}"] = (size, lambda mesh: check_fused(mesh, "forward_kl", "sampled", "dtensor"))
+        chosen[f"fused dense T=2 {size}"] = (size, lambda mesh: check_fused(mesh, "jsd", "dense", "group", 2.0))
+        chosen[f"cross-entropy {size}"] = (size, check_cross_entropy)
+        chosen[f"bfloat16 {size}"] = (size, check_bfloat16)
+        chosen[f"padded vocabulary {size}"] = (size, check_padded_vocabulary)
+        chosen[f"no valid label {size}"] = (size, check_no_valid_label)
+    chosen["fsdp2 2"] = (2, check_fsdp2)
+    return chosen
+
+
+def main(rank: int, world: int, directory: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    mesh3 = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
+    mesh2 = DeviceMesh("cpu", [0, 1], mesh_dim_names=("tp",))
+    outcome: dict[str, str | None] = {}
+    for name, (size, check) in cases().items():
+        outcome[name] = None
+        if size == 2 and rank > 1:
+            continue
+        try:
+            check(mesh2 if size == 2 else mesh3)
+        except Exception:
+            outcome[name] = traceback.format_exc()
+            break  # the other processes may wait in a collective that this one left: end here, and they time out
+    (directory / f"{rank}.json").write_text(json.dumps(outcome))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
