@@ -1,0 +1,136 @@
+"""Training steps: which sequences each holds, read ahead of their use by one background thread.
+
+Data path: order -> store -> **step of packed micro-batches** -> training loop. A step holds the same sequences whatever
+the size of its micro-batches, so that memory can be traded for time in the middle of a run.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
+from typing import Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.batches.microbatch import MicroBatch, to_microbatch
+from stages.batches.order import Order
+from stages.batches.sequences import join, pack, part
+from storage.errors import UsageError
+from storage.rows import SequenceBatch
+
+Item = TypeVar("Item")
+# Sequences per read: enough that a store decodes whole chunks, few enough that what is read ahead stays small.
+_READ_TOKENS = 32_768
+
+
+class Source(Protocol):
+    """What this module needs of a store: `storage.reader.StoreReader` has it."""
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of all sequences."""
+
+    def read(self, indices: NDArray[np.int64]) -> SequenceBatch:
+        """The sequences of these indices, in that order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """How much a step and a micro-batch hold.
+
+    Attributes:
+        tokens_per_step: upper bound of the tokens of a step (one longer sequence still makes a step).
+        tokens_per_batch: upper bound of the tokens of a micro-batch.
+        with_targets: False when the loss needs no teacher (kd_ratio 0): target rows are left unread.
+        ignore_index: label of positions without a target row.
+    """
+
+    tokens_per_step: int
+    tokens_per_batch: int
+    with_targets: bool = True
+    ignore_index: int = -100
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Step:
+    """One optimizer step.
+
+    Attributes:
+        batches: its micro-batches.
+        tokens: tokens over all of them.
+        rows: target rows over all of them: what a summed loss is divided by.
+        cursor: position in the order of the first sequence after this step.
+    """
+
+    batches: tuple[MicroBatch, ...]
+    tokens: int
+    rows: int
+    cursor: int
+
+
+def training_steps(source: Source, order: Order, shape: StepShape, *, cursor: int = 0) -> Iterator[Step]:
+    """Endless steps from position `cursor` of the order on. A sequence is never cut.
+
+    Raises:
+        UsageError: a sequence is longer than a micro-batch, or the store holds no target rows at all.
+    """
+    sequences = _sequences(source, order, cursor)
+    following = next(sequences)
+    while True:
+        chosen, tokens = [following], len(following.tokens)
+        for following in sequences:
+            if tokens + len(following.tokens) > shape.tokens_per_step:
+                break
+            chosen.append(following)
+            tokens += len(following.tokens)
+        cursor += len(chosen)
+        yield _step(join(chosen), shape, cursor)
+
+
+def microbatches(batch: SequenceBatch, shape: StepShape) -> tuple[MicroBatch, ...]:
+    """All sequences of `batch`, packed."""
+    return tuple(
+        to_microbatch(packed, with_targets=shape.with_targets, ignore_index=shape.ignore_index)
+        for packed in pack(batch, shape.tokens_per_batch)
+    )
+
+
+def prefetch(items: Iterator[Item]) -> Generator[Item]:
+    """The same items, each computed in a background thread while the one before it is in use.
+
+    Holds at most one item ahead. An exception in `items` is raised here, in its turn. Close the generator
+    (`contextlib.closing`) to end the thread; the item being computed is finished first.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="topk_distill-prefetch") as background:
+        coming = background.submit(next, items)
+        while True:
+            try:
+                item = coming.result()
+            except StopIteration:
+                return
+            coming = background.submit(next, items)
+            yield item
+
+
+def _step(batch: SequenceBatch, shape: StepShape, cursor: int) -> Step:
+    batches = microbatches(batch, shape)
+    return Step(batches=batches, tokens=len(batch.tokens), rows=sum(b.rows for b in batches), cursor=cursor)
+
+
+def _sequences(source: Source, order: Order, cursor: int) -> Iterator[SequenceBatch]:
+    """Single sequences in order, read a block at a time."""
+    if len(source) == 0:
+        raise UsageError("the store has no training sequences", fix="extract more documents, or hold out fewer")
+    block = max(1, min(len(source), _READ_TOKENS * len(source) // max(source.tokens, 1)))
+    for start in count(cursor, block):
+        read = source.read(order.take(start, block))
+        waiting = deque(part(read, index, index + 1) for index in range(len(read)))
+        while waiting:
+            yield waiting.popleft()

@@ -1,0 +1,92 @@
+"""Does this student speak the store's language? The same token -> id map, and a head that is as wide or padded.
+
+Data path: store's tokenizer and student -> **check** -> training. Roles of special tokens and chat templates are not
+compared: a base student may learn from an instruct teacher.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from stages.corpus.tokenizer import FILES, first_difference, load_tokenizer
+from stages.student.model import head_layer
+from stages.student.source import StudentSource, model_directory
+from storage.errors import IdentityError, UsageError
+
+logger = logging.getLogger("topk_distill.student")
+
+# Without a tokenizer to look at, a head may exceed the vocabulary by this share and still pass for padded.
+_PADDING_SHARE = 0.05
+
+
+def check_tokenizer(source: StudentSource, store_files: Mapping[str, bytes]) -> bool:
+    """Compare the student's own tokenizer with the store's. Return False if it has none, which only a student that is
+    made from a configuration may.
+
+    Args:
+        source: where the student comes from.
+        store_files: the store's tokenizer files by name.
+
+    Raises:
+        IdentityError: the first id at which they differ, with both tokens.
+        UsageError: the student comes with weights but without a tokenizer.
+    """
+    directory = _tokenizer_directory(source)
+    if directory is None:
+        return False
+    with tempfile.TemporaryDirectory(prefix="topk-distill-tokenizer-") as stored:
+        write_tokenizer(store_files, Path(stored))
+        difference = first_difference(load_tokenizer(Path(stored)), load_tokenizer(directory))
+    if difference is not None:
+        raise IdentityError(
+            f"the student's tokenizer is not the store's: {difference}",
+            where=f"student.path: {source.path} (the first is the store's)",
+            fix="use a student with the teacher's tokenizer, or a store from a teacher with the student's",
+        )
+    return True
+
+
+def check_vocabulary(model: PreTrainedModel, vocab_size: int, *, same_tokenizer: bool) -> None:
+    """Check that the student's embeddings and head have a row for each of `vocab_size` real tokens.
+
+    Rows beyond are padding: masked in the loss, never trained as tokens.
+
+    Args:
+        model: the student.
+        vocab_size: real tokens of the store.
+        same_tokenizer: the student's own tokenizer was compared, so that further rows are known to be padding.
+
+    Raises:
+        UsageError: the vocabularies really differ in size; both sizes are named.
+    """
+    rows = min(model.config.get_text_config().vocab_size, head_layer(model).weight.shape[0])
+    if rows < vocab_size or (not same_tokenizer and rows > vocab_size * (1.0 + _PADDING_SHARE)):
+        raise UsageError(
+            f"the student's vocabulary has {rows} rows, the store's {vocab_size} tokens",
+            where="student",
+            fix=f"choose a student of this vocabulary, or set student.overrides.vocab_size={vocab_size} (from_config)",
+        )
+    if rows > vocab_size:
+        logger.info("rows %d to %d of the student's head stand for no token and are masked", vocab_size, rows - 1)
+
+
+def write_tokenizer(files: Mapping[str, bytes], directory: Path) -> None:
+    """Write tokenizer files by name into a directory."""
+    for name, content in files.items():
+        if name not in FILES:
+            raise UsageError(f"{name!r} is not the name of a tokenizer file", where="store")
+        (directory / name).write_bytes(content)
+
+
+def _tokenizer_directory(source: StudentSource) -> Path | None:
+    if source.init != "from_config":
+        return model_directory(source, weights=True)
+    path = Path(source.path).expanduser()
+    directory = path.parent if path.is_file() else model_directory(source, weights=False)
+    has_one = any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    return directory if has_one else None

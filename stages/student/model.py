@@ -1,0 +1,78 @@
+"""The student as training sees it: packed tokens in, final hidden states at the target rows out, and its head.
+
+Data path: micro-batch -> **hidden states** -> fused head and loss. Logits are never formed here: the loss forms them
+chunk by chunk.
+
+Shape suffixes: T tokens, N target rows, D hidden width, V rows of the head; 1T is a batch of one row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stages.batches.microbatch import MicroBatch
+from stages.teacher.head import HeadRule
+from storage.errors import UsageError
+
+
+def head_layer(model: PreTrainedModel) -> nn.Linear:
+    """The output layer of a model. Raises UsageError if it is not one linear layer."""
+    layer: object = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if not isinstance(layer, nn.Linear):
+        raise UsageError(
+            f"the head of {type(model).__name__} is not a linear layer",
+            where="student",
+            fix="choose a student whose output embedding is one",
+        )
+    return layer
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Student:
+    """A model with float32 weights whose forward runs in `dtype`.
+
+    Attributes:
+        model: the causal language model.
+        dtype: of the forward (autocast) and of the products with the head; float32 switches autocast off.
+        rule: what the model does to its logits after the product with the head.
+    """
+
+    model: PreTrainedModel
+    dtype: torch.dtype
+    rule: HeadRule
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, dtype: torch.dtype) -> Student:
+        """Wrap a model."""
+        return cls(model=model, dtype=dtype, rule=HeadRule.of(model.config))
+
+    @property
+    def weight_VD(self) -> Tensor:
+        """The head's weight, padded rows included; with tied embeddings, those."""
+        return head_layer(self.model).weight
+
+    @property
+    def bias_V(self) -> Tensor | None:
+        """The head's bias, if it has one."""
+        return head_layer(self.model).bias
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.weight_VD.device
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, tied ones once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def hidden(self, batch: MicroBatch) -> Tensor:
+        """Final hidden states at the target rows, hidden_ND in `dtype`. No attention mask: see MicroBatch."""
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            output = self.model.base_model(input_ids=batch.tokens_1T, position_ids=batch.positions_1T, use_cache=False)
+        hidden_TD: Tensor = output.last_hidden_state[0]
+        return hidden_TD[batch.rows_N].to(self.dtype)

@@ -1,0 +1,91 @@
+"""RUN/model: a plain Hugging Face directory, so that a student is used without this product.
+
+Data path: trained student -> **model directory** with weights, configuration, the store's tokenizer and a model card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from stages.student.identity import write_tokenizer
+from stages.training.durable import durable_directory
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What the model card says.
+
+    Attributes:
+        teacher: its name, as the store records it.
+        store_digest: of the store that the student learned from.
+        store_id: of the plan.
+        initialisation: where the first weights came from.
+        loss: in words, such as `0.7 * KDLoss(divergence=forward_kl) + 0.3 * cross-entropy`.
+        parameters: number of weights.
+        steps: optimizer steps.
+        tokens: tokens trained on.
+    """
+
+    teacher: str
+    store_digest: str
+    store_id: str
+    initialisation: str
+    loss: str
+    parameters: int
+    steps: int
+    tokens: int
+
+
+def save_student(
+    model: PreTrainedModel, directory: Path, *, tokenizer_files: Mapping[str, bytes], facts: CardFacts
+) -> None:
+    """Write the model directory whole and durably, in place of an older one.
+
+    Args:
+        model: the student.
+        directory: RUN/model.
+        tokenizer_files: the store's tokenizer files by name.
+        facts: for the model card.
+    """
+    with durable_directory(directory) as temporary:
+        model.save_pretrained(temporary)
+        write_tokenizer(tokenizer_files, temporary)
+        (temporary / "README.md").write_text(model_card(facts), encoding="utf-8")
+
+
+def model_card(facts: CardFacts) -> str:
+    """The text of README.md. It holds nothing that changes from one equal run to the next."""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- knowledge-distillation
+- topk-distill
+---
+
+# A student distilled from {facts.teacher}
+
+Trained with topk-distill from a store of the teacher's sparse next-token distributions.
+
+| | |
+|---|---|
+| teacher | {facts.teacher} |
+| store | id `{facts.store_id}`, digest `{facts.store_digest}` |
+| initialisation | {facts.initialisation} |
+| loss | {facts.loss} |
+| parameters | {facts.parameters:,} |
+| steps | {facts.steps:,} ({facts.tokens:,} tokens) |
+
+Its licence and its limits follow from the teacher's and from the corpus that the store was made of.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
+```
+"""

@@ -1,0 +1,190 @@
+"""Checkpoints: everything from which the next step follows, verified before it is believed.
+
+Data path: model, optimizer, random numbers, step, cursor -> **checkpoint directory** -> the same, after a stop.
+
+    checkpoints/step-00000200/
+        model.safetensors       parameters and buffers by name, tied weights once
+        optimizer.safetensors   `<parameter>/<state>`, such as `model.norm.weight/exp_avg`
+        random.safetensors      generator states
+        progress.json           step, cursor, totals
+        manifest.json           size and sha256 of each of these, and the digest of the store
+
+Nothing in here is a pickle. A checkpoint exists if its manifest verifies; the newest one that does is taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from stages.training.durable import durable_directory
+from storage.errors import OutOfSpaceError, StorageUnavailableError
+
+logger = logging.getLogger("topk_distill.checkpoint")
+
+_MANIFEST = "manifest.json"
+_PREFIX = "step-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: optimizer steps done.
+        cursor: position in the store's order of the first sequence not yet trained on.
+        tokens: tokens trained on.
+        seconds: time spent in steps, over all processes that worked on the run.
+    """
+
+    step: int = 0
+    cursor: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Attributes:
+        folder: RUN/checkpoints.
+        store_digest: of the store that the run reads; recorded in each manifest.
+        keep: newest checkpoints kept.
+    """
+
+    folder: Path
+    store_digest: str
+    keep: int = 2
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
+        """Write a checkpoint whole and durably, then remove the oldest beyond `keep`.
+
+        Raises:
+            OutOfSpaceError, StorageUnavailableError: it cannot be written; older ones are untouched.
+        """
+        target = self.folder / f"{_PREFIX}{progress.step:08d}"
+        with durable_directory(target, point="checkpoint") as directory:
+            _save_tensors(_model_tensors(model), directory / "model.safetensors")
+            _save_tensors(_optimizer_tensors(model, optimizer), directory / "optimizer.safetensors")
+            _save_tensors(_random_states(), directory / "random.safetensors")
+            (directory / "progress.json").write_text(json.dumps(asdict(progress)))
+            manifest = {"store_digest": self.store_digest, "files": _describe(directory)}
+            (directory / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for old in self._newest_first()[self.keep :]:
+            shutil.rmtree(old, ignore_errors=True)
+        return target
+
+    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+        """Load the newest checkpoint that verifies, warning of each that does not. None left: a fresh `Progress`."""
+        for directory in self._newest_first():
+            problem = self._problem(directory)
+            if problem is None:
+                return _load(directory, model, optimizer)
+            logger.warning("checkpoint %s is damaged (%s): falling back to the one before it", directory, problem)
+        return Progress()
+
+    def newest_step(self) -> int:
+        """Step of the newest checkpoint that verifies, 0 if there is none."""
+        valid = (directory for directory in self._newest_first() if self._problem(directory) is None)
+        newest = next(valid, None)
+        return 0 if newest is None else int(newest.name.removeprefix(_PREFIX))
+
+    def _newest_first(self) -> list[Path]:
+        return sorted(self.folder.glob(f"{_PREFIX}*"), reverse=True)
+
+    def _problem(self, directory: Path) -> str | None:
+        """What is wrong with a checkpoint; None if its manifest verifies."""
+        try:
+            manifest = json.loads((directory / _MANIFEST).read_bytes())
+            stated: Mapping[str, Mapping[str, object]] = manifest["files"]
+            digest = manifest["store_digest"]
+            found = _describe(directory)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return f"{_MANIFEST}: {error!r}"
+        if digest != self.store_digest:
+            return f"made from store {digest}"
+        for name in sorted(stated.keys() | found.keys()):
+            if stated.get(name) != found.get(name):
+                return f"{name}: {found.get(name, 'missing')}, the manifest says {stated.get(name, 'nothing')}"
+        return None
+
+
+def _load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    model_tensors = load_file(directory / "model.safetensors")
+    for name, tensor in _model_tensors(model).items():
+        tensor.copy_(model_tensors[name])
+    _restore_optimizer(model, optimizer, load_file(directory / "optimizer.safetensors"))
+    _restore_random(load_file(directory / "random.safetensors"))
+    return Progress(**json.loads((directory / "progress.json").read_text()))
+
+
+def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name. `named_parameters` gives tied weights once."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor.detach() for name, tensor in named}
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}/{key}": value.detach()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    optimizer.state.clear()
+    for key, value in tensors.items():
+        name, state = key.rsplit("/", 1)
+        parameter = parameters[name]
+        # Fused AdamW wants its step counter beside the parameter; safetensors gives every tensor on the CPU.
+        optimizer.state[parameter][state] = value.to(parameter.device, copy=True)
+
+
+def _random_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _restore_random(states: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    for index in range(torch.cuda.device_count()):
+        if f"cuda:{index}" in states:
+            torch.cuda.set_rng_state(states[f"cuda:{index}"], index)
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # the library's own name for what the operating system refuses
+        kind = OutOfSpaceError if "space" in str(error).lower() else StorageUnavailableError
+        raise kind(
+            f"a checkpoint cannot be written: {error}",
+            where=str(path),
+            fix="free some space, then run the same command again: older checkpoints are whole",
+        ) from error
+
+
+def _describe(directory: Path) -> dict[str, dict[str, object]]:
+    """Size and sha256 of each file but the manifest."""
+    described: dict[str, dict[str, object]] = {}
+    for path in sorted(directory.iterdir()):
+        if path.name != _MANIFEST:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            described[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+    return described

@@ -1,0 +1,85 @@
+"""Files and directories of a run that appear whole or not at all, also when the power fails.
+
+Written under a temporary name beside the target, synced, renamed, and the directory that holds the name synced. A kill
+in between leaves a temporary name that `remove_leftovers` clears away.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from storage.faults import fault_point
+from storage.files import storage_errors
+
+_TEMPORARY = ".tmp-"
+
+
+@contextmanager
+def durable_directory(target: Path, *, point: str | None = None) -> Iterator[Path]:
+    """An empty directory to fill, which becomes `target` when the block ends without an error.
+
+    Args:
+        target: its final name. A directory that stands there is replaced.
+        point: prefix of the fault points `<point>-write` (all written, nothing synced) and `<point>-rename`.
+
+    Raises:
+        OutOfSpaceError, StorageUnavailableError: the operating system refuses.
+    """
+    temporary = target.parent / f"{_TEMPORARY}{target.name}"
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            if point is not None:
+                fault_point(f"{point}-write")
+            for path in (*temporary.iterdir(), temporary):
+                _sync(path)
+            if point is not None:
+                fault_point(f"{point}-rename")
+            _put_in_place(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Give a file this content, durably; readers see the old content or the new."""
+    temporary = path.parent / f"{_TEMPORARY}{path.name}"
+    with storage_errors(path):
+        temporary.write_bytes(data)
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what a killed process left half-written in `directory`."""
+    for path in directory.glob(f"{_TEMPORARY}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    """Rename; an older directory of that name steps aside first, because POSIX does not replace a full one."""
+    aside = target.parent / f"{_TEMPORARY}old-{target.name}"
+    if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(target, aside)
+    os.rename(temporary, target)
+    _sync(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

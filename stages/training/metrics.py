@@ -1,0 +1,80 @@
+"""metrics.jsonl: one JSON object per line, appended as training goes.
+
+Two kinds of line, told by `event`:
+
+    {"event": "step", "step", "loss", "kd", "ce", "lr", "grad_norm", "tokens", "rows", "seconds", "tokens_per_second"}
+    {"event": "validation", "step", "loss", "kd", "ce", "rows", "seconds"}
+
+`loss`, `kd` and `ce` are means per target row in nats; a part that was not computed is null. `tokens` and `rows` are of
+the step. `seconds` and `tokens_per_second` measure time; every other field is a function of configuration and store,
+so the curve of a run that was stopped and resumed equals an undisturbed one's in them to the last digit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from stages.training.durable import replace_file
+from storage.files import storage_errors
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl. A context manager.
+
+    Args:
+        path: of the file; created if missing.
+        last_step: lines of later steps, and a torn last line, are dropped first: the run resumes after this step.
+    """
+
+    def __init__(self, path: Path, *, last_step: int) -> None:
+        with storage_errors(path):
+            kept = _lines_until(path, last_step)
+            replace_file(path, b"".join(kept))
+            self._file = open(path, "ab")  # noqa: SIM115  # closed in __exit__
+        self._path = path
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def write(self, record: Mapping[str, str | int | float | None]) -> None:
+        """Append one line and hand it to the operating system."""
+        with storage_errors(self._path):
+            self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Wait until every line is on the disk: a checkpoint must never be ahead of its curve."""
+        with storage_errors(self._path):
+            os.fsync(self._file.fileno())
+
+
+def read_metrics(path: Path) -> list[dict[str, str | int | float | None]]:
+    """All whole lines of a metrics.jsonl."""
+    return [json.loads(line) for line in _whole_lines(path)]
+
+
+def _lines_until(path: Path, last_step: int) -> list[bytes]:
+    return [line for line in _whole_lines(path) if json.loads(line)["step"] <= last_step]
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """Lines up to the first that is not a whole JSON object: a power failure may leave zeros behind the last sync."""
+    whole: list[bytes] = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            complete = line.endswith(b"\n") and isinstance(json.loads(line), dict)
+        except ValueError:
+            complete = False
+        if not complete:
+            break
+        whole.append(line)
+    return whole

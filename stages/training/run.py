@@ -1,0 +1,178 @@
+"""The run directory: what belongs to a run, whose run it is, and whether it is finished.
+
+RUN/config.yaml     the configuration, as it was when the run began
+RUN/run.json        the store and teacher that it learns from; once finished, its totals
+RUN/metrics.jsonl   RUN/checkpoints/   RUN/model/
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stages.training.durable import remove_leftovers, replace_file
+from storage.errors import IdentityError, UsageError
+from storage.files import storage_errors
+
+# What may change between two commands of one run: where things lie, how the work is cut and saved, on which machine it
+# is done. None of it changes which sequences a step holds or what it computes (beyond rounding). `steps` and `epochs`
+# may change as long as the learning rates of the steps already done stay the same; the caller checks that.
+FREE_FIELDS = frozenset(
+    {
+        "allow_partial",
+        "attention",
+        "checkpoint",
+        "chunk_size",
+        "device",
+        "epochs",
+        "run",
+        "steps",
+        "store",
+        "tokens_per_batch",
+        "validation",
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finish:
+    """Totals of a finished run: optimizer steps, tokens trained on, seconds spent in steps."""
+
+    step: int
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunDirectory:
+    """A run directory.
+
+    Attributes:
+        path: RUN.
+    """
+
+    path: Path
+
+    @property
+    def metrics(self) -> Path:
+        """The training curve."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints lie."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The finished student."""
+        return self.path / "model"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from training in this directory; the lock ends with the process, however it ends.
+
+        Raises:
+            UsageError: another process trains here.
+        """
+        with storage_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / ".lock", "w")  # noqa: SIM115  # closed below
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UsageError(
+                    "another process is training in this run directory",
+                    where=str(self.path),
+                    fix="wait for it, or choose another run directory",
+                ) from error
+            for directory in (self.path, self.checkpoints):
+                remove_leftovers(directory)
+            yield
+
+    def begin(self, config: Mapping[str, Any], store: Mapping[str, Any]) -> dict[str, Any]:
+        """Make this directory that run's, or check that it is. Return the configuration that the run began with.
+
+        Args:
+            config: of the command, as plain values.
+            store: `digest`, `id` and whatever else is worth recording about the store; `digest` is compared.
+
+        Raises:
+            IdentityError: the directory belongs to another configuration or store; every differing field is named.
+        """
+        stored = self._stored_config()
+        if stored is None:
+            replace_file(self.path / "run.json", _json({"store": dict(store), "finished": None}))
+            replace_file(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False).encode())
+            return dict(config)
+        lines = _differences("", _semantic(stored), _semantic(config))
+        began = self._record()["store"]
+        if began["digest"] != store["digest"]:
+            lines.append(f"store digest: {began['digest']} -> {store['digest']}")
+        if lines:
+            raise IdentityError(
+                f"the run directory belongs to another run: {'; '.join(lines)}",
+                where=str(self.path),
+                fix="choose another run directory, or go back to the configuration in its config.yaml",
+            )
+        return stored
+
+    def finish(self, totals: Finish) -> None:
+        """Record that the run is finished: RUN/model is the student after `totals.step` steps."""
+        record = {**self._record(), "finished": vars(totals)}
+        replace_file(self.path / "run.json", _json(record))
+
+    def finished(self) -> Finish | None:
+        """Totals if RUN/model holds a finished student, else None."""
+        if self._stored_config() is None or not self.model.is_dir():
+            return None
+        totals = self._record()["finished"]
+        return None if totals is None else Finish(**totals)
+
+    def _stored_config(self) -> dict[str, Any] | None:
+        path = self.path / "config.yaml"
+        if not path.exists():
+            return None
+        try:
+            stored = yaml.safe_load(path.read_bytes())
+        except yaml.YAMLError as error:
+            raise UsageError(
+                f"not YAML: {error}", where=str(path), fix="restore it, or choose another run directory"
+            ) from error
+        return dict(stored)
+
+    def _record(self) -> dict[str, Any]:
+        path = self.path / "run.json"
+        try:
+            record: dict[str, Any] = json.loads(path.read_bytes())
+        except (FileNotFoundError, ValueError) as error:
+            raise UsageError(
+                f"the run's record cannot be read: {error}", where=str(path), fix="choose another run directory"
+            ) from error
+        return record
+
+
+def _semantic(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that make a run that run, as plain JSON values."""
+    return {key: json.loads(json.dumps(value)) for key, value in config.items() if key not in FREE_FIELDS}
+
+
+def _differences(path: str, stored: Any, wanted: Any) -> list[str]:
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        lines: list[str] = []
+        for key in sorted(stored.keys() | wanted.keys()):
+            lines += _differences(f"{path}.{key}" if path else key, stored.get(key), wanted.get(key))
+        return lines
+    return [] if stored == wanted else [f"{path}: {stored!r} -> {wanted!r}"]
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, indent=1).encode() + b"\n"

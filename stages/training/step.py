@@ -1,0 +1,123 @@
+"""One optimizer step, and one validation: the arithmetic between batches and weights.
+
+Data path: step of micro-batches -> **loss, gradients, weights** -> numbers for the metrics. Losses are sums over target
+rows divided by the rows of the whole step, so that the size of the micro-batches changes nothing but memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.batches.microbatch import MicroBatch
+from stages.batches.steps import Step
+from stages.losses import FusedLinearKDLoss, LossParts
+from stages.student.model import Student
+from stages.training.optimizer import set_learning_rate
+from storage.errors import NumericsError
+from storage.faults import fault_point
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """Means per target row, in nats (a tempered divergence times its T^2). None: this part was not computed."""
+
+    loss: float
+    kd: float | None
+    ce: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """What is minimised: (1 - kd_ratio) * cross-entropy + kd_ratio * divergence, in one pass over the head.
+
+    Attributes:
+        student: the model that learns.
+        loss: the fused loss.
+        kd_ratio: share of the divergence; 0 reads no targets, 1 computes no cross-entropy.
+    """
+
+    student: Student
+    loss: FusedLinearKDLoss
+    kd_ratio: float
+
+    def parts(self, batch: MicroBatch, rows: int) -> LossParts:
+        """The losses of one micro-batch, summed over its rows and divided by `rows`."""
+        batch = batch.to(self.student.device)
+        parts: LossParts = self.loss(
+            self.student.hidden(batch),
+            self.student.weight_VD,
+            batch.targets,
+            batch.labels_N,
+            max(rows, 1),
+            bias_V=self.student.bias_V,
+            kd_ratio=self.kd_ratio,
+        )
+        return parts
+
+    def losses(self, sums: Tensor) -> Losses:
+        """Name the sums [loss, kd, ce] over micro-batches."""
+        loss, kd, ce = sums.tolist()
+        return Losses(loss=loss, kd=None if self.kd_ratio == 0.0 else kd, ce=None if self.kd_ratio == 1.0 else ce)
+
+
+def optimizer_step(
+    learner: Learner, optimizer: torch.optim.Optimizer, step: Step, *, lr: float, clip_norm: float | None, number: int
+) -> tuple[Losses, float]:
+    """Accumulate the gradient over the step's micro-batches, clip it, and move the weights.
+
+    Args:
+        learner: student and loss.
+        optimizer: over the student's parameters; its gradients must be empty, and are empty afterwards.
+        step: the micro-batches.
+        lr: learning rate of this step.
+        clip_norm: largest norm of the gradient; None: no clipping.
+        number: of the step, counted from 1; for messages.
+
+    Returns:
+        The losses, and the norm of the gradient before clipping.
+
+    Raises:
+        NumericsError: loss or gradient is not finite. The weights have not moved.
+    """
+    sums = torch.zeros(3, device=learner.student.device)
+    for batch in step.batches:
+        parts = learner.parts(batch, step.rows)
+        parts.loss.backward()  # type: ignore[no-untyped-call]
+        sums += torch.stack(parts).detach()
+    losses = learner.losses(sums)
+    _require_finite("loss", losses.loss, number)
+    parameters = [parameter for parameter in learner.student.model.parameters() if parameter.requires_grad]
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if clip_norm is None else clip_norm))
+    _require_finite("norm of the gradient", norm, number)
+    set_learning_rate(optimizer, lr)
+    fault_point("optimizer-step")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return losses, norm
+
+
+@torch.no_grad()
+def validate(learner: Learner, batches: Sequence[MicroBatch]) -> Losses:
+    """The same losses over held-out micro-batches, without dropout and without moving anything."""
+    model = learner.student.model
+    rows = sum(batch.rows for batch in batches)
+    model.train(mode=False)
+    sums = torch.zeros(3, device=learner.student.device)
+    for batch in batches:
+        sums += torch.stack(learner.parts(batch, rows))
+    model.train()
+    return learner.losses(sums)
+
+
+def _require_finite(name: str, value: float, number: int) -> None:
+    if not math.isfinite(value):
+        raise NumericsError(
+            f"the {name} is {value} at step {number}; the weights have not moved",
+            where=f"step {number}",
+            fix="lower optimizer.lr, add schedule.warmup_steps, or set dtype: float32; then run the same command again",
+        )
