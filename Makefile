@@ -24,7 +24,7 @@ test: install
 	@$(BIN)/pytest
 
 torture: install
-	@$(BIN)/python -m benchmarks.torture
+	@$(BIN)/pytest -m torture --verbose --capture=no
 
 lint: install
 	@$(BIN)/ruff check .

@@ -10,7 +10,9 @@ from pydantic import Field, model_validator
 from pipeline.config.base import Model
 
 Auto = Literal["auto"]
-Positive = Annotated[int, Field(gt=0)]
+Whole = Annotated[int, Field(strict=True)]  # strict: `true` is no number
+NotNegative = Annotated[int, Field(ge=0, strict=True)]
+Positive = Annotated[int, Field(gt=0, strict=True)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -56,7 +58,7 @@ class RenderingConfig(Model):
 
     window: Positive = 1024
     """Longest sequence that the teacher sees in one forward, in tokens."""
-    overlap: Annotated[int, Field(ge=0)] = 0
+    overlap: NotNegative = 0
     """Tokens of context that a window repeats from the one before it; repeated tokens get no second target row."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Begin-of-sequence token before each document. auto: as the tokenizer does by itself."""
@@ -79,9 +81,9 @@ class TargetConfig(Model):
     """hybrid: exact head plus samples of the tail, an unbiased target. topk: exact head only."""
     k: Positive = 32
     """Entries of the exact head."""
-    draws: Annotated[int, Field(ge=0)] | None = None
+    draws: NotNegative | None = None
     """Samples drawn from the tail per row. Default: 8 for hybrid, 0 for topk."""
-    seed: int = 0
+    seed: Whole = 0
     """Seed of the draws. Draws depend on seed, document and position only, never on batching or workers."""
 
     @model_validator(mode="after")
@@ -105,7 +107,7 @@ class HeldoutConfig(Model):
 
     fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of documents that is held out, chosen by a hash of seed and document number."""
-    seed: int = 0
+    seed: Whole = 0
     """Seed of that hash."""
 
 

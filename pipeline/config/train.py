@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config.base import Model
-from pipeline.config.extract import Auto, Dtype, Positive
+from pipeline.config.extract import Auto, Dtype, NotNegative, Positive, Whole
 
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -55,7 +55,7 @@ class ScheduleConfig(Model):
 
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
     """cosine: warm up, then half a cosine. wsd: warm up, stay, decay linearly at the end. constant: warm up, stay."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: NotNegative = 0
     """Steps of linear warm-up."""
     decay_steps: Positive | None = None
     """wsd: steps of the final decay. Default: a fifth of all steps."""
@@ -114,7 +114,7 @@ class TrainConfig(Model):
     """When to save."""
     validation: ValidationConfig = ValidationConfig()
     """When to measure."""
-    seed: int = 0
+    seed: Whole = 0
     """Seed of initialisation, order and dropout."""
     dtype: Dtype = "auto"
     """Dtype of the student's forward (autocast); weights and optimizer stay in float32. auto: bfloat16 where fast."""

@@ -1,0 +1,88 @@
+"""Configuration file and `--set` arguments -> a validated model, or one error that names file, line, key and remedy.
+
+Data path: **YAML -> config** -> plan -> shards, and **YAML -> config** -> store -> student.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipeline.config.extract import ExtractConfig
+from pipeline.config.overrides import apply_overrides
+from pipeline.config.problems import Source, explain, shown
+from pipeline.config.train import TrainConfig
+from pipeline.config.yaml_text import MAX_CHARACTERS, Located, parse
+from storage.errors import StorageUnavailableError, UsageError
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def load_extract(path: Path, overrides: Sequence[str] = ()) -> ExtractConfig:
+    """Load the configuration of `pipeline extract`. Raises UsageError."""
+    return load(ExtractConfig, path, overrides)
+
+
+def load_train(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Load the configuration of `pipeline train`, its loss included. Raises UsageError."""
+    return load(TrainConfig, path, overrides)
+
+
+def load(model: type[M], path: Path, overrides: Sequence[str] = ()) -> M:
+    """Read a YAML file, lay `overrides` over it, and validate it as `model`.
+
+    Args:
+        model: what the file must describe.
+        path: YAML file of at most 256 KiB.
+        overrides: `section.key=value`, the later one wins.
+
+    Raises:
+        UsageError: the file is missing, is not a YAML mapping, or does not describe a `model`.
+        StorageUnavailableError: the file cannot be read.
+    """
+    located = _read(path)
+    values: dict[str, Any] = located.values
+    source = Source(name=str(path), lines=located.lines, origins=apply_overrides(values, overrides), values=values)
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise explain(error, model, source) from None
+
+
+def _read(path: Path) -> Located:
+    try:
+        with path.open("rb") as file:
+            data = file.read(4 * MAX_CHARACTERS + 1)  # a UTF-8 character takes at most four bytes
+        text = data.decode()
+    except FileNotFoundError:
+        raise UsageError(
+            "there is no such configuration file", where=str(path), fix="pipeline init writes one to start from"
+        ) from None
+    except IsADirectoryError:
+        raise UsageError("a configuration is a YAML file, this is a directory", where=str(path)) from None
+    except UnicodeDecodeError as error:
+        if len(data) > 4 * MAX_CHARACTERS:
+            text = data.decode(errors="replace")
+        else:
+            raise UsageError(f"not UTF-8 text: {error.reason}", where=f"{path}, byte {error.start}") from None
+    except OSError as error:
+        raise StorageUnavailableError(f"cannot read the configuration: {error.strerror}", where=str(path)) from error
+    located = parse(text, name=str(path))
+    if not isinstance(located.values, dict):
+        found = "a list" if isinstance(located.values, list) else shown(located.values)
+        raise UsageError(
+            f"a configuration is a mapping of keys to values, found {found}",
+            where=f"{path}:1",
+            fix="write lines of the form `key: value`; pipeline init writes an example",
+        )
+    return located
+
+
+def dump(config: BaseModel) -> str:
+    """Write a configuration as YAML that loads to an equal one, defaults included (RUN/config.yaml)."""
+    values = config.model_dump(mode="json")
+    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120))

@@ -1,0 +1,122 @@
+"""Any exception -> three lines for a person and an exit code for a machine.
+
+The error tree itself is in `storage.errors`, so that all three packages can raise from it. Here the rest of the world
+is mapped onto it: the operating system, memory, interruption, click. What fits nowhere is a bug of ours.
+
+| exit code | meaning |
+|---|---|
+| 0 | ok |
+| 2 | usage or configuration |
+| 3 | identity mismatch: teacher, tokenizer, corpus or plan |
+| 4 | corruption |
+| 5 | storage unavailable |
+| 6 | out of space or memory |
+| 7 | numerics: NaN or infinity |
+| 70 | bug |
+| 75 | interrupted; the same command again goes on |
+| 130 | interrupted; nothing to go on from |
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from storage.errors import DistillError, OutOfSpaceError, StorageUnavailableError, UsageError
+
+BUG = 70
+RESUMABLE = 75
+INTERRUPTED = 130
+
+_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_UNAVAILABLE = frozenset(
+    {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT}
+)
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """What the user sees of a failure. Fields as in `DistillError`."""
+
+    what: str
+    where: str | None
+    fix: str | None
+    exit_code: int
+
+    def lines(self) -> list[str]:
+        """Return the lines for stderr: what, and where and what to do if known."""
+        labelled = (("error", self.what), ("where", self.where), ("fix", self.fix))
+        return [f"{label}: {text}" for label, text in labelled if text is not None]
+
+
+def failure_of(error: BaseException, *, command: str, resumable: bool) -> Failure:
+    """Describe any exception that reached the command line.
+
+    Args:
+        error: the exception.
+        command: the command that ran, such as `pipeline extract`.
+        resumable: whether running the same command again goes on where it stopped.
+    """
+    if isinstance(error, (KeyboardInterrupt, click.Abort)):
+        fix = "run the same command again to go on" if resumable else None
+        return Failure(what="interrupted", where=command, fix=fix, exit_code=RESUMABLE if resumable else INTERRUPTED)
+    known = _known(error, command)
+    if known is not None:
+        return Failure(what=known.what, where=known.where or command, fix=known.fix, exit_code=known.exit_code)
+    return Failure(
+        what=f"this is a bug in topk-distill: {_one_line(error)}",
+        where=f"{command}, {_origin(error)}",
+        fix="run the command again with --debug to see the traceback, and report it",
+        exit_code=BUG,
+    )
+
+
+def _known(error: BaseException, command: str) -> DistillError | None:
+    if isinstance(error, DistillError):
+        return error
+    if isinstance(error, click.ClickException):
+        return UsageError(error.format_message(), where=command, fix=f"{command} --help")
+    if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
+        return OutOfSpaceError(
+            f"out of memory: {_one_line(error)}",
+            fix="lower chunk_size, batch_size or tokens_per_batch, or use a machine with more memory",
+        )
+    if isinstance(error, OSError):
+        place = None if error.filename is None else str(error.filename)
+        if error.errno in _NO_SPACE:
+            fix = "free space or move the target, then run the same command again: what was committed stays valid"
+            return OutOfSpaceError(f"no space left: {error.strerror}", where=place, fix=fix)
+        if error.errno in _UNAVAILABLE:
+            fix = "check permissions and mounts; pipeline doctor PATH tests a directory"
+            return StorageUnavailableError(f"storage unavailable: {error.strerror}", where=place, fix=fix)
+    return None
+
+
+def _is_torch_out_of_memory(error: BaseException) -> bool:
+    """Recognise torch's out-of-memory errors without importing torch (on CPU it raises a plain RuntimeError)."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _origin(error: BaseException) -> str:
+    """File and line of the innermost frame in our own packages."""
+    root = Path(__file__).resolve().parent.parent
+    own = [root / package for package in ("pipeline", "stages", "storage")]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if any(path.is_relative_to(folder) for folder in own):
+            return f"{path.relative_to(root).as_posix()}:{frame.lineno}"
+    return "outside its own code"

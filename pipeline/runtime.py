@@ -1,0 +1,63 @@
+"""The process around a command: signals, environment of the libraries, log messages, and which rank speaks.
+
+Nothing here imports a model library: it runs before any of them is loaded, because they read their settings then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+LOGGER = "topk_distill"
+
+
+def prepare_libraries() -> None:
+    """Set what the model libraries read when they are imported; what the user has set stays.
+
+    No telemetry. Their own progress bars only on a terminal, where a download of gigabytes should be seen.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@contextlib.contextmanager
+def log_to_stderr() -> Iterator[None]:
+    """Show our own warnings as one line each, on the main process only."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.addFilter(lambda record: is_main_process())
+    logger = logging.getLogger(LOGGER)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def is_main_process() -> bool:
+    """Tell whether this is the process that speaks: rank 0 of a distributed run, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def termination_as_interrupt() -> Iterator[None]:
+    """Treat SIGTERM (schedulers, torchrun, pre-emption) as Ctrl-C, so that both end in the same tidy way."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

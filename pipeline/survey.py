@@ -1,0 +1,146 @@
+"""What can be known about an extraction before any weight is hashed or loaded.
+
+Data path: configuration -> **survey** -> plan. It opens and checks corpus, model directory and tokenizer, and tokenises
+a fixed sample of documents, from which the remap, the shard size and the estimate follow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from pipeline.config.extract import ExtractConfig
+from stages.corpus import Corpus, SourceSpec, open_corpus
+from stages.corpus.tokenize import Rendering, render, resolve_special
+from stages.corpus.tokenizer import load_tokenizer, real_tokens
+from stages.devices import resolve_device, resolve_dtype
+from stages.teacher import ModelDirectory, find_model, load_config
+from storage.errors import UsageError
+
+SAMPLE_TOKENS = 200_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What a fixed sample of documents holds.
+
+    Attributes:
+        documents, tokens, rows: how much was sampled.
+        counts: int64 [V], how often each token id occurs in it.
+    """
+
+    documents: int
+    tokens: int
+    rows: int
+    counts: NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """Everything about an extraction that can be known without hashing or loading weights."""
+
+    corpus: Corpus
+    model: ModelDirectory
+    model_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    rendering: Rendering
+    sample: Sample
+    device: torch.device
+    dtype: torch.dtype
+
+    def scaled(self, sampled: int) -> int:
+        """Extrapolate a count over the sample to the whole corpus."""
+        return round(sampled * len(self.corpus) / self.sample.documents)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the sample is the whole corpus."""
+        return self.sample.documents == len(self.corpus)
+
+
+def survey(config: ExtractConfig, *, weights: bool = False) -> Survey:
+    """Open and check corpus, model directory and tokenizer, and tokenise the sample.
+
+    Args:
+        weights: require (and fetch) the teacher's weights too.
+
+    Raises:
+        UsageError: anything that the configuration names is missing or unfit, or no document gives a row.
+    """
+    corpus = open_corpus(SourceSpec(**source.model_dump()) for source in config.corpus)
+    model = find_model(config.teacher.path, config.teacher.revision, weights=weights)
+    model_config = load_config(model)
+    tokenizer = load_tokenizer(model.directory)
+    vocab_size = min(real_tokens(tokenizer), model_config.get_text_config().vocab_size)
+    if config.target.k > vocab_size:
+        raise UsageError(
+            f"k = {config.target.k} is more than the vocabulary of {vocab_size} tokens",
+            where="target.k",
+            fix=f"set target.k to at most {vocab_size}",
+        )
+    bos, eos = resolve_special(tokenizer, config.rendering.bos, eos=config.rendering.eos)
+    rendering = Rendering(
+        window=config.rendering.window,
+        overlap=config.rendering.overlap,
+        min_tokens=config.rendering.min_tokens,
+        bos=bos,
+        eos=eos,
+    )
+    device = resolve_device(config.device)
+    return Survey(
+        corpus=corpus,
+        model=model,
+        model_config=model_config,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        rendering=rendering,
+        sample=take_sample(corpus, tokenizer, rendering, vocab_size),
+        device=device,
+        dtype=resolve_dtype(config.teacher.dtype, device),
+    )
+
+
+def take_sample(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, rendering: Rendering, vocab_size: int) -> Sample:
+    """Tokenise documents spread over the corpus until SAMPLE_TOKENS tokens are counted, or all of them.
+
+    Raises:
+        UsageError: the corpus is smaller than the sample and gives no row at all.
+    """
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    documents = tokens = rows = 0
+    for number in scattered(len(corpus)):
+        for sequence in render(corpus.documents([number]), tokenizer, rendering):
+            if int(sequence.tokens.max()) >= vocab_size:
+                raise UsageError(
+                    f"token id {int(sequence.tokens.max())} is beyond the teacher's {vocab_size} embeddings",
+                    where=f"document {number}",
+                    fix="use the tokenizer that belongs to the teacher",
+                )
+            counts += np.bincount(sequence.tokens, minlength=vocab_size)
+            tokens += len(sequence)
+            rows += int(sequence.has_row.sum())
+        documents += 1
+        if tokens >= SAMPLE_TOKENS:
+            break
+    if rows == 0:
+        raise UsageError(
+            f"no target row in {documents} documents: each is shorter than rendering.min_tokens or than two tokens",
+            where="corpus",
+            fix="check the field that holds the text, and rendering.min_tokens",
+        )
+    return Sample(documents=documents, tokens=tokens, rows=rows, counts=counts)
+
+
+def scattered(count: int) -> Iterator[int]:
+    """Yield every number below `count` once, any first part of them evenly spread (golden-section steps)."""
+    step = max(1, round(count * 0.618034))
+    while math.gcd(step, count) != 1:
+        step += 1
+    yield from (index * step % count for index in range(count))

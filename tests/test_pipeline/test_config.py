@@ -1,0 +1,208 @@
+"""Configuration files: every way to write a wrong one, and what the error says about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.loading import dump, load_extract, load_train
+from pipeline.config.yaml_text import MAX_CHARACTERS, MAX_DEPTH, parse
+from storage.errors import StorageUnavailableError, UsageError
+
+EXTRACT = "store: s\nteacher:\n  path: x\ncorpus:\n  - source: topics\n"
+TRAIN = "store: s\nrun: r\nstudent:\n  init: pretrained\n  path: x\nsteps: 10\n"
+
+
+def error_of(tmp_path: Path, text: str, *overrides: str, phase: str = "extract") -> UsageError:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        (load_extract if phase == "extract" else load_train)(path, overrides)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "what", "fix"),
+    [
+        (EXTRACT + "target:\n  k: many\n", 7, "target.k: expected a whole number, found 'many'", "(default 32)"),
+        (EXTRACT + "target:\n  k: true\n", 7, "target.k: expected a whole number, found true", ""),
+        (EXTRACT + "target:\n  k: 1.5\n", 7, "target.k: expected a whole number, found 1.5", ""),
+        (EXTRACT + "target:\n  k: 0\n", 7, "target.k: expected a number above 0, found 0", ""),
+        (EXTRACT + "target:\n  seed: false\n", 7, "target.seed: expected a whole number, found false", ""),
+        (EXTRACT + "target:\n", 6, "target: expected a section of keys, found nothing", ""),
+        (EXTRACT + "target: 3\n", 6, "target: expected a section of keys, found 3", ""),
+        (EXTRACT + "target:\n  kk: 3\n", 7, "unknown key 'kk' in target", "did you mean 'k'?"),
+        (EXTRACT + "target:\n  kind: top-k\n", 7, "target.kind: expected hybrid or topk, found 'top-k'", "exact head"),
+        (EXTRACT + "target:\n  kind: topk\n  draws: 3\n", 6, "target: kind topk draws no samples", ""),
+        (EXTRACT + "rendering: {overlap: 2000}", 6, "overlap 2000 must be smaller than window 1024", ""),
+        (EXTRACT + "heldout: {fraction: 2}", 6, "heldout.fraction: expected a number below 1, found 2", ""),
+        (EXTRACT + "heldout: {fraction: .nan}", 6, "heldout.fraction: expected", ""),
+        (EXTRACT + "documents_per_shard: x", 6, "expected a whole number or auto, found 'x'", "auto: about"),
+        (EXTRACT + "batch_size: 0", 6, "expected a number above 0 or auto, found 0", ""),
+        (EXTRACT + "heldot: {}", 6, "unknown key 'heldot'", "did you mean 'heldout'?"),
+        (EXTRACT + "window: 3", 6, "unknown key 'window'", "'window' belongs at rendering.window"),
+        (EXTRACT + "zzz: 3", 6, "unknown key 'zzz'", "keys here: store, teacher, corpus"),
+        (EXTRACT + "store2: 3\nbatch_sise: 1", 6, "unknown key 'store2'", "then 1 more: batch_sise"),
+        (EXTRACT.replace("  path: x", "  dtype: float64\n  path: x"), 3, "teacher.dtype: expected auto, float32", ""),
+        (EXTRACT.replace("  path: x", "  revision: a"), 2, "teacher.path is missing", "Directory or hub name"),
+        (EXTRACT.replace("topics", "text"), 5, "corpus.0: source 'text' needs a path", ""),
+        (EXTRACT.replace("  - source: topics", "  source: topics"), 4, "corpus: expected a list", ""),
+        (EXTRACT.replace("\n  - source: topics", " []"), 4, "corpus: expected at least 1 item", ""),
+        (EXTRACT.replace("store: s", "store: 3"), 1, "store: expected a path, found 3", ""),
+    ],
+)
+def test_extract_problems_name_line_key_and_remedy(text: str, line: int, what: str, fix: str, tmp_path: Path) -> None:
+    error = error_of(tmp_path, text)
+    assert what in error.what
+    assert error.where == f"{tmp_path / 'c.yaml'}:{line}"
+    assert fix in (error.fix or "")
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "fix"),
+    [
+        (TRAIN + "epochs: 3", "give exactly one of steps and epochs", ""),
+        (TRAIN + "lr: 3", "unknown key 'lr'", "optimizer.lr"),
+        (TRAIN + "optimizer: {lr: fast}", "optimizer.lr: expected a number, found 'fast'", "Peak learning rate"),
+        (TRAIN + "optimizer: {lr: .inf}", "optimizer.lr: expected a finite number", ""),
+        (TRAIN + "optimizer: {betas: [0.9]}", "optimizer.betas.1 is missing", ""),
+        (TRAIN + "loss: KDLoss", "loss: expected a section of keys, found 'KDLoss'", "name: KDLoss"),
+        (TRAIN + "clip_norm: -1", "clip_norm: expected a number above 0, found -1", "null: no clipping"),
+        (TRAIN + "kd_ratio: 1.5", "kd_ratio: expected a number of at most 1, found 1.5", ""),
+        (TRAIN.replace("pretrained", "layers_of_teacher"), "layers belongs to init: layers_of_teacher", ""),
+    ],
+)
+def test_train_problems(text: str, what: str, fix: str, tmp_path: Path) -> None:
+    error = error_of(tmp_path, text, phase="train")
+    assert what in error.what
+    assert fix in (error.fix or "")
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "what"),
+    [
+        ("", ":1", "found nothing"),
+        ("- 1", ":1", "found a list"),
+        ("3", ":1", "found 3"),
+        ("a: 1\nb: 2\na: 3", ":3", "key 'a' is given twice, first on line 1"),
+        ("a:\n  b: 1\n  b: 2", ":3", "key 'b' is given twice, first on line 2"),
+        ("a: [1", ":1, column 6", "not valid YAML: while parsing a flow sequence"),
+        ("a:\n\tb: 1", ":2, column 1", r"found character '\t'"),
+        ("a: b: c", ":1, column 5", "mapping values are not allowed here"),
+        ("a: 1\n---\nb: 2", ":2, column 1", "another document"),
+        ("a: &x [1]\nb: *x", ":1", "anchors and aliases are not supported, found 'x'"),
+        ("a: !!python/object/apply:os.system [ls]", ":1", "tags are not supported"),
+        ("!!python/object:os.system {}", ":1", "tags are not supported"),
+        ("1: a", ":1", "keys must be text, found 1"),
+        ("? [a]\n: 1", ":1", "keys must be text"),
+        ("a: " + "[" * (MAX_DEPTH + 1), ":1", "nested deeper than"),
+        ("[" * 100_000, ":1", "nested deeper than"),
+        ("a: " + "9" * 5000, ":1", "not a number"),
+        ("a: '" + "x" * MAX_CHARACTERS + "'", "", "too long for a configuration"),
+        ("a: '\x00'", "", "unacceptable character"),
+    ],
+)
+def test_text_that_is_not_a_configuration(text: str, where: str, what: str, tmp_path: Path) -> None:
+    error = error_of(tmp_path, text)
+    assert what in error.what
+    assert error.where == f"{tmp_path / 'c.yaml'}{where}"
+
+
+def test_a_hundred_levels_of_aliases_are_refused_at_once() -> None:
+    bomb = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{'*a' + str(n - 1) + ','} *a{n - 1}]\n" for n in range(1, 100))
+    with pytest.raises(UsageError, match="anchors and aliases"):
+        parse(bomb, name="bomb")
+
+
+def test_scalars_follow_yaml_1_2() -> None:
+    text = "a: 3e-4\nb: 1_000\nc: no\nd: 2024-01-01\ne: 010\nf: 0x1f\ng: 12:30:00\nh:\ni: True\nj: '5'\nk: -.5\n"
+    values = parse(text, name="t").values
+    assert values == {
+        "a": 3e-4, "b": 1000, "c": "no", "d": "2024-01-01", "e": "010", "f": 31, "g": "12:30:00", "h": None,
+        "i": True, "j": "5", "k": -0.5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("override", "what", "fix"),
+    [
+        ("target.k=x", "target.k: expected a whole number, found 'x'", ""),
+        ("tget.k=3", "unknown key 'tget'", "did you mean 'target'?"),
+        ("target.kk=3", "unknown key 'kk' in target", "did you mean 'k'?"),
+        ("corpus.1.path=x", "corpus is a list of 1, found index '1'", "from 0 to 0"),
+        ("corpus.first.path=x", "corpus is a list of 1, found index 'first'", ""),
+        ("corpus.0=topics", "corpus.0: expected a section of keys, found 'topics'", ""),
+        ("store.x=1", "store is a plain value ('s'), so it has no 'x'", ""),
+        ("target.k", "expected section.key=value", "for example"),
+        ("=3", "expected section.key=value", ""),
+        ("a..b=3", "expected section.key=value", ""),
+        ("teacher=", "teacher: expected a section of keys, found nothing", ""),
+    ],
+)
+def test_override_problems_name_the_argument(override: str, what: str, fix: str, tmp_path: Path) -> None:
+    error = error_of(tmp_path, EXTRACT, override)
+    assert what in error.what
+    assert error.where == f"--set {override}"
+    assert fix in (error.fix or "")
+
+
+def test_override_that_is_not_yaml(tmp_path: Path) -> None:
+    error = error_of(tmp_path, EXTRACT, "target.k=[1")
+    assert error.where is not None
+    assert error.where.startswith("--set target.k=[1")
+
+
+def test_overrides_are_typed_and_the_last_one_wins(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(EXTRACT)
+    config = load_extract(
+        path,
+        ["target.k=7", "corpus.0.source=text", "corpus.0.path=a=b.txt", "rendering.window=12", "target={k: 9}"],
+    )
+    assert (config.target.k, config.rendering.window) == (9, 12)
+    assert (config.corpus[0].source, config.corpus[0].path) == ("text", "a=b.txt")
+
+
+def test_number_forms_that_yaml_1_1_takes_for_text(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(TRAIN + "optimizer: {lr: 3e-4}\nloss: {name: KDLoss, temperature: 1e0}\nclip_norm: null\n")
+    config = load_train(path)
+    assert config.optimizer.lr == 3e-4
+    assert config.loss["temperature"] == 1.0
+    assert config.clip_norm is None
+
+
+@pytest.mark.parametrize(("text", "load"), [(EXTRACT, load_extract), (TRAIN + "loss: {temperature: 2e-7}", load_train)])
+def test_dump_loads_to_an_equal_configuration(text: str, load: object, tmp_path: Path) -> None:
+    assert callable(load)
+    path = tmp_path / "c.yaml"
+    path.write_text(text.replace("path: x", "path: 'no: 1e5 # ü'"))
+    config = load(path)
+    again = tmp_path / "again.yaml"
+    again.write_text(dump(config))
+    assert load(again) == config
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such configuration file"):
+        load_extract(tmp_path / "none.yaml")
+
+
+def test_directory_instead_of_a_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="this is a directory"):
+        load_extract(tmp_path)
+
+
+def test_binary_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_bytes(b"store: \xff\xfe")
+    with pytest.raises(UsageError, match="not UTF-8 text") as caught:
+        load_extract(path)
+    assert caught.value.where == f"{path}, byte 7"
+
+
+def test_file_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageUnavailableError, match="cannot read the configuration"):
+        load_extract(tmp_path / "file" / "c.yaml")

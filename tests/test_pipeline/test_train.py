@@ -1,0 +1,285 @@
+"""pipeline.train on the tiny store: it learns, resumes exactly, refuses what is not its own, and finishes once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.config.train import TrainConfig
+from pipeline.train import Finished, Saved, Started, StepDone, Validated, dry_run, train
+from stages.training.metrics import read_metrics
+from storage.errors import IdentityError, UsageError
+
+TIME_KEYS = {"seconds", "tokens_per_second"}
+
+
+def make_config(store: Path, teacher: Path, run: Path, **changes: Any) -> TrainConfig:
+    values = {
+        "store": store,
+        "run": run,
+        "student": {"init": "layers_of_teacher", "path": str(teacher), "layers": 2},
+        "steps": 8,
+        "tokens_per_step": 256,
+        "tokens_per_batch": 128,
+        "dtype": "float32",
+        "device": "cpu",
+        "optimizer": {"lr": 3e-3},
+        "schedule": {"warmup_steps": 2},
+        "checkpoint": {"every": 3},
+        "validation": {"every": 4, "sequences": 4},
+    }
+    return TrainConfig.model_validate({**values, **changes})
+
+
+def curve(run: Path) -> list[dict[str, Any]]:
+    lines = read_metrics(run / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if key not in TIME_KEYS} for line in lines]
+
+
+def weights(run: Path) -> bytes:
+    return (run / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_store: Path, tiny_teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    run = tmp_path_factory.mktemp("reference") / "run"
+    list(train(make_config(tiny_store, tiny_teacher_dir, run)))
+    return run
+
+
+def test_events_tell_the_run_in_order(tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path) -> None:
+    events = list(train(make_config(tiny_store, tiny_teacher_dir, tmp_path / "run")))
+    kinds = [type(event).__name__ for event in events]
+    steps = ["StepDone"] * 3
+    assert kinds == [
+        "Started",
+        *steps,
+        "Saved",
+        "StepDone",
+        "Validated",
+        "StepDone",
+        "StepDone",
+        "Saved",
+        "StepDone",
+        "StepDone",
+        "Validated",
+        "Saved",
+        "Finished",
+    ]
+    started, finished = events[0], events[-1]
+    assert isinstance(started, Started)
+    assert isinstance(finished, Finished)
+    assert (started.step, started.steps, finished.step) == (0, 8, 8)
+    assert [event.step for event in events if isinstance(event, Saved)] == [3, 6, 8]
+    assert finished.tokens == sum(event.tokens for event in events if isinstance(event, StepDone))
+
+
+def test_the_student_learns(tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path) -> None:
+    config = make_config(
+        tiny_store, tiny_teacher_dir, tmp_path / "run", steps=60, validation={"every": 20, "sequences": 64}
+    )
+    held_out = [event for event in train(config) if isinstance(event, Validated)]
+    assert [event.step for event in held_out] == [20, 40, 60]
+    first = next(event for event in train(make_config(tiny_store, tiny_teacher_dir, tmp_path / "one", steps=1,
+                                                      optimizer={"lr": 1e-9}, validation={"sequences": 64}))
+                 if isinstance(event, Validated))  # fmt: skip
+    assert held_out[-1].loss < first.loss - 0.1
+    assert held_out[-1].kd is not None
+    assert first.kd is not None
+    assert held_out[-1].kd < first.kd
+
+
+def test_the_model_is_a_plain_directory_and_the_run_is_as_documented(reference: Path, tiny_teacher_dir: Path) -> None:
+    assert {path.name for path in reference.iterdir() if not path.name.startswith(".")} == {
+        "config.yaml",
+        "run.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "model",
+    }
+    model = AutoModelForCausalLM.from_pretrained(reference / "model")
+    assert model.config.num_hidden_layers == 2
+    tokenizer = AutoTokenizer.from_pretrained(reference / "model")
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(tiny_teacher_dir).get_vocab()
+    card = (reference / "model" / "README.md").read_text()
+    assert "0.7 * KDLoss() + 0.3 * cross-entropy" in card
+    assert str(tiny_teacher_dir) not in card
+    lines = curve(reference)
+    assert [line["step"] for line in lines if line["event"] == "step"] == list(range(1, 9))
+    assert set(lines[0]) == {"event", "step", "loss", "kd", "ce", "lr", "grad_norm", "tokens", "rows"}
+
+
+def test_a_finished_run_says_so_and_does_nothing(reference: Path, tiny_store: Path, tiny_teacher_dir: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in reference.rglob("*") if path.is_file()}
+    (event,) = train(make_config(tiny_store, tiny_teacher_dir, reference))
+    assert isinstance(event, Finished)
+    assert event.already
+    after = {path: path.stat().st_mtime_ns for path in reference.rglob("*") if path.is_file()}
+    assert {path for path in before if before[path] != after[path]} <= {reference / ".lock"}
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4, 7])
+def test_a_run_that_was_interrupted_goes_on_to_the_same_end(
+    stop_after: int, reference: Path, tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path
+) -> None:
+    config = make_config(tiny_store, tiny_teacher_dir, tmp_path / "run")
+    events = train(config)
+    for event in events:
+        if isinstance(event, StepDone) and event.step == stop_after:
+            break
+    events.close()  # type: ignore[attr-defined]  # a generator: what an exception in the caller does too
+    resumed = next(event for event in train(config) if isinstance(event, Started))
+    assert resumed.step == stop_after - stop_after % 3 if stop_after % 3 else resumed.step in (stop_after - 3, stop_after)
+    list(train(config))
+    assert curve(tmp_path / "run") == curve(reference)
+    assert weights(tmp_path / "run") == weights(reference)
+
+
+RUN_PROCESS = """
+import sys
+import torch
+from pipeline.config.train import TrainConfig
+from pipeline.train import train
+torch.set_num_threads(1)
+for _ in train(TrainConfig.model_validate_json(sys.stdin.read())):
+    pass
+"""
+
+
+@pytest.mark.parametrize("point", ["optimizer-step:5", "checkpoint-write:2", "checkpoint-rename:2"])
+def test_a_killed_run_goes_on_to_the_same_end(
+    point: str, reference: Path, tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path
+) -> None:
+    config = make_config(tiny_store, tiny_teacher_dir, tmp_path / "run")
+    killed = subprocess.run(
+        [sys.executable, "-c", RUN_PROCESS],
+        input=config.model_dump_json(),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TOPK_DISTILL_FAULT": point},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert killed.returncode == -9, killed.stderr
+    assert f"fault point {point} reached" in killed.stderr
+    started = next(iter(train(config)))
+    assert isinstance(started, Started)
+    assert started.step == 3
+    list(train(config))
+    assert curve(tmp_path / "run") == curve(reference)
+    assert weights(tmp_path / "run") == weights(reference)
+
+
+def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(
+    reference: Path, tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(tiny_store, tiny_teacher_dir, tmp_path / "run")
+    list(takewhile(lambda event: not (isinstance(event, StepDone) and event.step == 7), train(config)))
+    newest = tmp_path / "run" / "checkpoints" / "step-00000006" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-8] + bytes(8))
+    started, *_ = train(config)
+    assert isinstance(started, Started)
+    assert started.step == 3
+    assert "falling back" in caplog.text
+    assert curve(tmp_path / "run") == curve(reference)
+    assert weights(tmp_path / "run") == weights(reference)
+
+
+def test_micro_batches_change_nothing_but_rounding(
+    reference: Path, tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path
+) -> None:
+    list(train(make_config(tiny_store, tiny_teacher_dir, tmp_path / "run", tokens_per_batch=256)))
+    for ours, theirs in zip(curve(tmp_path / "run"), curve(reference), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+@pytest.mark.parametrize(("kd_ratio", "missing"), [(0.0, "kd"), (1.0, "ce")])
+def test_one_part_alone(
+    kd_ratio: float, missing: str, tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path
+) -> None:
+    list(train(make_config(tiny_store, tiny_teacher_dir, tmp_path / "run", kd_ratio=kd_ratio, steps=2)))
+    assert [line[missing] for line in curve(tmp_path / "run")] == [None] * 3
+
+
+def test_twins_with_and_without_the_teacher_see_the_same_tokens(
+    reference: Path, tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path
+) -> None:
+    list(train(make_config(tiny_store, tiny_teacher_dir, tmp_path / "run", kd_ratio=0.0)))
+    twins = [[line["tokens"] for line in curve(run) if line["event"] == "step"] for run in (tmp_path / "run", reference)]
+    assert twins[0] == twins[1]
+    first = [curve(run)[0]["ce"] for run in (tmp_path / "run", reference)]
+    assert first[0] == pytest.approx(first[1], rel=1e-6)  # same weights, same tokens
+
+
+def test_another_configuration_is_refused(reference: Path, tiny_store: Path, tiny_teacher_dir: Path) -> None:
+    with pytest.raises(IdentityError, match=r"kd_ratio: 0\.7 -> 0\.5; seed: 0 -> 1"):
+        list(train(make_config(tiny_store, tiny_teacher_dir, reference, kd_ratio=0.5, seed=1)))
+
+
+def test_a_run_may_be_prolonged_only_where_the_steps_done_stay_the_same(
+    reference: Path, tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(IdentityError, match="learning rates of the 8 steps done"):
+        list(train(make_config(tiny_store, tiny_teacher_dir, reference, steps=9)))
+    constant = {"schedule": {"kind": "constant"}}
+    list(train(make_config(tiny_store, tiny_teacher_dir, tmp_path / "long", steps=5, **constant)))
+    list(train(make_config(tiny_store, tiny_teacher_dir, tmp_path / "short", steps=3, **constant)))
+    events = list(train(make_config(tiny_store, tiny_teacher_dir, tmp_path / "short", steps=5, **constant)))
+    assert isinstance(events[0], Started)
+    assert events[0].step == 3
+    assert weights(tmp_path / "short") == weights(tmp_path / "long")
+
+
+def test_epochs_are_turned_into_steps(tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_store, tiny_teacher_dir, tmp_path / "run", steps=None, epochs=1.0)
+    estimate = dry_run(config)
+    finished = list(train(config))[-1]
+    assert isinstance(finished, Finished)
+    assert finished.step == estimate.steps
+    assert estimate.epochs == pytest.approx(1.0, abs=0.25)
+
+
+def test_a_dry_run_estimates_and_writes_nothing(tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path) -> None:
+    estimate = dry_run(make_config(tiny_store, tiny_teacher_dir, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    assert estimate.steps == 8
+    assert estimate.memory_bytes > 16 * estimate.parameters
+    assert estimate.seconds > 0.0
+    assert estimate.tokens <= 8 * 256
+
+
+def test_bfloat16_keeps_float32_weights(tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path) -> None:
+    list(train(make_config(tiny_store, tiny_teacher_dir, tmp_path / "run", dtype="bfloat16", steps=2)))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_float16_is_refused(tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="float16"):
+        list(train(make_config(tiny_store, tiny_teacher_dir, tmp_path / "run", dtype="float16")))
+
+
+def test_a_window_longer_than_a_micro_batch_names_the_remedy(
+    tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="a micro-batch holds at most 32") as caught:
+        list(train(make_config(tiny_store, tiny_teacher_dir, tmp_path / "run", tokens_per_batch=32)))
+    assert caught.value.where == "tokens_per_batch"
+
+
+def test_the_record_of_a_run_names_store_and_teacher(reference: Path, tiny_store: Path, tiny_teacher_dir: Path) -> None:
+    record = json.loads((reference / "run.json").read_text())
+    assert record["store"]["path"] == str(tiny_store)
+    assert record["store"]["teacher"]["directory"] == str(tiny_teacher_dir)
+    assert record["finished"]["step"] == 8
