@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from pipeline.errors import failure_of
-from pipeline.runtime import log_to_stderr, prepare_libraries, termination_as_interrupt
+from pipeline.runtime import prepare_libraries, termination_as_interrupt, warnings_in_one_line
 
 DISTRIBUTION = "topk-distill"
 RESUMABLE_COMMANDS = frozenset({"extract", "train", "demo"})
@@ -38,15 +38,20 @@ class Application(click.Group):
         extra["standalone_mode"] = False
         session = Session()
         try:
-            with termination_as_interrupt(), log_to_stderr():
+            with termination_as_interrupt(), warnings_in_one_line():
                 prepare_libraries()
                 code = super().main(*args, obj=session, **extra)
-        except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = 0
         except BaseException as error:  # the one place where every failure ends
             code = _report(error, session)
         sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. That the reader of our output, such as `head`, has seen enough is no failure."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """List the commands in the order of work, which is the order they are defined in."""

@@ -6,15 +6,17 @@ exit code, or None for 0. Failures are exceptions and end in `pipeline.applicati
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
 from pipeline.application import DISTRIBUTION, Application, Session, common_options, distribution_version
 
-F = TypeVar("F", bound=Callable[..., Any])
+if TYPE_CHECKING:
+    from pipeline.config.schema import Phase
+    from pipeline.export import Format
+    from storage.plan import Split
 
 config_argument = click.argument("config_path", metavar="CONFIG", type=click.Path(path_type=Path))
 store_argument = click.argument("store", type=click.Path(path_type=Path))
@@ -165,7 +167,9 @@ def repair(store: Path, yes: bool, as_json: bool) -> None:
 @click.option("--format", "form", type=click.Choice(["text", "json", "arrow", "parquet"]), default="text")
 @click.option("--output", type=click.Path(path_type=Path), help="File to write; json goes to stdout without it.")
 @common_options
-def inspect(store: Path, sample: int | None, rows: int, seed: int, split: Any, form: Any, output: Path | None) -> None:
+def inspect(
+    store: Path, sample: int | None, rows: int, seed: int, split: Split, form: Format, output: Path | None
+) -> None:
     """Show what the teacher believed, or write rows for other tools.
 
     The shards committed so far suffice.
@@ -240,7 +244,7 @@ def generate(run: Path, prompt: str, teacher: bool, chat: bool, max_new_tokens: 
 @main.command()
 @click.argument("phase", type=click.Choice(["extract", "train"]))
 @common_options
-def schema(phase: Any) -> None:
+def schema(phase: Phase) -> None:
     """Print the JSON Schema of a configuration."""
     from pipeline.config.schema import json_schema
 

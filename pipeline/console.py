@@ -81,8 +81,8 @@ def show_estimate(estimate: Estimate, *, as_json: bool) -> None:
     print_facts(
         [
             ("teacher", f"{estimate.teacher}, {estimate.dtype} on {estimate.device}"),
-            ("corpus", f"{estimate.documents:,} documents{held_out}, {about}{estimate.tokens:,} tokens"),
-            ("rows", f"{about}{estimate.rows:,} in {estimate.shards:,} shards"),
+            ("corpus", f"{counted(estimate.documents, 'document')}{held_out}, {about}{estimate.tokens:,} tokens"),
+            ("rows", f"{about}{estimate.rows:,} in {counted(estimate.shards, 'shard')}"),
             ("size", f"about {size_line(estimate.bytes, estimate.bytes_per_row)}"),
             ("time", time),
         ]
@@ -114,11 +114,12 @@ def show_status(status: Status, *, as_json: bool) -> None:
     kind = f"{status.kind}: {status.k} exact entries" + (f", {status.draws} tail draws" if status.draws else "")
     sealed = f"sealed, digest {status.digest}" if status.digest else "not sealed"
     held_out = f" ({status.heldout_rows:,} held out)" if status.heldout_rows else ""
+    corpus = [(status.documents, "document"), (status.sequences, "sequence"), (status.tokens, "token")]
     facts = [
         ("store", status.path),
         ("teacher", status.teacher or "unnamed"),
         ("rows", f"{status.rows:,}{held_out}, {kind}"),
-        ("corpus", f"{status.documents:,} documents, {status.sequences:,} sequences, {status.tokens:,} tokens"),
+        ("corpus", ", ".join(counted(count, noun) for count, noun in corpus)),
         ("size", size_line(status.bytes, status.bytes_per_row)),
         ("shards", f"{status.committed} of {status.shards} committed, {sealed}"),
     ]
@@ -126,7 +127,7 @@ def show_status(status: Status, *, as_json: bool) -> None:
         facts.insert(4, ("kept mass", f"{status.head_mass:.4f} of the teacher's probability is in the exact head"))
     print_facts(facts)
     if status.missing:
-        click.echo(f"{status.missing} shards are missing: run the same `pipeline extract` again to go on")
+        click.echo(f"{counted(status.missing, 'shard')} missing: run the same `pipeline extract` again to go on")
 
 
 def show_verification(report: Report, store: Path, *, as_json: bool) -> int:
@@ -141,7 +142,7 @@ def show_verification(report: Report, store: Path, *, as_json: bool) -> int:
     checked = "names and sizes of" if report.quick else "every byte of"
     click.echo(f"checked {checked} {report.committed} of {report.shards} shards, {report.rows:,} rows")
     if report.problems:
-        click.echo(f"{len(report.problems)} problems; run: pipeline repair {store}")
+        click.echo(f"{counted(len(report.problems), 'problem')}; run: pipeline repair {store}")
     else:
         click.echo(click.style("no damage", fg="green"))
     return report.exit_code
@@ -169,7 +170,7 @@ def show_sequences(sequences: Sequence[SequenceText], total: int) -> None:
         start = f" from token {item.window_start}" if item.window_start else ""
         click.secho(f"sequence {item.number} of {total:,}: document {item.document}{start}", bold=True)
         mean = f"kept mass {item.head_mass:.3f}, entropy {item.entropy:.2f} nats (means)"
-        click.echo(f"{item.tokens} tokens, {item.rows} rows, {mean}\n")
+        click.echo(f"{counted(item.tokens, 'token')}, {counted(item.rows, 'row')}, {mean}\n")
         for row in item.shown:
             show_row(row)
         click.echo()
@@ -222,6 +223,11 @@ def show_answers(answers: Iterable[Answer], *, as_json: bool) -> None:
 def quoted(text: str) -> str:
     """Quote text so that white space and control characters show."""
     return json.dumps(text, ensure_ascii=False)
+
+
+def counted(count: int, noun: str) -> str:
+    """Write a count with its noun: 1 shard, 2 shards."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def size_line(size: int, per_row: float | None) -> str:

@@ -31,6 +31,7 @@ from storage.commit import StoreWriter
 from storage.errors import OutOfSpaceError
 from storage.faults import fault_point
 from storage.plan import ShardSpec, Split
+from storage.records import PLAN
 from storage.rows import SequenceBatch
 
 CONTEXT_TOKENS = 48  # of the first event: what the teacher read before it names its candidates
@@ -143,34 +144,20 @@ def extract(config: ExtractConfig, *, limit: int | None = None) -> Iterator[Even
     """
     meter = _Meter()
     planned = build_plan(config)
+    # A new store is not begun for a teacher that does not load: its plan could never be carried out.
+    teacher = None if (config.store / PLAN).exists() else load_teacher(planned)
     writer = StoreWriter.create(
         config.store, planned.plan, remap=planned.remap, tokenizer_files=planned.tokenizer_files
     )
-    shards, missing = len(planned.plan.shards()), writer.missing()
-    rows_total = expected_rows(planned, missing[:limit])
-    yield Started(store=config.store, shards=shards, missing=len(missing), rows=rows_total)
-    if missing:
-        teacher = load_teacher(planned)
-        yield from first_row(planned, teacher, missing, meter)
+    todo = writer.missing()
+    chosen = todo[:limit]
+    shards, rows_total = len(planned.plan.shards()), expected_rows(planned, chosen)
+    yield Started(store=config.store, shards=shards, missing=len(todo), rows=rows_total)
+    if chosen:
+        teacher = teacher or load_teacher(planned)
+        yield from first_row(planned, teacher, chosen, meter)
         meter.begin_work(rows_total)
-    for shard in missing[:limit]:
-        began = time.perf_counter()
-        batch = yield from extract_shard(planned, teacher, shard, meter)
-        record = writer.commit(shard, batch)
-        meter.new_shards += 1
-        write_rate(rate_key(planned.survey), meter.tokens_per_second)
-        yield ShardDone(
-            shard=shard.index,
-            split=shard.split,
-            committed=len(writer.committed()),
-            shards=shards,
-            sequences=len(batch),
-            tokens=len(batch.tokens),
-            rows=batch.rows,
-            bytes=record.size,
-            head_mass=record.counts.head_mass,
-            seconds=time.perf_counter() - began,
-        )
+        yield from extract_shards(planned, teacher, writer, chosen, meter)
     yield ExtractSummary(
         store=config.store,
         digest=writer.seal(),
@@ -182,6 +169,30 @@ def extract(config: ExtractConfig, *, limit: int | None = None) -> Iterator[Even
         tokens_per_second=meter.tokens_per_second if meter.new_shards else None,
         seconds=meter.seconds,
     )
+
+
+def extract_shards(
+    planned: PlannedExtraction, teacher: Teacher, writer: StoreWriter, shards: Items[ShardSpec], meter: _Meter
+) -> Iterator[Progress | ShardDone]:
+    """Compute and commit shards one after the other, and keep the rate for `pipeline plan`."""
+    for shard in shards:
+        began = time.perf_counter()
+        batch = yield from extract_shard(planned, teacher, shard, meter)
+        record = writer.commit(shard, batch)
+        meter.new_shards += 1
+        write_rate(rate_key(planned.survey), meter.tokens_per_second)
+        yield ShardDone(
+            shard=shard.index,
+            split=shard.split,
+            committed=len(writer.committed()),
+            shards=len(planned.plan.shards()),
+            sequences=len(batch),
+            tokens=len(batch.tokens),
+            rows=batch.rows,
+            bytes=record.size,
+            head_mass=record.counts.head_mass,
+            seconds=time.perf_counter() - began,
+        )
 
 
 def load_teacher(planned: PlannedExtraction) -> Teacher:

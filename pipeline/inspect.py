@@ -133,7 +133,11 @@ def open_store(path: Path, split: Split) -> StoreReader:
 
 def choose(reader: StoreReader, count: int, seed: int) -> list[int]:
     """Draw numbers of sequences without repetition; a smaller sample is the beginning of a larger one."""
-    return [int(number) for number in np.random.default_rng(seed).permutation(len(reader))[:count]]
+    generator = np.random.default_rng(seed)
+    drawn: dict[int, None] = {}
+    while len(drawn) < min(count, len(reader)):
+        drawn[int(generator.integers(len(reader)))] = None
+    return list(drawn)
 
 
 def sample_sequences(

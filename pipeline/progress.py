@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from pipeline.console import bytes_text, duration_text, quoted, to_json
+from pipeline.console import bytes_text, counted, duration_text, quoted, to_json
 from pipeline.runtime import is_main_process
 
 if TYPE_CHECKING:
@@ -111,14 +111,14 @@ def display(*, quiet: bool) -> Iterator[Display]:
 def show_extract(events: Iterable[pipeline.extract.Event], *, quiet: bool, as_json: bool) -> None:
     """Run phase 1 and tell its events. The summary goes to stdout."""
     last = _run(events, tell_extract, quiet=quiet, as_json=as_json)
-    if not as_json and last is not None:
+    if not as_json and is_main_process():
         click.echo(extract_summary(last))
 
 
 def show_train(events: Iterable[pipeline.train.Event], *, quiet: bool, as_json: bool) -> None:
     """Run phase 2 and tell its events. The summary goes to stdout."""
     last = _run(events, tell_train, quiet=quiet, as_json=as_json)
-    if not as_json and last is not None:
+    if not as_json and is_main_process():
         click.echo(train_summary(last))
 
 
@@ -154,7 +154,7 @@ def first_row_text(event: pipeline.extract.FirstRow) -> str:
     candidates = "  ".join(f"{quoted(text)} {probability:.1%}" for text, probability in event.candidates)
     context = " ".join(event.context.split())
     return (
-        f"the teacher reads …{context[-70:]!s} and expects\n"
+        f"the teacher reads …{context[-70:]} and expects\n"
         f"    {candidates}\n"
         f"    it is {quoted(event.following)}; the head keeps {event.head_mass:.1%} of the probability"
         f" in about {event.bytes_per_row:.0f} bytes per row ({duration_text(event.seconds)} after the start)"
@@ -164,10 +164,11 @@ def first_row_text(event: pipeline.extract.FirstRow) -> str:
 def extract_summary(event: pipeline.extract.ExtractSummary) -> str:
     """Write how a run of phase 1 ended."""
     rate = "" if event.tokens_per_second is None else f" at {event.tokens_per_second:,.0f} tokens/s"
-    new = f"{event.new_shards} new shards, {event.new_rows:,} rows in {duration_text(event.seconds)}{rate}"
+    work = f"{counted(event.new_shards, 'new shard')}, {counted(event.new_rows, 'row')}"
+    new = f"{work} in {duration_text(event.seconds)}{rate}"
     if event.digest is None:
         return f"{event.store}: {event.committed} of {event.shards} shards; {new}; the same command again goes on"
-    return f"{event.store}: complete, {event.shards} shards; {new}\ndigest {event.digest}"
+    return f"{event.store}: complete, {counted(event.shards, 'shard')}; {new}\ndigest {event.digest}"
 
 
 def tell_train(event: pipeline.train.Event, place: Display) -> None:
@@ -180,9 +181,9 @@ def tell_train(event: pipeline.train.Event, place: Display) -> None:
         place.line(f"run {event.run}: {size}; {event.steps:,} steps, about {event.tokens:,} tokens{resumed}")
     elif isinstance(event, phase.StepDone):
         left = "" if event.seconds_left is None else f"  {duration_text(event.seconds_left)} left"
+        rate = f"{event.tokens_per_second:,.0f} tokens/s{left}"
         losses = f"loss {event.loss:.4f}{_parts(event.kd, event.ce)}"
-        rate = f"lr {event.lr:.2e}  {event.tokens_per_second:,.0f} tokens/s{left}"
-        place.advance(event.step, event.steps, f"step {event.step:,} of {event.steps:,}  {losses}  {rate}")
+        place.advance(event.step, event.steps, f"step {event.step:,} of {event.steps:,}  {rate}  {losses}")
     elif isinstance(event, phase.Validated):
         losses = f"loss {event.loss:.4f}{_parts(event.kd, event.ce)}"
         place.line(f"step {event.step:,}: held-out {losses} over {event.rows:,} rows")

@@ -11,8 +11,10 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from types import FrameType
+from typing import TextIO
 
 LOGGER = "topk_distill"
 
@@ -28,17 +30,32 @@ def prepare_libraries() -> None:
 
 
 @contextlib.contextmanager
-def log_to_stderr() -> Iterator[None]:
-    """Show our own warnings as one line each, on the main process only."""
+def warnings_in_one_line() -> Iterator[None]:
+    """Show warnings, logged or raised by Python's own mechanism, as one line each, on the main process only."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     handler.addFilter(lambda record: is_main_process())
     logger = logging.getLogger(LOGGER)
     logger.addHandler(handler)
+    previous = warnings.showwarning
+    warnings.showwarning = _show_warning
     try:
         yield
     finally:
         logger.removeHandler(handler)
+        warnings.showwarning = previous
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    if is_main_process():
+        print(f"WARNING: {message}", file=sys.stderr)
 
 
 def is_main_process() -> bool:

@@ -24,7 +24,7 @@ from stages.batches.microbatch import MicroBatch
 from stages.batches.order import Order
 from stages.batches.steps import StepShape, microbatches, prefetch, training_steps
 from stages.devices import dtype_name, resolve_device, resolve_dtype
-from stages.losses import FusedLinearKDLoss
+from stages.losses import FusedLinearKDLoss, KDLossConfig, build_loss_config
 from stages.student.attention import use_packed_attention
 from stages.student.identity import check_tokenizer, check_vocabulary
 from stages.student.model import Student
@@ -357,15 +357,23 @@ def _card(config: TrainConfig, reader: StoreReader, student: Student, progress: 
 
 
 def _loss(config: TrainConfig, student: Student, vocab_size: int) -> FusedLinearKDLoss:
-    fields = {key: value for key, value in config.loss.items() if key != "name"}
-    return FusedLinearKDLoss(
+    """The configured divergence in its fused form, mixed with cross-entropy, on this student's logits."""
+    fields = dict(config.loss)
+    chosen = build_loss_config(fields.pop("name", "KDLoss"), **fields)
+    if not isinstance(chosen, KDLossConfig):
+        raise UsageError(
+            f"a store trains with KDLoss, not with {type(chosen).__name__}",
+            where="loss.name",
+            fix="set loss.name: KDLoss; kd_ratio: 0 is cross-entropy alone",
+        )
+    fused = chosen.fused(
         chunk_size=_chunk_size(config, student.device),
         kd_ratio=config.kd_ratio,
         softcap=student.rule.softcap,
         logit_multiplier=student.rule.scale,
         vocab_size=vocab_size,
-        **fields,
     )
+    return FusedLinearKDLoss(**vars(fused))
 
 
 def _metrics_line(event: str, done: StepDone | Validated) -> dict[str, str | int | float | None]:

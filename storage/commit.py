@@ -137,7 +137,7 @@ class StoreWriter:
                 "stored. The teacher is not deterministic across these processes.",
                 shard.index, stored.directory, mine.directory,
             )  # fmt: skip
-            if stored.path != mine.path and self._files.exists(mine.path):
+            if stored.path != mine.path:
                 self._files.discard_directory(mine.path)
         self._records[shard.index] = stored
         return stored

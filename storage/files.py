@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def _translated(error: OSError, path: Path) -> DistillError:
     return StorageUnavailableError(f"storage refuses: {reason}", where=str(path), fix=fix)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stamp:
     """What tells a file from its replacement without reading it: inode, size in bytes, modification time in ns."""
 
@@ -91,12 +92,13 @@ class LocalFiles:
         return None if content is None else content[0]
 
     def read_stamped(self, name: str) -> tuple[bytes, Stamp] | None:
-        """Return the content of a file and the stamp of what was read, or None if there is no such file."""
+        """Return the content of a file and its stamp, or None if there is no such file."""
         path = self.root / name
         with storage_errors(path):
             try:
                 with open(path, "rb") as file:
-                    return file.read(), Stamp.of(os.fstat(file.fileno()))
+                    stamp = Stamp.of(os.fstat(file.fileno()))  # before reading: a change in between shows later
+                    return file.read(), stamp
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 return None
 
@@ -185,16 +187,18 @@ class LocalFiles:
         Symbolic links and other special files count as files of size -1, so that they never pass for objects.
         """
         path = self.root / name
-        if not path.is_dir() or path.is_symlink():
-            return None
         found: dict[str, int] = {}
         with storage_errors(path):
-            for folder, directories, names in os.walk(path, onerror=_raise):
+            if not path.is_dir() or path.is_symlink():
+                return None
+            for folder, directories, names in os.walk(path, onerror=_raise_unless_gone):
                 links = [entry for entry in directories if (Path(folder) / entry).is_symlink()]
                 for entry in [*names, *links]:
                     file = Path(folder) / entry
-                    regular = file.is_file() and not file.is_symlink()
-                    found[file.relative_to(path).as_posix()] = file.stat().st_size if regular else -1
+                    with suppress(FileNotFoundError):  # a temporary file of a running writer
+                        status = file.lstat()
+                        regular = stat.S_ISREG(status.st_mode)
+                        found[file.relative_to(path).as_posix()] = status.st_size if regular else -1
         return found
 
     def entries(self, name: str = ".") -> set[str]:
@@ -230,10 +234,13 @@ class LocalFiles:
         return target
 
     def discard_directory(self, name: str) -> None:
-        """Remove a directory that nothing refers to: out of sight in one step, then its files."""
-        temporary = self._temporary()
+        """Remove a directory that nothing refers to, if it is there: out of sight in one step, then its files."""
         with storage_errors(self.root / name):
-            os.rename(self.root / name, temporary)
+            temporary = self._temporary()
+            try:
+                os.rename(self.root / name, temporary)
+            except FileNotFoundError:
+                return
             _sync_directory((self.root / name).parent)
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -242,8 +249,9 @@ class LocalFiles:
         return self.root / TEMPORARY / f"{os.getpid()}-{os.urandom(6).hex()}"
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _write_tree(root: Path, objects: Mapping[str, bytes], point: str) -> None:

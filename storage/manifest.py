@@ -20,6 +20,7 @@ from storage.records import PLAN, REMAP, SEAL, TOKENIZER, CommitRecord, Seal, re
 from storage.remap import decode_remap, remap_sha256
 
 LARGEST_TOKENIZER_FILE = 1 << 30  # bytes, decompressed
+XZ_MEMORY = 1 << 27  # bytes that decompression may take; our files need a tenth of it
 
 
 def read_plan(files: LocalFiles) -> Plan | None:
@@ -53,7 +54,7 @@ def compress_tokenizer_file(data: bytes) -> bytes:
 
 
 def _decompress(data: bytes) -> bytes:
-    decoder = lzma.LZMADecompressor(format=lzma.FORMAT_XZ)
+    decoder = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=XZ_MEMORY)
     content = decoder.decompress(data, max_length=LARGEST_TOKENIZER_FILE)
     if not decoder.eof or decoder.unused_data:
         raise ValueError("it is cut short or has something after its end")

@@ -30,7 +30,7 @@ def record_name(shard: int) -> str:
     return f"{COMMITS}/{shard:06d}.json"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StoredObject:
     """A file of a shard: its size in bytes and the sha256 (hex) of its content."""
 
@@ -122,6 +122,10 @@ class CommitRecord:
         content["objects"] = {name: StoredObject(**item) for name, item in content["objects"].items()}
         content["counts"] = Counts(**content["counts"])
         record = cls(**content)
+        numbers = [item.size for item in record.objects.values()]
+        numbers += [value for name, value in asdict(record.counts).items() if name != "head_mass"]
+        if not all(type(number) is int and number >= 0 for number in [record.shard, *numbers]):
+            raise ValueError("sizes and counts must be whole numbers")
         if record.directory != directory_name(record.shard, record.objects):
             raise ValueError("the directory's name does not agree with the hashes of its objects")
         return record

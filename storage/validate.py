@@ -19,6 +19,7 @@ from storage.segments import row_starts
 
 LARGEST_HALF = 65504.0
 ROUNDING = 1e-3  # nats by which a log-probability or entropy may pass its limit through rounding
+MASS_TOLERANCE = 5e-3  # float16 tail mass, teachers in low precision
 _BLOCK_VALUES = 1 << 22  # ids compared at once
 
 _AXES = {
@@ -140,16 +141,26 @@ def _check_numbers(batch: SequenceBatch) -> None:
     _refuse(batch, batch.entropy < -ROUNDING, "entropy is negative", NumericsError)
     _refuse_entry(batch, ~np.isfinite(batch.logprob), batch.head_size, "logprob is not finite", NumericsError)
     _refuse_entry(batch, batch.logprob > ROUNDING, batch.head_size, "logprob is positive", NumericsError)
+    _check_mass(batch)
     rising = np.concatenate([[False], np.diff(batch.logprob) > 0]) if len(batch.logprob) else np.zeros(0, bool)
     rising[row_starts(batch.head_size)[:-1][batch.head_size > 0]] = False
     _refuse_entry(batch, rising, batch.head_size, "logprob rises within a row")
 
 
+def _check_mass(batch: SequenceBatch) -> None:
+    """Head and tail mass add up to 1: readers scale the head by the tail's."""
+    row_H = np.repeat(np.arange(batch.rows), batch.head_size)
+    mass_R = np.bincount(row_H, weights=np.exp(batch.logprob.astype(np.float64)), minlength=batch.rows)
+    total_R = mass_R + np.exp(-np.logaddexp(0.0, -batch.tail_logit.astype(np.float64)))
+    _refuse(batch, np.abs(total_R - 1.0) > MASS_TOLERANCE, "head and tail mass do not add up to 1", NumericsError)
+
+
 def _check_ids(plan: Plan, batch: SequenceBatch) -> None:
     for name in ("tokens", "head_ids", "tail_ids"):
         ids = getattr(batch, name)
-        if len(ids) and int(ids.max()) >= plan.vocab_size:
-            raise ValueError(f"{name} holds id {int(ids.max())}; the vocabulary has {plan.vocab_size} tokens")
+        for extreme in (int(ids.min()), int(ids.max())) if len(ids) else ():
+            if not 0 <= extreme < plan.vocab_size:
+                raise ValueError(f"{name} holds id {extreme}; the vocabulary has {plan.vocab_size} tokens")
     if batch.rows == 0:
         return
     width = max(1, int(batch.head_size.max()) + int(batch.tail_size.max()))

@@ -31,6 +31,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 REAL_TOKENS = 512
+TEACHER_STEPS = 100
 HEAD_ROWS = 520  # the teacher's vocabulary is padded: its last 8 rows stand for no token
 
 
@@ -70,10 +71,12 @@ def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory, topic_texts: li
 
 
 @pytest.fixture(scope="session")
-def tiny_teacher_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Path:
-    """A seeded Llama (4 layers, width 64, 520 head rows for 512 tokens) beside the tiny tokenizer.
+def tiny_teacher_dir(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path, topic_texts: list[str]
+) -> Path:
+    """A seeded Llama (4 layers, width 64, 520 head rows for 512 tokens), trained for two seconds on the topics.
 
-    The head is scaled up so that its distributions are peaked as a trained model's are (entropy about 3.5 nats of 6.2).
+    So its distributions are those of a language model, if a poor one, and its weights are a pure function of the code.
     """
     directory = tmp_path_factory.mktemp("teacher")
     shutil.copytree(tiny_tokenizer_dir, directory, dirs_exist_ok=True)
@@ -86,15 +89,22 @@ def tiny_teacher_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_di
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        initializer_range=0.1,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
         tie_word_embeddings=False,
     )
     model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(3.0)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_tokenizer_dir)
+    ids = torch.tensor(tokenizer("".join(topic_texts[:12]), verbose=False)["input_ids"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for _ in range(TEACHER_STEPS):
+        starts = torch.randint(len(ids) - 64, (8,))
+        batch = torch.stack([ids[start : start + 64] for start in starts.tolist()])
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
     model.save_pretrained(directory)
     return directory
 

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.extract import ExtractConfig
+from pipeline.config.loss import check_loss
 from pipeline.config.overrides import apply_overrides
 from pipeline.config.problems import Source, explain, shown
 from pipeline.config.train import TrainConfig
-from pipeline.config.yaml_text import MAX_CHARACTERS, Located, parse
+from pipeline.config.yaml_text import MAX_BYTES, Located, parse
 from storage.errors import StorageUnavailableError, UsageError
 
 M = TypeVar("M", bound=BaseModel)
@@ -28,8 +28,10 @@ def load_extract(path: Path, overrides: Sequence[str] = ()) -> ExtractConfig:
 
 
 def load_train(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Load the configuration of `pipeline train`, its loss included. Raises UsageError."""
-    return load(TrainConfig, path, overrides)
+    """Load the configuration of `pipeline train` and check its loss, which loads torch. Raises UsageError."""
+    config, source = _load(TrainConfig, path, overrides)
+    check_loss(config.loss, source)
+    return config
 
 
 def load(model: type[M], path: Path, overrides: Sequence[str] = ()) -> M:
@@ -44,45 +46,42 @@ def load(model: type[M], path: Path, overrides: Sequence[str] = ()) -> M:
         UsageError: the file is missing, is not a YAML mapping, or does not describe a `model`.
         StorageUnavailableError: the file cannot be read.
     """
+    return _load(model, path, overrides)[0]
+
+
+def _load(model: type[M], path: Path, overrides: Sequence[str]) -> tuple[M, Source]:
     located = _read(path)
     values: dict[str, Any] = located.values
     source = Source(name=str(path), lines=located.lines, origins=apply_overrides(values, overrides), values=values)
     try:
-        return model.model_validate(values)
+        return model.model_validate(values), source
     except ValidationError as error:
         raise explain(error, model, source) from None
 
 
 def _read(path: Path) -> Located:
+    name = str(path)
     try:
         with path.open("rb") as file:
-            data = file.read(4 * MAX_CHARACTERS + 1)  # a UTF-8 character takes at most four bytes
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise UsageError(f"more than {MAX_BYTES:,} bytes is too long for a configuration", where=name)
         text = data.decode()
     except FileNotFoundError:
-        raise UsageError(
-            "there is no such configuration file", where=str(path), fix="pipeline init writes one to start from"
-        ) from None
+        fix = "pipeline init writes one to start from"
+        raise UsageError("there is no such configuration file", where=name, fix=fix) from None
     except IsADirectoryError:
-        raise UsageError("a configuration is a YAML file, this is a directory", where=str(path)) from None
+        raise UsageError("a configuration is a YAML file, this is a directory", where=name) from None
     except UnicodeDecodeError as error:
-        if len(data) > 4 * MAX_CHARACTERS:
-            text = data.decode(errors="replace")
-        else:
-            raise UsageError(f"not UTF-8 text: {error.reason}", where=f"{path}, byte {error.start}") from None
+        raise UsageError(f"not UTF-8 text: {error.reason}", where=f"{name}, byte {error.start}") from None
     except OSError as error:
-        raise StorageUnavailableError(f"cannot read the configuration: {error.strerror}", where=str(path)) from error
-    located = parse(text, name=str(path))
+        raise StorageUnavailableError(f"cannot read the configuration: {error.strerror}", where=name) from error
+    located = parse(text, name=name)
     if not isinstance(located.values, dict):
         found = "a list" if isinstance(located.values, list) else shown(located.values)
         raise UsageError(
             f"a configuration is a mapping of keys to values, found {found}",
-            where=f"{path}:1",
+            where=f"{name}:1",
             fix="write lines of the form `key: value`; pipeline init writes an example",
         )
     return located
-
-
-def dump(config: BaseModel) -> str:
-    """Write a configuration as YAML that loads to an equal one, defaults included (RUN/config.yaml)."""
-    values = config.model_dump(mode="json")
-    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120))

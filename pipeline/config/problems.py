@@ -50,13 +50,15 @@ class Source:
 
     def place(self, path: KeyPath) -> str:
         """`file:line`, or the `--set` argument, that says what stands at `path` (or at the section around it)."""
-        for length in range(len(path), -1, -1):
-            if (origin := self.origins.get(path[:length])) is not None:
-                return origin
-            if path[:length] not in self.lines and (inside := self._set_inside(path[:length])) is not None:
+        prefixes = [path[:length] for length in range(len(path), -1, -1)]
+        for prefix in prefixes:
+            if prefix in self.origins:
+                return self.origins[prefix]
+        for prefix in prefixes:
+            if prefix not in self.lines and (inside := self._set_inside(prefix)) is not None:
                 return inside
-            if length and (line := self.lines.get(path[:length])) is not None:
-                return f"{self.name}:{line}"
+            if prefix and prefix in self.lines:
+                return f"{self.name}:{self.lines[prefix]}"
         return self.name
 
     def _set_inside(self, path: KeyPath) -> str | None:

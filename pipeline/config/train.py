@@ -60,7 +60,7 @@ class ScheduleConfig(Model):
     decay_steps: Positive | None = None
     """wsd: steps of the final decay. Default: a fifth of all steps."""
     min_factor: Unit = 0.0
-    """Factor reached at the last step (cosine, wsd)."""
+    """What the factor comes down to at the end of the run (cosine, wsd)."""
 
 
 class CheckpointConfig(Model):

@@ -15,7 +15,7 @@ import yaml
 
 from storage.errors import UsageError
 
-MAX_CHARACTERS = 256 * 1024
+MAX_BYTES = 256 * 1024
 MAX_DEPTH = 32
 
 KeyPath = tuple[str | int, ...]
@@ -59,17 +59,13 @@ def parse(text: str, *, name: str) -> Located:
     """Read one YAML document.
 
     Args:
-        text: the document.
+        text: the document, at most MAX_BYTES of it.
         name: file name or argument, for messages.
 
     Raises:
-        UsageError: the text is too long, too deep, not YAML, holds a key twice, an anchor, a tag, or a key that is
+        UsageError: the text is too deep, not YAML, holds a key twice, an anchor, a tag, or a key that is
             not text.
     """
-    if len(text) > MAX_CHARACTERS:
-        raise UsageError(
-            f"{len(text):,} characters is too long for a configuration (limit {MAX_CHARACTERS:,})", where=name
-        )
     try:
         _check_shape(text, name)
         loader = _CoreLoader(text)

@@ -159,10 +159,11 @@ class DenseRows:
         lse_R = log_softmax_(log_q_RV, shard)
         if self.teacher_scale != 1.0:
             scale_logits_(log_p_RV, self.teacher_scale, shard)
-        log_softmax_(log_p_RV, shard)
+        teacher_lse_R = log_softmax_(log_p_RV, shard)
         q_RV = log_q_RV.exp()
         d_RV, h_RV = self.divergence.terms(log_p_RV, log_q_RV, log_p_RV.exp(), q_RV)
-        kd_R = shard.sum(d_RV.sum(-1))
+        # a row that rules out every token is no distribution: its value is NaN, not 0
+        kd_R = shard.sum(d_RV.sum(-1)).to(lse_R.dtype) + 0.0 * (teacher_lse_R + lse_R)
         gradient_RV = _through_softmax(h_RV, q_RV, self.divergence, shard).mul_(mix.kd_gradient)
         if plain_RV is not None:
             local_R = softmax_(plain_RV)

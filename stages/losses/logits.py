@@ -96,7 +96,7 @@ def logit_loss(
             keep_N=keep_N,
             rows=len(labels_N),
             total=total,
-            chunk_size=settings.chunk_size or max(1, _CHUNK_BYTES // (max(1, columns) * dtype.itemsize)),
+            chunk_size=settings.chunk_size or max(1, _CHUNK_BYTES // (max(1, shard.widest) * dtype.itemsize)),
             shard=shard,
             check=settings.check,
             gradient=torch.is_grad_enabled(),

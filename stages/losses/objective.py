@@ -103,11 +103,11 @@ class Objective:
         return DenseRows(given, scale, labels_N, self.divergence, mix)
 
     def _sparse(self, targets: SparseTargets, labels_N: Tensor, shard: VocabShard, mix: Mix) -> SparseRows:
-        largest = int(targets.ids_NE.amax()) if targets.ids_NE.numel() else 0
-        if largest >= shard.total:
+        strange_NE = (targets.head_NE | targets.sample_NE) & ((targets.ids_NE < 0) | (targets.ids_NE >= shard.total))
+        if bool(strange_NE.any()):
             raise ValueError(
-                f"the teacher's rows hold token id {largest}, the student's vocabulary has {shard.total} tokens; "
-                "a store serves students with the teacher's own token ids only"
+                f"the teacher's rows hold token id {int(targets.ids_NE[strange_NE][0])}, the student's vocabulary has "
+                f"{shard.total} tokens; a store serves students with the teacher's own token ids only"
             )
         temperature = self.temperature / self.target_logits_scale
         policy = resolve_tail(self.tail, self.divergence, targets, temperature)

@@ -42,7 +42,7 @@ class LogitRows:
         self._lead, self._columns, self._keep_N = logits.shape[:-1], columns, keep_N
         self._logits = logits
         if logits.is_contiguous():
-            self._logits = logits.view(-1, logits.shape[-1])
+            self._logits = logits.view(self._lead.numel(), logits.shape[-1])
             self._lead = self._logits.shape[:1]
 
     def _index(self, span: slice) -> tuple[slice | Tensor, ...]:
@@ -57,4 +57,4 @@ class LogitRows:
 
     def write(self, span: slice, value_CV: Tensor) -> None:
         """Overwrites those rows' real columns."""
-        self._logits[(*self._index(span), slice(self._columns))] = value_CV
+        self._logits[(*self._index(span), slice(self._columns))] = value_CV.to(self._logits.dtype)

@@ -24,12 +24,18 @@ class VocabShard:
         start: first local id.
         size: number of local ids, real tokens only.
         total: number of real tokens over all processes.
+        width: columns over all processes, padding included.
+        widest: columns of the widest shard: what must be the same everywhere may depend on it.
+        declared: whether the number of real tokens was given, so that other widths are padding.
         group: the processes that hold the other ranges; None when this process holds them all.
     """
 
     start: int
     size: int
     total: int
+    width: int
+    widest: int
+    declared: bool
     group: dist.ProcessGroup | None = None
 
     @classmethod
@@ -53,7 +59,15 @@ class VocabShard:
         total = width if vocab_size is None else vocab_size
         if total > width:
             raise ValueError(f"vocab_size is {total}, but the logits have only {width} columns")
-        return cls(start=start, size=max(0, min(columns, total - start)), total=total, group=group)
+        return cls(
+            start=start,
+            size=max(0, min(columns, total - start)),
+            total=total,
+            width=width,
+            widest=max(sizes),
+            declared=vocab_size is not None,
+            group=group,
+        )
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over the group, in place where there is one."""
@@ -93,9 +107,9 @@ class VocabShard:
             ValueError: a vocabulary that fits neither.
         """
         width = full.shape[-1]
-        if width == columns or (self.group is None and min(width, columns) >= self.size == self.total):
+        if width == columns:
             return full[..., : self.size]
-        if width >= self.total and self.group is not None:
+        if width == self.width or (self.declared and width >= self.total):
             return full[..., self.start : self.start + self.size]
         raise ValueError(
             f"{what} has {width} vocabulary columns, the student has {columns}; if both share a vocabulary and differ "

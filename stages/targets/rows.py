@@ -97,7 +97,8 @@ def _rows(logits_NV: Tensor, at: Positions, target: TargetSpec, *, draws: int) -
     log_sum_N = -prob_NV.gather(1, ids_NK[:, :1])[:, 0].log()
     _refuse_nan(log_sum_N, at)
     logsumexp_N = logit_NK[:, 0] + log_sum_N
-    entropy_N = log_sum_N - torch.einsum("nv,nv->n", prob_NV, shifted_NV)
+    # A plain sum: a batched dot product would round differently for different numbers of rows.
+    entropy_N = log_sum_N - shifted_NV.mul_(prob_NV).sum(-1)
 
     head_mass_N = prob_NV.gather(1, ids_NK).cpu().double().sum(-1)
     tail_NGB, mass_NG = tail_blocks(prob_NV.scatter_(1, ids_NK, 0.0))

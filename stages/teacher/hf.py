@@ -7,16 +7,18 @@ Axis legend: B sequences, T tokens, D hidden width, N positions, V real tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stages.teacher.files import ModelDirectory
 from stages.teacher.head import Head, HeadRule
 from stages.teacher.quiet import quiet
-from storage.errors import OutOfSpaceError, UsageError
+from storage.errors import NumericsError, OutOfSpaceError, UsageError
 
 PROBE_TOKENS = 8
 
@@ -42,26 +44,31 @@ class HFTeacher:
 
         Raises:
             UsageError: not a causal language model, or one whose head does something this backend does not know.
+            NumericsError: its logits are not finite.
             OutOfSpaceError: it does not fit into memory.
         """
         where = str(files.directory)
         try:
             with quiet():
-                model: Any = AutoModelForCausalLM.from_pretrained(
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
                     files.directory,
                     dtype=dtype,
                     attn_implementation=attention,
                     use_safetensors=True,
                     trust_remote_code=False,
                     local_files_only=True,
+                    output_loading_info=True,
                 )
+            model, report = loaded
+            _refuse_missing(report["missing_keys"] | report["mismatched_keys"], where)
             teacher = cls(model.to(device).eval().requires_grad_(False), vocab_size)
         except (torch.OutOfMemoryError, MemoryError) as error:
             what = "the teacher does not fit into memory"
             raise OutOfSpaceError(what, where=where, fix="use a larger device, or dtype: bfloat16") from error
-        except (OSError, ValueError, ImportError, AttributeError) as error:
+        except (OSError, ValueError, ImportError, AttributeError, SafetensorError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UsageError(f"cannot load the teacher: {reason}", where=where) from error
+            fix = "check the files; if it is the attention that fails, set teacher.attention: eager"
+            raise UsageError(f"cannot load the teacher: {reason}", where=where, fix=fix) from error
         teacher._check_head(where)
         return teacher
 
@@ -81,6 +88,9 @@ class HFTeacher:
         vocab_size = self.head.weight_VD.shape[0]
         ids_BT = torch.arange(min(PROBE_TOKENS, vocab_size), device=self.device)[None]
         expected_NV = self.model(input_ids=ids_BT, use_cache=False).logits[0, :, :vocab_size].float()
+        if not torch.isfinite(expected_NV).all():
+            fix = "try teacher.dtype: float32; if it persists, the weights themselves are broken"
+            raise NumericsError("the teacher's logits hold NaN or infinity", where=where, fix=fix)
         found_NV = self.logits(self.hidden(ids_BT)[0])
         error = (found_NV - expected_NV).abs().max().item()
         allowed = 0.02 * expected_NV.abs().max().item() + 1e-3
@@ -91,3 +101,14 @@ class HFTeacher:
                 where=where,
                 fix="report the architecture; stages/teacher/head.py lists the ones that scale their logits",
             )
+
+
+def _refuse_missing(keys: Iterable[Any], where: str) -> None:
+    """transformers fills weights that a file lacks with random numbers; a teacher must have all of its own."""
+    names = sorted(str(key) for key in keys)
+    if names:
+        raise UsageError(
+            f"the weight files lack {len(names)} weights that the configuration asks for, such as {names[0]}",
+            where=where,
+            fix="download or convert the model again",
+        )

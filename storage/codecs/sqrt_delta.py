@@ -8,7 +8,7 @@ from the point where they reach `log_step` on, steps are equal in log p instead.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
@@ -59,9 +59,9 @@ class SqrtDelta:
         """The log-probability l0 where the branches meet, and its code (not rounded)."""
         return 2.0 * float(np.log(self.root_step / self.log_step)), 2.0 / self.root_step - 2.0 / self.log_step
 
-    @cached_property
+    @lru_cache(maxsize=4)  # noqa: B019  # equal codecs share a table, and there are never many
     def _table(self) -> NDArray[np.float32]:
-        """Log-probability of each code, float32 [65536]."""
+        """Return the log-probability of each code, float32 [65536]."""
         joint, joint_code = self._joint
         code = np.arange(LARGEST_CODE + 1, dtype=np.float64)
         root = np.maximum(1.0 - code * (self.root_step / 2.0), self.root_step / self.log_step)
@@ -82,7 +82,7 @@ class SqrtDelta:
         code = cumsum_rows(codes_H, head_size_R)
         if len(code) and int(code.max()) > LARGEST_CODE:
             raise ValueError("the codes of a row sum beyond 65535")
-        return self._table[code]
+        return self._table()[code]
 
     def error_bound(self, logprob_H: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return the promised |l' - l| [H], nats, with a margin of 1e-5 (1 + |l|) for float32."""
@@ -91,7 +91,7 @@ class SqrtDelta:
         root = np.exp(np.maximum(value, joint) / 2.0)
         in_root = -2.0 * np.log(np.maximum(1.0 - self.root_step / 4.0 / root, 1e-9))
         bound = np.where(value >= joint, in_root, self.log_step / 2.0)
-        lowest = float(self._table[LARGEST_CODE])
+        lowest = float(self._table()[LARGEST_CODE])
         beyond = np.maximum(lowest - value, 0.0)
         return np.maximum(bound, beyond) + 1e-5 * (1.0 + np.abs(value))
 

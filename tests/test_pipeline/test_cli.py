@@ -193,7 +193,7 @@ def test_extract_stops_at_the_limit_goes_on_and_refuses_another_plan(config: Pat
     assert "the same command again goes on" in first.stdout
     status = run("status", config.parent / "store")
     assert "1 of 3 committed, not sealed" in status.stdout
-    assert "2 shards are missing" in status.stdout
+    assert "2 shards missing" in status.stdout
 
     events = [json.loads(line) for line in run("extract", config, "--json").stdout.splitlines()]
     assert {"Started", "FirstRow", "ShardDone"} <= {event["event"] for event in events}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.loading import dump, load_extract, load_train
-from pipeline.config.yaml_text import MAX_CHARACTERS, MAX_DEPTH, parse
+from pipeline.config.loading import load_extract, load_train
+from pipeline.config.yaml_text import MAX_BYTES, MAX_DEPTH, parse
 from storage.errors import StorageUnavailableError, UsageError
 
 EXTRACT = "store: s\nteacher:\n  path: x\ncorpus:\n  - source: topics\n"
@@ -99,7 +99,7 @@ def test_train_problems(text: str, what: str, fix: str, tmp_path: Path) -> None:
         ("a: " + "[" * (MAX_DEPTH + 1), ":1", "nested deeper than"),
         ("[" * 100_000, ":1", "nested deeper than"),
         ("a: " + "9" * 5000, ":1", "not a number"),
-        ("a: '" + "x" * MAX_CHARACTERS + "'", "", "too long for a configuration"),
+        ("a: '" + "x" * MAX_BYTES + "'", "", "too long for a configuration"),
         ("a: '\x00'", "", "unacceptable character"),
     ],
 )
@@ -147,6 +147,11 @@ def test_override_problems_name_the_argument(override: str, what: str, fix: str,
     assert fix in (error.fix or "")
 
 
+def test_an_override_of_a_section_answers_for_all_of_it(tmp_path: Path) -> None:
+    error = error_of(tmp_path, EXTRACT + "target:\n  k: 3\n", "target={k: many}")
+    assert error.where == "--set target={k: many}"
+
+
 def test_override_that_is_not_yaml(tmp_path: Path) -> None:
     error = error_of(tmp_path, EXTRACT, "target.k=[1")
     assert error.where is not None
@@ -173,15 +178,31 @@ def test_number_forms_that_yaml_1_1_takes_for_text(tmp_path: Path) -> None:
     assert config.clip_norm is None
 
 
-@pytest.mark.parametrize(("text", "load"), [(EXTRACT, load_extract), (TRAIN + "loss: {temperature: 2e-7}", load_train)])
-def test_dump_loads_to_an_equal_configuration(text: str, load: object, tmp_path: Path) -> None:
-    assert callable(load)
+@pytest.mark.parametrize(
+    ("loss", "what", "where"),
+    [
+        ("name: KDLos", "loss.name: expected KDLoss, found 'KDLos'", 8),
+        ("name: MaskedCrossEntropy", "loss.name: expected KDLoss", 8),
+        ("temperatur: 2", "temperatur", 8),
+        ("divergence: kl", "divergence 'kl' is unknown; known are forward_kl", 8),
+        ("name: KDLoss\n  temperature: -1", "temperature is -1, expected a finite number above 0", 9),
+        ("temperature: hot", "temperature", 8),
+        ("tail: fluffy", "tail", 8),
+        ("divergence: reverse_kl\n  tail: sampled", "tail", 9),
+        ("chunk_size: 3", "loss.chunk_size is not set here: it comes from the key chunk_size", 8),
+    ],
+)
+def test_loss_problems(loss: str, what: str, where: int, tmp_path: Path) -> None:
+    error = error_of(tmp_path, f"{TRAIN}loss:\n  {loss}\n", phase="train")
+    assert what in error.what
+    assert error.where == f"{tmp_path / 'c.yaml'}:{where}"
+
+
+@pytest.mark.parametrize("loss", ["{}", "{divergence: jsd(0.3), temperature: 1}", "{name: KDLoss, logits_scale: 0.5}"])
+def test_good_losses(loss: str, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text(text.replace("path: x", "path: 'no: 1e5 # ü'"))
-    config = load(path)
-    again = tmp_path / "again.yaml"
-    again.write_text(dump(config))
-    assert load(again) == config
+    path.write_text(f"{TRAIN}loss: {loss}\n")
+    load_train(path)
 
 
 def test_missing_file(tmp_path: Path) -> None:

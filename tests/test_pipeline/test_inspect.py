@@ -51,7 +51,7 @@ def test_rows_say_what_the_store_holds(reader: StoreReader, tiny_tokenizer_dir: 
             follows = [candidate for candidate in row.candidates if candidate.follows]
             if follows:
                 assert follows[0].text == row.next_text
-                assert follows[0].probability == pytest.approx(row.next_probability, rel=0.02)
+                assert follows[0].probability == pytest.approx(row.next_probability, rel=0.1)  # quantised
 
 
 def test_sample_depends_on_the_seed_alone_and_grows_by_appending(reader: StoreReader) -> None:

@@ -90,9 +90,9 @@ def test_the_student_learns(tiny_store: Path, tiny_teacher_dir: Path, tmp_path: 
     )
     held_out = [event for event in train(config) if isinstance(event, Validated)]
     assert [event.step for event in held_out] == [20, 40, 60]
-    first = next(event for event in train(make_config(tiny_store, tiny_teacher_dir, tmp_path / "one", steps=1,
-                                                      optimizer={"lr": 1e-9}, validation={"sequences": 64}))
-                 if isinstance(event, Validated))  # fmt: skip
+    still = {"steps": 1, "optimizer": {"lr": 1e-9}, "validation": {"sequences": 64}}
+    untrained = train(make_config(tiny_store, tiny_teacher_dir, tmp_path / "untrained", **still))
+    (first,) = (event for event in untrained if isinstance(event, Validated))
     assert held_out[-1].loss < first.loss - 0.1
     assert held_out[-1].kd is not None
     assert first.kd is not None
@@ -138,8 +138,10 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_end(
         if isinstance(event, StepDone) and event.step == stop_after:
             break
     events.close()  # type: ignore[attr-defined]  # a generator: what an exception in the caller does too
-    resumed = next(event for event in train(config) if isinstance(event, Started))
-    assert resumed.step == stop_after - stop_after % 3 if stop_after % 3 else resumed.step in (stop_after - 3, stop_after)
+    # A checkpoint is written after its step is told, so what step 3 told may not be saved yet.
+    started = next(iter(train(config)))
+    assert isinstance(started, Started)
+    assert started.step == (stop_after - 1) // 3 * 3
     list(train(config))
     assert curve(tmp_path / "run") == curve(reference)
     assert weights(tmp_path / "run") == weights(reference)
@@ -201,6 +203,7 @@ def test_micro_batches_change_nothing_but_rounding(
 ) -> None:
     list(train(make_config(tiny_store, tiny_teacher_dir, tmp_path / "run", tokens_per_batch=256)))
     for ours, theirs in zip(curve(tmp_path / "run"), curve(reference), strict=True):
+        assert ours.pop("event") == theirs.pop("event")
         assert ours == pytest.approx(theirs, rel=1e-3)
 
 
@@ -216,10 +219,9 @@ def test_twins_with_and_without_the_teacher_see_the_same_tokens(
     reference: Path, tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path
 ) -> None:
     list(train(make_config(tiny_store, tiny_teacher_dir, tmp_path / "run", kd_ratio=0.0)))
-    twins = [[line["tokens"] for line in curve(run) if line["event"] == "step"] for run in (tmp_path / "run", reference)]
-    assert twins[0] == twins[1]
-    first = [curve(run)[0]["ce"] for run in (tmp_path / "run", reference)]
-    assert first[0] == pytest.approx(first[1], rel=1e-6)  # same weights, same tokens
+    ours, theirs = curve(tmp_path / "run"), curve(reference)
+    assert [line.get("tokens") for line in ours] == [line.get("tokens") for line in theirs]
+    assert ours[0]["ce"] == pytest.approx(theirs[0]["ce"], rel=1e-6)  # same weights, same tokens
 
 
 def test_another_configuration_is_refused(reference: Path, tiny_store: Path, tiny_teacher_dir: Path) -> None:

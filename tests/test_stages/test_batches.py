@@ -143,7 +143,7 @@ def test_micro_batches_hold_all_sequences_in_order_within_the_bound(sizes: list[
 
 
 def test_a_sequence_longer_than_a_micro_batch_is_refused_with_both_numbers() -> None:
-    with pytest.raises(UsageError, match="12 tokens.*at most 10") as caught:
+    with pytest.raises(UsageError, match=r"12 tokens.*at most 10") as caught:
         pack(make_sequences([4, 12]), 10)
     assert caught.value.fix is not None
     assert "at least 12" in caught.value.fix
@@ -204,9 +204,7 @@ def test_a_step_resumed_at_its_cursor_is_the_same_step() -> None:
 
 def test_the_size_of_micro_batches_does_not_change_what_a_step_holds() -> None:
     source = InMemory(make_sequences([3, 9, 5, 7, 2, 8, 6]))
-    few, many = (
-        steps_of(source, StepShape(tokens_per_step=27, tokens_per_batch=bound), count=5) for bound in (27, 9)
-    )
+    few, many = (steps_of(source, StepShape(tokens_per_step=27, tokens_per_batch=bound), count=5) for bound in (27, 9))
     assert [tokens_of(step) for step in few] == [tokens_of(step) for step in many]
     assert max(len(step.batches) for step in few) == 1 < max(len(step.batches) for step in many)
 

@@ -147,7 +147,9 @@ def test_losses_of_a_step_are_means_over_its_rows() -> None:
     with torch.no_grad():
         logits_TV = [learner.student.model(b.tokens_1T, position_ids=b.positions_1T).logits[0] for b in step.batches]
     labels_T = torch.cat([batch.labels_T for batch in step.batches])
-    assert losses.ce == pytest.approx(float(torch.nn.functional.cross_entropy(torch.cat(logits_TV), labels_T)), rel=1e-5)
+    assert losses.ce == pytest.approx(
+        float(torch.nn.functional.cross_entropy(torch.cat(logits_TV), labels_T)), rel=1e-5
+    )
 
 
 def test_without_the_teacher_nothing_but_cross_entropy_is_told() -> None:
@@ -313,9 +315,8 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with durable_directory(target) as directory:
         (directory / "a").write_text("1")
         assert not target.exists()
-    with pytest.raises(RuntimeError), durable_directory(target) as directory:
-        (directory / "a").write_text("2")
-        raise RuntimeError
+    with pytest.raises(FileNotFoundError), durable_directory(target) as directory:
+        (directory / "missing" / "a").write_text("2")
     assert (target / "a").read_text() == "1"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -373,10 +374,10 @@ def test_a_run_is_finished_once_its_model_is_there(tmp_path: Path) -> None:
 
 
 def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:
-    with RunDirectory(path=tmp_path).held(), pytest.raises(UsageError, match="another process"):
-        with RunDirectory(path=tmp_path).held():
-            pass
-    with RunDirectory(path=tmp_path).held():
+    first, second = RunDirectory(path=tmp_path), RunDirectory(path=tmp_path)
+    with first.held(), pytest.raises(UsageError, match="another process"), second.held():
+        pass
+    with second.held():
         pass
 
 

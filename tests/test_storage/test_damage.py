@@ -64,7 +64,6 @@ DAMAGES = {
     "swapped": lambda store, path, kind: swap(path, find(store, kind, SHARD + 1)),
     "directory": lambda store, path, kind: (path.unlink(), path.mkdir()),
 }
-UNCHANGED_BY_A_SWAP = {"zarr.json"}  # of an array: the same in shards of the same size
 
 
 @pytest.fixture
@@ -84,7 +83,7 @@ def test_the_battery_covers_every_file(sealed):
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("kind", file_kinds())
-def test_no_row_of_a_damaged_shard_is_returned(store, damage, kind, sealed):
+def test_no_row_of_a_damaged_shard_is_returned(store, damage, kind):
     before = cases.tree(store)
     DAMAGES[damage](store, find(store, kind), kind)
     if cases.tree(store) == before:
@@ -97,8 +96,13 @@ def test_no_row_of_a_damaged_shard_is_returned(store, damage, kind, sealed):
     assert f"pipeline repair {store}" in message
     assert (f"{SHARD:06d}.json" if kind == "record" else kind) in message
     assert len(read_shard(store, 0)) > 0, "the others can still be read"
-
     assert {problem.shard for problem in verify(store).problems} >= {SHARD}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("kind", ["zarr.json", "head_ids/c/0/0", "count/zarr.json", "record"])
+def test_a_repaired_store_is_as_before(store, damage, kind, sealed):
+    DAMAGES[damage](store, find(store, kind), kind)
     repair(store, apply=True)
     cases.write_store(store)
     assert cases.tree(store) == cases.tree(sealed)
@@ -127,7 +131,7 @@ def test_damaged_files_of_the_whole_store(store, sealed, name, damage):
 @pytest.mark.parametrize("name", ["remap", "sealed.json", "tokenizer/tokenizer_config.json.xz"])
 def test_every_flipped_bit_of_the_store_wide_files_is_found(store, name):
     good = (store / name).read_bytes()
-    for bit in range(0, len(good) * 8, max(1, len(good) // 60)):
+    for bit in range(0, len(good) * 8, max(1, len(good) // 15)):
         flip(store / name, bit)
         with pytest.raises(CorruptionError):
             StoreReader(store)

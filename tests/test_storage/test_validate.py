@@ -26,8 +26,8 @@ def changed(name, index, value):
 
 def risen(batch):
     logprob = batch.logprob.copy()
-    logprob[1] = logprob[0] + 0.5
-    return replace(batch, logprob=np.minimum(logprob, 0.0))
+    logprob[:2] = logprob[:2][::-1].copy()
+    return replace(batch, logprob=logprob)
 
 
 def repeated(batch):
@@ -54,6 +54,7 @@ NUMERICS = {
     "entropy inf": changed("entropy", 1, np.inf),
     "entropy negative": changed("entropy", 1, -0.1),
     "tail_logit NaN": changed("tail_logit", 1, np.nan),
+    "tail mass does not fit": changed("tail_logit", 1, 9.0),
     "logsumexp beyond float16": changed("logsumexp", 1, 7e4),
     "next_logprob NaN": changed("next_logprob", 1, np.nan),
 }
@@ -61,6 +62,7 @@ WRONG = {
     "head rises": risen,
     "id twice in the head": repeated,
     "sample in the head": sampled_in_head,
+    "negative id": lambda batch: replace(batch, head_ids=batch.head_ids.astype(np.int64) - cases.VOCAB),
     "id outside": changed("head_ids", 0, cases.VOCAB),
     "token outside": changed("tokens", 0, cases.VOCAB),
     "tail id outside": changed("tail_ids", 0, 2**32 - 1),

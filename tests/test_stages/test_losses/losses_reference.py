@@ -69,7 +69,11 @@ MEASURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def dense_kd(
-    name: str, student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0, scales: tuple[float, float] = (1.0, 1.0)
+    name: str,
+    student_NV: Tensor,
+    teacher_NV: Tensor,
+    temperature: float = 1.0,
+    scales: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
     """Divergence of each row [N], times T^2."""
     q_NV = (student_NV * scales[0] / temperature).softmax(-1)
@@ -89,7 +93,9 @@ def sparse_kd(
     """Divergence of each row [N] under a tail policy, times T^2; from what the rows hold, nothing else."""
     teacher_t = temperature / scales[1]
     q_NV = (student_NV * scales[0] / temperature).softmax(-1)
-    rows = [_sparse_row(name, q_NV[n], targets, n, max(int(labels_N[n]), 0), policy, teacher_t) for n in range(len(targets))]
+    rows = [
+        _sparse_row(name, q_NV[n], targets, n, max(int(labels_N[n]), 0), policy, teacher_t) for n in range(len(targets))
+    ]
     return torch.stack(rows) * temperature**2
 
 

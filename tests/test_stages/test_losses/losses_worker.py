@@ -28,8 +28,8 @@ from stages.losses import (
     LossParts,
     MaskedCrossEntropy,
     SparseTargets,
-    TEParallelCrossEntropy,
     TeacherHead,
+    TEParallelCrossEntropy,
 )
 
 N, D, V = 11, 6, 23
@@ -189,7 +189,9 @@ def check_padded_vocabulary(mesh: DeviceMesh) -> None:
     if real > 1:
         teacher = rand(N, V, seed=1)
         kd = reference.mean_over(reference.dense_kd("jsd", full[:, :real], teacher[:, :real]), labels)
-        found = KDLoss(tp_group=mesh.get_group(), vocab_size=real, divergence="jsd")(local, part(teacher, mesh, -1), labels)
+        found = KDLoss(tp_group=mesh.get_group(), vocab_size=real, divergence="jsd")(
+            local, part(teacher, mesh, -1), labels
+        )
         close(found, kd)
 
 
@@ -218,9 +220,7 @@ class Student(nn.Module):
 
     def forward(self, tokens_N: Tensor, targets: SparseTargets, labels_N: Tensor, total: float) -> LossParts:
         hidden_ND = self.layer(self.embed(tokens_N)).tanh()
-        parts: LossParts = self.loss(
-            hidden_ND, self.head.weight, targets, labels_N, total, bias_V=self.head.bias
-        )
+        parts: LossParts = self.loss(hidden_ND, self.head.weight, targets, labels_N, total, bias_V=self.head.bias)
         return parts
 
 
@@ -280,7 +280,7 @@ def cases() -> dict[str, tuple[int, Callable[[DeviceMesh], None]]]:
 def main(rank: int, world: int, directory: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world, timeout=timedelta(seconds=20)
     )
     mesh3 = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
     mesh2 = DeviceMesh("cpu", [0, 1], mesh_dim_names=("tp",))

@@ -37,7 +37,11 @@ def test_fused_from_teacher_hidden(name: str, temperature: float) -> None:
     """Teacher of another width, with cap, factor and bias; student with all three as well."""
     hidden_ND, weight_VD, bias_V = (rand(*s, seed=i).requires_grad_() for i, s in enumerate([(N, D), (V, D), (V,)]))
     teacher = TeacherHead(
-        hidden_ND=rand(N, 4, seed=3), weight_VD=rand(V, 4, seed=4), bias_V=rand(V, seed=5), softcap=3.0, logit_multiplier=0.7
+        hidden_ND=rand(N, 4, seed=3),
+        weight_VD=rand(V, 4, seed=4),
+        bias_V=rand(V, seed=5),
+        softcap=3.0,
+        logit_multiplier=0.7,
     )
     loss = FusedLinearKDLoss(
         temperature=temperature, chunk_size=5, divergence=name, kd_ratio=0.6, softcap=2.5, logit_multiplier=1.2
@@ -63,7 +67,9 @@ def test_gradcheck(name: str) -> None:
     labels_N = torch.tensor([0, 6, -100, 3])
     assert torch.autograd.gradcheck(lambda x: KDLoss(divergence=name)(x, teacher_NV, labels_N), [student_NV])
     targets = SparseTargets.from_logits(teacher_NV, 3)
-    assert torch.autograd.gradcheck(lambda x: KDLoss(divergence=name, temperature=1.0)(x, targets, labels_N), [student_NV])
+    assert torch.autograd.gradcheck(
+        lambda x: KDLoss(divergence=name, temperature=1.0)(x, targets, labels_N), [student_NV]
+    )
     fused = FusedLinearKDLoss(divergence=name, chunk_size=2, softcap=3.0, kd_ratio=0.7)
     inputs = [rand(4, 3, seed=2).requires_grad_(), rand(7, 3, seed=3).requires_grad_()]
     assert torch.autograd.gradcheck(lambda h, w: fused(h, w, targets, labels_N).loss, inputs)

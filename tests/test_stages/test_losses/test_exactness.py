@@ -95,7 +95,10 @@ def test_bfloat16_is_rounded_but_not_biased(name: str, form: str) -> None:
 def test_bfloat16_fused_is_not_biased(name: str) -> None:
     """The fused form rounds logits to bfloat16; over many rows the signed error of the gradient averages out."""
     rows = 512
-    hidden_ND, weight_VD = rand(rows, D).bfloat16().requires_grad_(), (rand(V, D, seed=3) / 2).bfloat16().requires_grad_()
+    hidden_ND, weight_VD = (
+        rand(rows, D).bfloat16().requires_grad_(),
+        (rand(V, D, seed=3) / 2).bfloat16().requires_grad_(),
+    )
     teacher_NV = rand(rows, V, seed=1) * 2
     labels_N = torch.randint(0, V, (rows,), generator=torch.Generator().manual_seed(4))
     targets = SparseTargets.from_logits(teacher_NV, 12, draws=8, generator=torch.Generator().manual_seed(2))
@@ -141,7 +144,9 @@ def test_buckets_bound_the_full_divergence_from_below(seed: int, k: int, spread:
     p_NV, q_NV = teacher_NV.softmax(-1), student_NV.softmax(-1)
     tail_NV = torch.ones_like(p_NV).scatter(-1, targets.ids_NE, 0.0)
     r_N, s_N = (p_NV * tail_NV).sum(-1), (q_NV * tail_NV).sum(-1)
-    within_N = (torch.special.xlogy(p_NV, p_NV * s_N[:, None] / (q_NV * r_N[:, None].clamp_min(1e-300))) * tail_NV).sum(-1)
+    within_N = (torch.special.xlogy(p_NV, p_NV * s_N[:, None] / (q_NV * r_N[:, None].clamp_min(1e-300))) * tail_NV).sum(
+        -1
+    )
     rest = float(within_N.mean()) if k < 11 else 0.0
     full = float(KDLoss()(student_NV, teacher_NV, labels_N))
     assert float(KDLoss(tail="bucket")(student_NV, targets, labels_N)) + rest == pytest.approx(full, rel=1e-5, abs=1e-6)

@@ -29,9 +29,7 @@ def make(seed: int = 0, draws: int = 6) -> tuple[Tensor, Tensor, SparseTargets, 
     hidden_ND = torch.randn(N, D, generator=generator, dtype=torch.float64)
     weight_VD = torch.randn(V, D, generator=generator, dtype=torch.float64)
     teacher_NV = 2 * torch.randn(N, V, generator=generator)
-    targets = SparseTargets.from_logits(
-        teacher_NV, 5, draws=draws, generator=generator, temperatures=(2.0, 0.5)
-    )
+    targets = SparseTargets.from_logits(teacher_NV, 5, draws=draws, generator=generator, temperatures=(2.0, 0.5))
     labels_N = torch.randint(0, V, (N,), generator=generator)
     labels_N[: N // 2] = targets.ids_NE[: N // 2, 1]
     labels_N[[2, 9]] = reference.IGNORE
@@ -97,9 +95,7 @@ def test_mixing(ratio: float, weights: tuple[float, float] | None, temperature: 
     )
     parts = loss(hidden_ND, weight_VD, targets if kd_weight else None, labels_N)
     logits_NV = hidden_ND @ weight_VD.t()
-    kd = reference.mean_over(
-        reference.sparse_kd("jsd", logits_NV, targets, labels_N, "bucket", temperature), labels_N
-    )
+    kd = reference.mean_over(reference.sparse_kd("jsd", logits_NV, targets, labels_N, "bucket", temperature), labels_N)
     ce = reference.mean_over(reference.cross_entropy(logits_NV, labels_N), labels_N)
     expected = kd_weight * kd + ce_weight * ce
     torch.testing.assert_close(parts.loss, expected, rtol=1e-9, atol=1e-12)

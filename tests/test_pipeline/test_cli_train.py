@@ -1,0 +1,145 @@
+"""`train`, `eval`, `generate` on the command line: one small run, everything that is done with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from pipeline.cli import main
+from pipeline.config.loading import load_train
+from storage.reader import StoreReader
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="pipeline")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path, tiny_teacher_dir: Path) -> Path:
+    """A training configuration: one of the teacher's layers learns from the tiny store."""
+    folder = tmp_path_factory.mktemp("train")
+    content = {
+        "store": str(tiny_store),
+        "run": str(folder / "run"),
+        "student": {"init": "layers_of_teacher", "path": str(tiny_teacher_dir), "layers": 1},
+        "steps": 4,
+        "tokens_per_step": 256,
+        "dtype": "float32",
+        "device": "cpu",
+        "checkpoint": {"every": 2},
+        "validation": {"every": 2, "sequences": 4},
+    }
+    path = folder / "train.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def told(config: Path) -> Result:
+    """What the training said."""
+    return run("train", config)
+
+
+@pytest.fixture
+def finished(config: Path, told: Result) -> Path:
+    """The run directory."""
+    assert told.exit_code == 0, told.stderr
+    return config.parent / "run"
+
+
+def test_training_tells_rate_and_time_left_and_leaves_a_run(told: Result, finished: Path) -> None:
+    assert "tokens/s" in told.stderr
+    assert " left" in told.stderr
+    assert "step 4: held-out loss" in told.stderr
+    assert told.stdout.startswith("4 steps, ")
+    expected = {"config.yaml", "metrics.jsonl", "checkpoints", "model", "report.html"}
+    assert {path.name for path in finished.iterdir() if not path.name.startswith(".")} >= expected
+    assert load_train(finished / "config.yaml") == load_train(finished.parent / "train.yaml")
+
+
+def test_the_same_command_again_has_nothing_to_do(config: Path, finished: Path) -> None:
+    again = run("train", config)
+    assert again.exit_code == 0
+    assert again.stdout.startswith("finished already at step 4")
+
+
+def test_json_events_are_one_object_per_line(config: Path, tmp_path: Path) -> None:
+    result = run("train", config, "--json", "--set", f"run={tmp_path / 'run'}", "--set", "steps=2")
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [event["event"] for event in events].count("StepDone") == 2
+    assert events[-1]["event"] == "Finished"
+    assert "step 1" not in result.stderr
+
+
+def test_dry_run_writes_nothing(config: Path, tmp_path: Path) -> None:
+    result = run("train", config, "--dry-run", "--set", f"run={tmp_path / 'run'}")
+    assert result.exit_code == 0, result.stderr
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["student", "steps", "store", "memory", "time"]
+    assert json.loads(run("train", config, "--dry-run", "--json").stdout)["steps"] == 4
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "words"),
+    [
+        ("store=/no/such/store", 2, "/no/such/store"),
+        ("student.path=/no/such/model", 2, "/no/such/model"),
+        ("student.layers=99", 2, "99"),
+        ("loss.divergence=kl", 2, "--set loss.divergence=kl"),
+        ("optimizer.lr=fast", 2, "--set optimizer.lr=fast"),
+        ("epochs=1", 2, "exactly one of steps and epochs"),
+    ],
+)
+def test_bad_input(override: str, code: int, words: str, config: Path, tmp_path: Path) -> None:
+    result = run("train", config, "--set", f"run={tmp_path / 'run'}", "--set", override)
+    assert result.exit_code == code, result.stderr
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_another_configuration_in_the_same_run_directory(config: Path, finished: Path) -> None:
+    result = run("train", config, "--set", "seed=7")
+    assert result.exit_code == 3
+    assert "seed" in result.stderr
+
+
+def test_eval_finds_the_store_and_scores_everyone(finished: Path, tiny_store: Path, tiny_teacher_dir: Path) -> None:
+    told = run("eval", finished, "--teacher", tiny_teacher_dir)
+    assert told.exit_code == 0, told.stderr
+    assert [line.split()[0] for line in told.stdout.splitlines()[:3]] == ["NLL", "teacher", "run"]
+    scores = json.loads(run("eval", finished, "--teacher", tiny_teacher_dir, "--store", tiny_store, "--json").stdout)
+    assert scores["students"]["run"]["kl"] > 0
+    assert scores["store_digest"] == StoreReader(tiny_store).digest
+
+
+def test_eval_names_models_by_what_tells_them_apart(finished: Path, tiny_teacher_dir: Path) -> None:
+    models = [finished, tiny_teacher_dir, finished / "model", finished / "." / "model"]
+    scores = json.loads(run("eval", *models, "--json").stdout)["students"]
+    assert set(scores) == {"run", tiny_teacher_dir.name, str(finished / "model")}
+    assert scores[tiny_teacher_dir.name]["kl"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_eval_without_a_run_needs_a_store(tiny_teacher_dir: Path) -> None:
+    result = run("eval", tiny_teacher_dir)
+    assert result.exit_code == 2
+    assert "--store" in result.stderr
+
+
+def test_generate(finished: Path) -> None:
+    told = run("generate", finished, "The class", "--teacher", "--max-new-tokens", 5)
+    assert told.exit_code == 0, told.stderr
+    assert "student" in told.stdout
+    assert "teacher" in told.stdout
+    answers = json.loads(run("generate", finished, "The class", "--max-new-tokens", 5, "--json").stdout)
+    assert [answer["role"] for answer in answers] == ["student"]
+    assert answers[0]["tokens"] <= 5
+
+
+def test_generate_without_a_model(tmp_path: Path) -> None:
+    result = run("generate", tmp_path, "The class")
+    assert result.exit_code == 2
+    assert "there is no model here" in result.stderr

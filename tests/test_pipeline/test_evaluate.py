@@ -1,0 +1,138 @@
+"""pipeline.evaluate against a naive reference: whole models, whole logits, one document at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from pipeline.evaluate import Evaluation, bootstrap_interval, evaluate, model_directory, reliability
+from stages.student.source import StudentSource, build_student
+from storage.errors import IdentityError, UsageError
+from storage.reader import StoreReader
+
+
+@pytest.fixture(scope="module")
+def student_dir(tiny_teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory with two of the teacher's layers and its padded head."""
+    directory = tmp_path_factory.mktemp("student")
+    shutil.copytree(tiny_teacher_dir, directory, dirs_exist_ok=True)
+    source = StudentSource(init="layers_of_teacher", path=str(tiny_teacher_dir), layers=2)
+    build_student(source, seed=0).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def evaluation(tiny_store: Path, tiny_teacher_dir: Path, student_dir: Path) -> Evaluation:
+    models = {"student": student_dir, "copy": tiny_teacher_dir}
+    return evaluate(tiny_store, models, tiny_teacher_dir, device="cpu")
+
+
+def naive(store: Path, directory: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities [N, V] in float64 and the tokens that follow [N], sequence by sequence."""
+    reader = StoreReader(store, split="heldout")
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    logprob, following = [], []
+    for index in range(len(reader)):
+        batch = reader.read([index])
+        ids = torch.from_numpy(batch.tokens.astype(np.int64))
+        with torch.no_grad():
+            logits_TV = model(input_ids=ids[None]).logits[0, :, : reader.plan.vocab_size]
+        rows = np.flatnonzero(batch.has_row)
+        logprob.append(logits_TV[rows].double().log_softmax(-1))
+        following.append(ids[rows + 1])
+    return torch.cat(logprob), torch.cat(following)
+
+
+def test_scores_are_those_of_the_naive_reference(
+    evaluation: Evaluation, tiny_store: Path, tiny_teacher_dir: Path, student_dir: Path
+) -> None:
+    teacher_NV, following_N = naive(tiny_store, tiny_teacher_dir)
+    student_NV, _ = naive(tiny_store, student_dir)
+    scores = evaluation.students["student"]
+    assert scores.tokens == evaluation.tokens == len(following_N)
+    nll_N = -student_NV.gather(-1, following_N[:, None])[:, 0]
+    assert scores.nll == pytest.approx(float(nll_N.mean()), rel=1e-5)
+    kl_N = (teacher_NV.exp() * (teacher_NV - student_NV)).sum(-1)
+    assert scores.kl == pytest.approx(float(kl_N.mean()), rel=1e-4)
+    agrees_N = teacher_NV.argmax(-1) == student_NV.argmax(-1)
+    assert scores.top1_agreement == pytest.approx(float(agrees_N.double().mean()))
+    confidence_N, top_N = student_NV.exp().max(-1)
+    right_N = (top_N == following_N).double()
+    ece = 0.0
+    for low in range(15):
+        inside = (confidence_N > low / 15) & (confidence_N <= (low + 1) / 15)
+        if inside.any():
+            ece += float(inside.double().mean() * (confidence_N[inside].mean() - right_N[inside].mean()).abs())
+    assert scores.ece == pytest.approx(ece, rel=1e-4)
+    teacher_nll = -teacher_NV.gather(-1, following_N[:, None]).mean()
+    assert evaluation.teacher.nll == pytest.approx(float(teacher_nll), rel=1e-5)
+
+
+def test_the_teacher_as_a_student_is_perfect(evaluation: Evaluation) -> None:
+    copy = evaluation.students["copy"]
+    assert (copy.kl, copy.top1_agreement, copy.top1_agreement_interval) == (0.0, 1.0, (1.0, 1.0))
+    assert (copy.nll, copy.ece) == (evaluation.teacher.nll, evaluation.teacher.ece)
+
+
+def test_the_teacher_is_not_compared_with_itself(evaluation: Evaluation) -> None:
+    assert evaluation.teacher.kl is None
+    assert evaluation.teacher.top1_agreement is None
+
+
+def test_scores_become_plain_json(evaluation: Evaluation) -> None:
+    values = json.loads(json.dumps(evaluation.to_json()))
+    assert {"nll", "kl", "top1_agreement", "top1_agreement_interval", "ece", "calibration"} <= set(
+        values["students"]["student"]
+    )
+    assert sum(item["count"] for item in values["students"]["student"]["calibration"]) == evaluation.tokens
+
+
+def test_where_the_teacher_was_is_known_to_the_store(tiny_store: Path, evaluation: Evaluation) -> None:
+    assert evaluate(tiny_store, {}, device="cpu").teacher.nll == evaluation.teacher.nll
+
+
+def test_fewer_tokens_are_whole_documents(tiny_store: Path, tiny_teacher_dir: Path, evaluation: Evaluation) -> None:
+    reader = StoreReader(tiny_store, split="heldout")
+    first = [index for index in range(len(reader)) if reader.read([index]).document[0] == reader.read([0]).document[0]]
+    rows = reader.read(first).rows
+    for bound in (1, len(reader.read(first).tokens)):
+        small = evaluate(tiny_store, {}, tiny_teacher_dir, device="cpu", max_tokens=bound)
+        assert (small.documents, small.tokens) == (1, rows)
+    assert evaluation.documents > 1
+
+
+def test_another_teacher_is_refused(tiny_store: Path, student_dir: Path) -> None:
+    with pytest.raises(IdentityError, match="not the store's teacher"):
+        evaluate(tiny_store, {}, student_dir, device="cpu")
+
+
+def test_a_run_stands_for_its_model(tmp_path: Path, student_dir: Path) -> None:
+    assert model_directory(student_dir) == student_dir
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(UsageError, match="no model"):
+        model_directory(tmp_path)
+    shutil.copytree(student_dir, tmp_path / "model")
+    assert model_directory(tmp_path) == tmp_path / "model"
+
+
+def test_intervals_resample_documents_not_positions() -> None:
+    random = np.random.default_rng(0)
+    document_N = np.repeat(np.arange(30), 100)
+    by_document = random.random(30) < 0.5
+    value_N = by_document[document_N]
+    low, high = bootstrap_interval(value_N, document_N)
+    assert low < by_document.mean() < high
+    # 30 independent documents: about 2 * 1.96 * sqrt(0.25 / 30) wide, not a tenth of it as 3,000 positions would give.
+    assert 0.25 < high - low < 0.45
+    assert (low, high) == bootstrap_interval(value_N, document_N)
+
+
+def test_calibration_bins_are_closed_on_the_right() -> None:
+    bins = reliability(np.array([1.0, 1.0 / 15, 1.0 / 15 + 1e-9]), np.array([True, False, True]))
+    assert [(item.count, item.accuracy) for item in bins] == [(1, 0.0), (1, 1.0), (1, 1.0)]

@@ -1,0 +1,441 @@
+"""Phase 1 from configuration to sealed store, on the tiny teacher, and once on the real one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from pipeline import extract as phase
+from pipeline.config.extract import ExtractConfig
+from pipeline.planning import build_plan, bytes_per_row, estimate
+from pipeline.survey import scattered
+from stages.corpus.tokenizer import load_tokenizer
+from storage.errors import IdentityError, NumericsError, OutOfSpaceError, UsageError
+from storage.plan import Plan
+from storage.reader import StoreReader
+from storage.rows import SequenceBatch
+
+K, DRAWS = 8, 4
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_teacher_dir: Path, tiny_corpus: Path) -> dict[str, Any]:
+    """Four shards, of which one is held out."""
+    return {
+        "store": tmp_path / "store",
+        "teacher": {"path": str(tiny_teacher_dir), "dtype": "float32"},
+        "corpus": [{"source": "jsonl", "path": str(tiny_corpus)}],
+        "rendering": {"window": 64, "overlap": 8},
+        "target": {"kind": "hybrid", "k": K, "draws": DRAWS},
+        "heldout": {"fraction": 0.15},
+        "documents_per_shard": 16,
+        "device": "cpu",
+    }
+
+
+def run(config: Mapping[str, Any], *, limit: int | None = None, **changes: Any) -> list[phase.Event]:
+    return list(phase.extract(ExtractConfig.model_validate({**config, **changes}), limit=limit))
+
+
+def summary(events: list[phase.Event]) -> phase.ExtractSummary:
+    assert isinstance(events[-1], phase.ExtractSummary)
+    return events[-1]
+
+
+def tree(store: Path) -> dict[str, str]:
+    """Hash of every file that counts; `recorded` of the plan may differ."""
+    files = {path for path in store.rglob("*") if path.is_file() and path.name != "plan.json"}
+    found = {str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {**found, "plan.json": plan_of(store).store_id}
+
+
+def plan_of(store: Path) -> Plan:
+    return Plan.from_json((store / "plan.json").read_bytes())
+
+
+def everything(store: Path, split: Any = "train") -> SequenceBatch:
+    reader = StoreReader(store, split=split)
+    return reader.read(list(range(len(reader))))
+
+
+def test_events_of_a_run(config: dict[str, Any]) -> None:
+    events = run(config)
+    names = [type(event).__name__ for event in events]
+    assert names[:2] == ["Started", "FirstRow"]
+    assert names.count("FirstRow") == 1
+    assert names[-1] == "ExtractSummary"
+    done = [event for event in events if isinstance(event, phase.ShardDone)]
+    assert [event.shard for event in done] == [0, 1, 2, 3]
+    assert [event.split for event in done] == ["train", "train", "train", "heldout"]
+    assert all(event.bytes > 0 and 0.0 < event.head_mass < 1.0 for event in done)
+    progress = [event for event in events if isinstance(event, phase.Progress)]
+    assert [event.rows for event in progress] == sorted(event.rows for event in progress)
+    assert progress[-1].rows == progress[-1].rows_total == sum(event.rows for event in done)
+    assert progress[-1].seconds_left == 0.0
+    end = summary(events)
+    assert (end.committed, end.shards, end.new_shards) == (4, 4, 4)
+    assert end.new_rows == sum(event.rows for event in done)
+    assert end.digest is not None
+
+
+def test_first_row_shows_the_teacher(config: dict[str, Any], tiny_teacher_dir: Path) -> None:
+    [first] = [event for event in run(config) if isinstance(event, phase.FirstRow)]
+    assert first.context.startswith("The")
+    assert len(first.candidates) == 5
+    probabilities = [probability for _, probability in first.candidates]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert sum(probabilities) < first.head_mass < 1.0
+    assert first.bytes_per_row == bytes_per_row(plan_of(config["store"]).target)
+
+
+@torch.inference_mode()
+def test_rows_are_the_teachers_distributions(config: dict[str, Any], tiny_teacher_dir: Path) -> None:
+    """Each stored row against the full-vocabulary teacher on that window, within the codec's bound."""
+    run(config)
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher_dir, dtype=torch.float32)
+    batch = everything(config["store"])
+    assert batch.rows > 1000
+    for index in range(len(batch)):
+        tokens = slice(*batch.token_offset[index : index + 2])
+        rows = slice(*batch.row_offset[index : index + 2])
+        ids = torch.from_numpy(batch.tokens[tokens].astype(np.int64))
+        wanted = np.flatnonzero(batch.has_row[tokens])
+        logits = model(input_ids=ids[None]).logits[0, wanted, :512]  # 8 more rows of the head are padding
+        expected = logits.log_softmax(-1).double().numpy()
+        heads = slice(*batch.head_offset[index : index + 2])
+        head_ids = batch.head_ids[heads].reshape(-1, K)
+        found = batch.logprob[heads].reshape(-1, K)
+        np.testing.assert_allclose(found, np.take_along_axis(expected, head_ids, 1), atol=0.15)
+        np.testing.assert_allclose(found[:, 0], expected.max(1), atol=0.15)
+        entropy = -(np.exp(expected) * expected).sum(1)
+        np.testing.assert_allclose(batch.entropy[rows], entropy, atol=5e-3)
+        after = np.take_along_axis(expected, ids.numpy()[wanted + 1][:, None], 1)[:, 0]
+        np.testing.assert_allclose(batch.next_logprob[rows], after, atol=1e-2)
+        mass = 1.0 / (1.0 + np.exp(batch.tail_logit[rows].astype(np.float64)))
+        np.testing.assert_allclose(mass, np.exp(np.take_along_axis(expected, head_ids, 1)).sum(1), atol=1e-3)
+    assert np.all(np.add.reduceat(batch.count, np.cumsum(batch.tail_size) - batch.tail_size) == DRAWS)
+
+
+def test_each_document_token_has_one_row(config: dict[str, Any]) -> None:
+    run(config)
+    predicted: dict[int, list[int]] = {}
+    for split in ("train", "heldout"):
+        batch = everything(config["store"], split)
+        for index in range(len(batch)):
+            has_row = batch.has_row[slice(*batch.token_offset[index : index + 2])]
+            positions = batch.window_start[index] + 1 + np.flatnonzero(has_row)
+            predicted.setdefault(int(batch.document[index]), []).extend(positions.tolist())
+    assert sorted(predicted) == list(range(40))
+    assert all(sorted(found) == list(range(1, len(found) + 1)) for found in predicted.values())
+
+
+def test_held_out_documents_are_apart(config: dict[str, Any]) -> None:
+    run(config)
+    rule = plan_of(config["store"]).heldout
+    held_out = {number for number in range(40) if rule.holds_out(number)}
+    assert 0 < len(held_out) < 20
+    assert set(everything(config["store"], "heldout").document.tolist()) == held_out
+    assert set(everything(config["store"]).document.tolist()) == set(range(40)) - held_out
+
+
+def test_twice_the_same_bytes(config: dict[str, Any], tmp_path: Path) -> None:
+    first = summary(run(config))
+    second = summary(run(config, store=tmp_path / "again"))
+    assert first.digest == second.digest
+    assert tree(config["store"]) == tree(tmp_path / "again")
+
+
+def test_in_pieces_the_same_bytes(config: dict[str, Any], tmp_path: Path) -> None:
+    run(config, store=tmp_path / "whole")
+    for committed in (1, 2, 3):
+        end = summary(run(config, limit=1))
+        assert (end.committed, end.new_shards, end.digest) == (committed, 1, None)
+    events = run(config)
+    assert [event.shard for event in events if isinstance(event, phase.ShardDone)] == [3]
+    assert tree(config["store"]) == tree(tmp_path / "whole")
+
+
+def test_again_does_nothing_and_needs_no_weights_in_memory(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = summary(run(config)).digest
+    before = tree(config["store"])
+    monkeypatch.setattr(phase, "load_teacher", lambda planned: pytest.fail("loaded the teacher for nothing"))
+    end = summary(run(config))
+    assert (end.digest, end.new_shards, end.tokens_per_second) == (digest, 0, None)
+    assert tree(config["store"]) == before
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 1}, {"batch_size": 3}, {"chunk_size": 7}])
+def test_batches_and_chunks_do_not_change_float32_rows(
+    changes: dict[str, Any], config: dict[str, Any], tmp_path: Path
+) -> None:
+    run(config)
+    run(config, store=tmp_path / "other", **changes)
+    ours, theirs = everything(config["store"]), everything(tmp_path / "other")
+    np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+    assert np.mean(ours.head_ids != theirs.head_ids) < 1e-3  # a last bit may swap two equals
+    assert np.mean(ours.tail_size != theirs.tail_size) < 1e-3
+    np.testing.assert_allclose(ours.entropy, theirs.entropy, atol=1e-2)
+
+
+def test_topk_rows_hold_no_samples(config: dict[str, Any]) -> None:
+    run(config, target={"kind": "topk", "k": 3})
+    batch = everything(config["store"])
+    assert (batch.draws, len(batch.tail_ids)) == (0, 0)
+    assert np.all(batch.head_size == 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"target": {"kind": "hybrid", "k": 4, "draws": DRAWS}}, "target.k: 8 -> 4"),
+        ({"rendering": {"window": 32}}, "rendering.window: 64 -> 32"),
+        ({"heldout": {"fraction": 0.5}}, "heldout.fraction: 0.15 -> 0.5"),
+        ({"batch_size": 2}, "batching.sequences: None -> 2"),
+    ],
+)
+def test_another_plan_is_refused(changes: dict[str, Any], field: str, config: dict[str, Any]) -> None:
+    run(config, limit=1)
+    before = tree(config["store"])
+    with pytest.raises(IdentityError) as caught:
+        run(config, **changes)
+    assert field in str(caught.value)
+    assert tree(config["store"]) == before
+
+
+def test_a_changed_corpus_or_teacher_is_refused(
+    config: dict[str, Any], tmp_path: Path, tiny_teacher_dir: Path, tiny_corpus: Path
+) -> None:
+    run(config, limit=1)
+    other = tmp_path / "other.jsonl"
+    other.write_text(tiny_corpus.read_text().replace("The", "Teh", 1))
+    with pytest.raises(IdentityError, match=r"corpus\[0\]\.files\[0\]"):
+        run(config, corpus=[{"source": "jsonl", "path": str(other)}])
+    teacher = altered(tiny_teacher_dir, tmp_path / "teacher", 0.5)
+    with pytest.raises(IdentityError, match=r"teacher\.files\.model\.safetensors"):
+        run(config, teacher={"path": str(teacher), "dtype": "float32"})
+
+
+def test_moved_teacher_and_corpus_are_the_same_store(
+    config: dict[str, Any], tmp_path: Path, tiny_teacher_dir: Path, tiny_corpus: Path
+) -> None:
+    run(config, limit=1)
+    shutil.copytree(tiny_teacher_dir, tmp_path / "moved")
+    shutil.copy(tiny_corpus, tmp_path / "moved.jsonl")
+    moved = {
+        "teacher": {"path": str(tmp_path / "moved"), "dtype": "float32"},
+        "corpus": [{"source": "jsonl", "path": str(tmp_path / "moved.jsonl")}],
+    }
+    assert summary(run(config, **moved)).digest is not None
+    assert plan_of(config["store"]).recorded["teacher"]["name"] == str(tiny_teacher_dir)
+
+
+def altered(teacher: Path, target: Path, value: float, name: str = "layers.0.mlp.down_proj", row: int = 0) -> Path:
+    """Copy a teacher with one weight replaced."""
+    shutil.copytree(teacher, target)
+    weights = load_file(target / "model.safetensors")
+    weights[f"model.{name}.weight"][row, 0] = value
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_broken_teacher(value: float, config: dict[str, Any], tmp_path: Path, tiny_teacher_dir: Path) -> None:
+    teacher = altered(tiny_teacher_dir, tmp_path / "broken", value)
+    with pytest.raises(NumericsError, match="hold NaN or infinity"):
+        run(config, teacher={"path": str(teacher), "dtype": "float32"})
+    assert not config["store"].exists()
+
+
+def test_a_teacher_that_breaks_at_one_token(config: dict[str, Any], tmp_path: Path, tiny_teacher_dir: Path) -> None:
+    """The first shards stay; the error names document and position of the token whose embedding is NaN."""
+    counts = build_plan(ExtractConfig.model_validate(config)).survey.sample.counts
+    batch = run_and_read(config)
+    token = next(int(index) for index in np.argsort(counts) if counts[index] and index not in batch.tokens[:1000])
+    teacher = altered(tiny_teacher_dir, tmp_path / "broken", math.nan, "embed_tokens", token)
+    with pytest.raises(NumericsError) as caught:
+        run(config, store=tmp_path / "other", teacher={"path": str(teacher), "dtype": "float32"})
+    found = re.fullmatch(r"document (\d+), position (\d+)", str(caught.value.where))
+    assert found is not None
+    whole = document_tokens(config, int(found[1]))
+    assert token in whole[: int(found[2]) + 1]
+
+
+def run_and_read(config: Mapping[str, Any]) -> SequenceBatch:
+    run(config)
+    return everything(Path(config["store"]))
+
+
+def document_tokens(config: Mapping[str, Any], number: int) -> list[int]:
+    """Return the tokens of a document, read from the store, as far as its first window goes and beyond."""
+    for split in ("train", "heldout"):
+        batch = everything(Path(config["store"]), split)
+        tokens: dict[int, int] = {}
+        for index in np.flatnonzero(batch.document == number):
+            part = batch.tokens[slice(*batch.token_offset[index : index + 2])].tolist()
+            tokens.update(enumerate(part, start=int(batch.window_start[index])))
+        if tokens:
+            return [tokens[position] for position in sorted(tokens)]
+    raise AssertionError(f"document {number} is not in the store")
+
+
+def test_nothing_is_written_for_bad_input(config: dict[str, Any], tmp_path: Path, tiny_teacher_dir: Path) -> None:
+    broken = tmp_path / "truncated"
+    shutil.copytree(tiny_teacher_dir, broken)
+    (broken / "model.safetensors").write_bytes(b"short")
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"text": ""}\n')
+    source = config["corpus"][0]
+    for changes, what in (
+        ({"corpus": [{**source, "path": str(tmp_path / "absent.jsonl")}]}, "no such file"),
+        ({"corpus": [{**source, "path": str(empty)}]}, "corpus is empty"),
+        ({"corpus": [{**source, "path": str(short)}]}, "no target row"),
+        ({"corpus": [{**source, "field": "body"}]}, "no field 'body'; the fields are 'text', 'number'"),
+        ({"target": {"k": 513}}, "k = 513 is more than the vocabulary of 512 tokens"),
+        ({"teacher": {"path": str(tmp_path / "absent")}}, "no model directory"),
+        ({"teacher": {"path": str(broken)}}, "cannot load the teacher"),
+        ({"device": "cuda:99"}, "not available"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            run(config, **changes)
+        assert what in str(caught.value)
+        assert caught.value.where is not None
+        assert not config["store"].exists()
+
+
+def test_out_of_memory_gives_advice(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from stages.teacher.hf import HFTeacher
+
+    def full(self: HFTeacher, hidden_ND: torch.Tensor) -> torch.Tensor:
+        if len(hidden_ND) > 64:
+            return torch.empty(2**60)  # a real failure of the allocator
+        return self.head(hidden_ND)
+
+    monkeypatch.setattr(HFTeacher, "logits", full)
+    with pytest.raises(OutOfSpaceError) as caught:
+        run(config)
+    assert "chunk_size" in str(caught.value)
+
+
+def test_a_store_inside_a_file(config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("here first")
+    with pytest.raises(UsageError, match="path is a file"):
+        run(config, store=tmp_path / "file")
+
+
+def test_plan_is_a_pure_function(config: dict[str, Any]) -> None:
+    first, second = (build_plan(ExtractConfig.model_validate(config)) for _ in range(2))
+    assert first.plan.store_id == second.plan.store_id
+    semantic = json.dumps(first.plan.semantic())
+    assert str(config["teacher"]["path"]) not in semantic
+    assert str(config["corpus"][0]["path"]) not in semantic
+    assert first.plan.vocab_size == 512
+    assert first.plan.recorded["libraries"]["torch"] == torch.__version__
+    counts = first.survey.sample.counts
+    assert np.all(np.diff(counts[first.remap]) <= 0)
+    assert first.survey.is_exact
+
+
+def test_documents_per_shard_auto(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline import planning
+
+    config["documents_per_shard"] = "auto"
+    assert build_plan(ExtractConfig.model_validate(config)).plan.documents_per_shard > 40
+    monkeypatch.setattr(planning, "ROWS_PER_SHARD", 1000)
+    planned = build_plan(ExtractConfig.model_validate(config))
+    rows = planned.survey.sample.rows / 40 * 0.85 * planned.plan.documents_per_shard
+    assert abs(rows - 1000) < 100
+
+
+def test_estimate_against_the_truth(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    checked = ExtractConfig.model_validate(config)
+    before = estimate(checked)
+    assert (before.tokens_per_second, before.rate_source, before.seconds) == (None, None, None)
+    given = estimate(checked, tokens_per_second=100.0)
+    assert given.seconds == pytest.approx(given.tokens / 100.0)
+    end = summary(run(config))
+    after = estimate(checked)
+    assert after.exact
+    assert (after.documents, after.shards) == (40, 4)
+    assert (after.rows, after.tokens) == (end.new_rows, end.new_tokens)
+    assert after.rate_source == "measured"
+    assert after.seconds is not None
+    rate = end.tokens_per_second
+    assert rate is not None
+    assert after.seconds == pytest.approx(end.new_tokens / rate, rel=0.5)
+    assert after.heldout_documents == len({*everything(config["store"], "heldout").document.tolist()})
+
+
+def test_estimate_from_a_sample(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline import survey
+
+    exact = estimate(ExtractConfig.model_validate(config))
+    monkeypatch.setattr(survey, "SAMPLE_TOKENS", 1500)
+    sampled = estimate(ExtractConfig.model_validate(config))
+    assert not sampled.exact
+    assert sampled.tokens == pytest.approx(exact.tokens, rel=0.3)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 40, 1000])
+def test_scattered_visits_everything_evenly(count: int) -> None:
+    order = list(scattered(count))
+    assert sorted(order) == list(range(count))
+    if count == 1000:
+        gaps = np.diff(sorted(order[:50]))
+        assert gaps.max() <= 3 * 1000 // 50
+
+
+def test_tokenizer_travels_with_the_store(tiny_store: Path) -> None:
+    plan = plan_of(tiny_store)
+    assert "tokenizer.json" in plan.tokenizer["files"]
+    assert plan.tokenizer["special_tokens"] == {"bos": 0, "eos": 1, "pad": 2}
+    assert (tiny_store / "tokenizer").is_dir()
+
+
+@pytest.mark.real_teacher
+@torch.inference_mode()
+def test_real_teacher(tmp_path: Path, real_teacher_dir: Path, topic_texts: list[str]) -> None:
+    """SmolLM2 on a few hundred tokens: the text is likely under the stored rows, and rows keep most of the mass."""
+    (tmp_path / "a.txt").write_text(topic_texts[0][:1200])
+    (tmp_path / "b.txt").write_text(topic_texts[1][:600])
+    events = run(
+        {
+            "store": tmp_path / "store",
+            "teacher": {"path": str(real_teacher_dir)},
+            "corpus": [{"source": "text", "path": str(tmp_path / "*.txt")}],
+            "rendering": {"window": 256},
+            "device": "cpu",
+        }
+    )
+    [first] = [event for event in events if isinstance(event, phase.FirstRow)]
+    assert first.context.startswith('The "assert" statement')
+    batch = everything(tmp_path / "store")
+    assert batch.rows > 300
+    assert -batch.next_logprob.astype(np.float64).mean() < 3.0
+    head_mass = np.exp(batch.logprob.astype(np.float64)).reshape(-1, 32).sum(1)
+    assert head_mass.mean() > 0.8
+    assert batch.token_end_byte is not None
+    decoded = load_tokenizer(real_teacher_dir).decode(batch.tokens[: batch.token_offset[1]].tolist())
+    assert decoded == topic_texts[0][:1200].encode()[: batch.token_end_byte[batch.token_offset[1] - 1]].decode()
+    model = AutoModelForCausalLM.from_pretrained(real_teacher_dir, dtype=torch.float32)
+    ids = torch.from_numpy(batch.tokens[: batch.token_offset[1]].astype(np.int64))
+    expected = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+    found = torch.from_numpy(batch.next_logprob[: len(ids) - 1].astype(np.float32))
+    exact = expected.gather(1, ids[1:, None])[:, 0]
+    assert (found - exact).abs().mean() < 0.05  # a bfloat16 forward against a float32 one

@@ -1,0 +1,83 @@
+"""pipeline.generate: greedy answers of a run and of its teacher."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.config.train import TrainConfig
+from pipeline.generate import generate, teacher_directory
+from pipeline.train import train
+from storage.errors import UsageError
+
+PROMPT = "The import statement"
+
+
+@pytest.fixture(scope="module")
+def run(tiny_store: Path, tiny_teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("generate") / "run"
+    student = {"init": "layers_of_teacher", "path": str(tiny_teacher_dir), "layers": 2}
+    values = {"store": tiny_store, "run": path, "student": student, "steps": 1, "tokens_per_step": 128}
+    list(train(TrainConfig.model_validate({**values, "dtype": "float32", "device": "cpu"})))
+    return path
+
+
+def naive(directory: Path, prompt: str, count: int) -> str:
+    """Greedy continuation by whole forwards."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    ids = tokenizer(prompt)["input_ids"]
+    new: list[int] = []
+    while len(new) < count and (not new or new[-1] != tokenizer.eos_token_id):
+        with torch.no_grad():
+            new.append(int(model(torch.tensor([ids + new])).logits[0, -1].argmax()))
+    return str(tokenizer.decode(new, skip_special_tokens=True))
+
+
+def test_student_and_teacher_answer_greedily(run: Path, tiny_teacher_dir: Path) -> None:
+    answers = list(generate(run, PROMPT, teacher=True, max_new_tokens=12, device="cpu", dtype="float32"))
+    assert [answer.role for answer in answers] == ["student", "teacher"]
+    assert answers[0].text == naive(run / "model", PROMPT, 12)
+    assert answers[1].text == naive(tiny_teacher_dir, PROMPT, 12)
+    assert 0 < answers[0].tokens <= 12
+
+
+def test_a_model_directory_answers_alone(tiny_teacher_dir: Path) -> None:
+    (answer,) = generate(tiny_teacher_dir, PROMPT, max_new_tokens=3, device="cpu", dtype="float32")
+    assert answer.text == naive(tiny_teacher_dir, PROMPT, 3)
+    with pytest.raises(UsageError, match="only a run knows its teacher"):
+        list(generate(tiny_teacher_dir, PROMPT, teacher=True))
+
+
+def test_the_chat_template_frames_the_prompt(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no chat template"):
+        list(generate(run, PROMPT, chat=True, device="cpu"))
+    shutil.copytree(run / "model", tmp_path / "chat")
+    (tmp_path / "chat" / "chat_template.jinja").write_text("Q: {{ messages[0]['content'] }} A:")
+    (answer,) = generate(tmp_path / "chat", PROMPT, chat=True, max_new_tokens=6, device="cpu", dtype="float32")
+    assert answer.text == naive(run / "model", f"Q: {PROMPT} A:", 6)
+
+
+def test_a_teacher_that_moved_is_told(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    record = tmp_path / "run" / "run.json"
+    assert teacher_directory(tmp_path / "run").is_dir()
+    record.write_text(record.read_text().replace("teacher0", "elsewhere0"))
+    with pytest.raises(UsageError, match="not where it was"):
+        list(generate(tmp_path / "run", PROMPT, teacher=True, device="cpu"))
+
+
+@pytest.mark.parametrize("prompt", [""])
+def test_an_empty_prompt_is_refused(run: Path, prompt: str) -> None:
+    with pytest.raises(UsageError, match="prompt is empty"):
+        list(generate(run, prompt, device="cpu"))
+
+
+def test_a_run_that_is_not_finished_has_no_model(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(UsageError, match="no model here"):
+        list(generate(tmp_path, PROMPT))

@@ -1,0 +1,129 @@
+"""Documents to windows: which rows exist, where tokens end, which special tokens are added."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages.corpus.source import Document
+from stages.corpus.tokenize import Rendering, Sequence, character_bytes, end_bytes, render, resolve_special, windows
+from stages.corpus.tokenizer import load_tokenizer
+from storage.errors import UsageError
+
+TEXT = "The naïve café costs 3 €: 語 and 🙂🙂, said the snowman ☃. " * 3
+
+
+def rendering(**changes: int | None) -> Rendering:
+    values: dict[str, int | None] = {"window": 16, "overlap": 0, "min_tokens": 2, "bos": None, "eos": None, **changes}
+    return Rendering(**values)  # type: ignore[arg-type]
+
+
+def sequences_of(text: str, directory: Path, **changes: int | None) -> list[Sequence]:
+    return list(render([Document(number=7, text=text)], load_tokenizer(directory), rendering(**changes)))
+
+
+@given(tokens=st.integers(0, 200), window=st.integers(2, 40), share=st.floats(0.0, 1.0, exclude_max=True))
+def test_each_token_is_predicted_once(tokens: int, window: int, share: float) -> None:
+    overlap = int(share * window)
+    predicted: Counter[int] = Counter()
+    covered: Counter[int] = Counter()
+    starts = []
+    for start, end, first in windows(tokens, window, overlap):
+        assert end - start <= window
+        assert start <= first
+        starts.append(start)
+        covered.update(range(start, end))
+        predicted.update(position + 1 for position in range(first, end - 1))
+    assert sorted(covered) == list(range(tokens))
+    assert all(count == 1 for count in predicted.values())
+    missing = set(range(tokens)) - set(predicted)
+    assert missing == (set(starts) if overlap == 0 else set(range(min(tokens, 1))))
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 5, 15])
+def test_windows_of_a_document(overlap: int, tiny_tokenizer_dir: Path) -> None:
+    whole = sequences_of(TEXT, tiny_tokenizer_dir, window=10_000)[0]
+    parts = sequences_of(TEXT, tiny_tokenizer_dir, overlap=overlap)
+    predicted = Counter()
+    for part in parts:
+        begin = part.window_start
+        np.testing.assert_array_equal(part.tokens, whole.tokens[begin : begin + len(part)])
+        np.testing.assert_array_equal(part.token_end_byte, whole.token_end_byte[begin : begin + len(part)])
+        assert part.document == 7
+        assert part.has_row.any()
+        assert not part.has_row[-1]
+        predicted.update((begin + 1 + np.flatnonzero(part.has_row)).tolist())
+    assert set(predicted.values()) == {1}
+    if overlap:
+        assert sorted(predicted) == list(range(1, len(whole)))
+
+
+def test_short_documents_and_windows_are_left_out(tiny_tokenizer_dir: Path) -> None:
+    tokens = len(sequences_of(TEXT, tiny_tokenizer_dir, window=10_000)[0])
+    assert sequences_of(TEXT, tiny_tokenizer_dir, min_tokens=tokens + 1) == []
+    lengths = [len(part) for part in sequences_of(TEXT, tiny_tokenizer_dir, min_tokens=16)]
+    assert lengths == [16] * (tokens // 16)
+    assert sequences_of("", tiny_tokenizer_dir) == []
+    assert sequences_of("", tiny_tokenizer_dir, eos=1, min_tokens=1) == []  # one token: nothing to predict
+
+
+def test_token_ends_are_byte_positions_of_whole_characters(tiny_tokenizer_dir: Path) -> None:
+    tokenizer = load_tokenizer(tiny_tokenizer_dir)
+    [whole] = sequences_of(TEXT, tiny_tokenizer_dir, window=10_000, bos=0, eos=1)
+    data = TEXT.encode()
+    assert whole.token_end_byte[0] == 0
+    assert list(whole.token_end_byte[-2:]) == [len(data)] * 2
+    assert np.all(np.diff(whole.token_end_byte.astype(np.int64)) >= 0)
+    for index in range(1, len(whole) - 1):
+        read = data[: whole.token_end_byte[index]].decode()  # raises where a character is cut
+        spelled = tokenizer.decode(whole.tokens[1 : index + 1].tolist())
+        assert spelled.rstrip("\ufffd") == read.rstrip("\ufffd")
+
+
+def test_end_bytes_of_tokens_that_share_a_character() -> None:
+    byte_of_C = character_bytes("a🙂b")
+    assert byte_of_C.tolist() == [0, 1, 5, 6]
+    offsets = np.array([[0, 1], [1, 2], [1, 2], [1, 2], [2, 3]])
+    assert end_bytes(offsets, byte_of_C).tolist() == [1, 1, 1, 5, 6]
+
+
+@given(st.text(max_size=40).filter(lambda text: text.isprintable()))
+def test_character_bytes(text: str) -> None:
+    assert character_bytes(text).tolist() == [len(text[:end].encode()) for end in range(len(text) + 1)]
+
+
+def test_special_tokens(tiny_tokenizer_dir: Path) -> None:
+    tokenizer = load_tokenizer(tiny_tokenizer_dir)
+    assert resolve_special(tokenizer, "auto", eos=True) == (None, 1)  # this tokenizer adds none by itself
+    assert resolve_special(tokenizer, "always", eos=False) == (0, None)
+    assert resolve_special(tokenizer, "never", eos=False) == (None, None)
+    tokenizer.bos_token = None
+    with pytest.raises(UsageError, match="no begin token"):
+        resolve_special(tokenizer, "always", eos=False)
+    tokenizer.eos_token = None
+    with pytest.raises(UsageError, match="no end token"):
+        resolve_special(tokenizer, "never", eos=True)
+
+
+def test_bos_auto_follows_the_tokenizer(tiny_tokenizer_dir: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = load_tokenizer(tiny_tokenizer_dir)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    assert resolve_special(tokenizer, "auto", eos=False) == (0, None)
+
+
+def test_rendering_does_not_depend_on_neighbours(tiny_tokenizer_dir: Path) -> None:
+    tokenizer = load_tokenizer(tiny_tokenizer_dir)
+    documents = [Document(number=number, text=TEXT[number:]) for number in range(100)]
+    together = list(render(documents, tokenizer, rendering(eos=1)))
+    alone = [part for document in documents for part in render([document], tokenizer, rendering(eos=1))]
+    assert len(together) == len(alone)
+    for left, right in zip(together, alone, strict=True):
+        assert (left.document, left.window_start) == (right.document, right.window_start)
+        np.testing.assert_array_equal(left.tokens, right.tokens)

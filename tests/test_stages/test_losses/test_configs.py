@@ -1,0 +1,177 @@
+"""Typed loss configs: names, fields, defaults, dispatch and errors."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+
+import pytest
+import torch
+from torch import nn
+
+import stages.losses as losses
+from stages.losses import (
+    LOSS_CONFIG_REGISTRY,
+    FusedLinearCEConfig,
+    FusedLinearKDConfig,
+    KDLossConfig,
+    LossConfig,
+    LossFromFactoryConfig,
+    MaskedCrossEntropyConfig,
+    TEParallelCEConfig,
+    build_loss_config,
+    build_loss_module,
+)
+
+# Fields and defaults of NeMo-AutoModel's configs, in their order; ours may only follow.
+THEIRS: dict[type[LossConfig], dict[str, object]] = {
+    KDLossConfig: {"ignore_index": -100, "temperature": 1.0, "fp32_upcast": True, "tp_group": None, "chunk_size": 0},
+    MaskedCrossEntropyConfig: {"fp32_upcast": True, "ignore_index": -100, "reduction": "sum"},
+    FusedLinearCEConfig: {"ignore_index": -100, "logit_softcapping": 0.0, "reduction": "sum"},
+    TEParallelCEConfig: {"ignore_index": -100, "reduction": "sum", "tp_group": None},
+    LossFromFactoryConfig: {"factory": None, "kwargs": {}},
+}
+
+
+@pytest.mark.parametrize("config_class", THEIRS)
+def test_their_fields_come_first(config_class: type[LossConfig]) -> None:
+    expected = THEIRS[config_class]
+    found = {
+        item.name: item.default if item.default_factory is MISSING else item.default_factory()
+        for item in fields(config_class)
+    }
+    assert list(found.items())[: len(expected)] == list(expected.items())
+    positional = list(expected.values())
+    if config_class is not LossFromFactoryConfig:
+        assert config_class(*positional) == config_class()
+
+
+@pytest.mark.parametrize("name", LOSS_CONFIG_REGISTRY)
+def test_every_registered_loss_builds_alike_by_name_class_and_config(name: str) -> None:
+    loss_class = getattr(losses, name)
+    by_name, by_class = build_loss_config(name, ignore_index=-7), build_loss_config(loss_class, ignore_index=-7)
+    assert by_name == by_class == LOSS_CONFIG_REGISTRY[name](ignore_index=-7)  # type: ignore[call-arg]
+    assert build_loss_config(by_name) is by_name
+    for module in (build_loss_module(name), build_loss_module(loss_class), build_loss_module(by_name)):
+        assert type(module) is loss_class
+
+
+def test_a_config_has_every_parameter_of_its_loss() -> None:
+    import inspect
+
+    for name, config_class in LOSS_CONFIG_REGISTRY.items():
+        parameters = inspect.signature(getattr(losses, name).__init__).parameters
+        mine = {item.name: item.default for item in fields(config_class)}
+        assert mine == {key: value.default for key, value in parameters.items() if key != "self"}
+
+
+def test_a_recipe_selects_a_loss() -> None:
+    """`loss: {name: KDLoss, divergence: jsd, temperature: 1.5}`, and its fused form for a stored teacher."""
+    recipe = {"name": "KDLoss", "divergence": "jsd", "temperature": 1.5}
+    config = build_loss_config(recipe.pop("name"), **recipe)  # type: ignore[arg-type]
+    assert config == KDLossConfig(divergence="jsd", temperature=1.5)
+    assert isinstance(config, KDLossConfig)
+    fused = config.fused(kd_ratio=0.7, softcap=30.0)
+    assert fused == FusedLinearKDConfig(divergence="jsd", temperature=1.5, kd_ratio=0.7, softcap=30.0)
+    assert isinstance(fused.build(), losses.FusedLinearKDLoss)
+    assert KDLossConfig(chunk_size=64).fused().chunk_size == 64
+
+
+def test_the_base_does_not_build() -> None:
+    with pytest.raises(NotImplementedError):
+        LossConfig().build()
+    with pytest.raises(ValueError, match="no factory"):
+        LossFromFactoryConfig().build()
+
+
+def test_dispatch_errors() -> None:
+    with pytest.raises(ValueError, match="temperature on the config"):
+        build_loss_config(KDLossConfig(), temperature=2.0)
+    with pytest.raises(TypeError, match="pass an instance"):
+        build_loss_config(KDLossConfig)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="did you mean 'KDLoss'"):
+        build_loss_config("KDLos")
+    with pytest.raises(TypeError, match="known are MaskedCrossEntropy"):
+        build_loss_config("zzz")
+    with pytest.raises(TypeError, match="did you mean 'temperature'"):
+        build_loss_config("KDLoss", temprature=2.0)
+    with pytest.raises(TypeError, match="expected a LossConfig"):
+        build_loss_config(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("temperature", 0.0, ValueError),
+        ("temperature", float("nan"), ValueError),
+        ("temperature", "1.5", TypeError),
+        ("temperature", True, TypeError),
+        ("fp32_upcast", 1, TypeError),
+        ("chunk_size", -1, ValueError),
+        ("chunk_size", 2.5, TypeError),
+        ("divergence", "forwrd_kl", ValueError),
+        ("divergence", "jsd(1.0)", ValueError),
+        ("divergence", "jsd(a)", ValueError),
+        ("divergence", "forward_kl(0.5)", ValueError),
+        ("divergence", "skew_forward_kl(1)", ValueError),
+        ("divergence", "mixed(1.1)", ValueError),
+        ("divergence", None, TypeError),
+        ("tail", "bukket", ValueError),
+        ("logits_scale", -1.0, ValueError),
+        ("vocab_size", "many", TypeError),
+    ],
+)
+def test_values_are_checked_as_well_as_names(field: str, value: object, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        build_loss_config("KDLoss", **{field: value})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"kd_ratio": 1.5},
+        {"kd_coef": -0.1},
+        {"kd_loss_weight": -1.0},
+        {"kd_loss_weight": 0.0, "sft_loss_weight": 0.0},
+        {"softcap": 0.0},
+        {"logit_multiplier": 0.0},
+        {"chunk_size": 0},
+    ],
+)
+def test_fused_values_are_checked(values: dict[str, float]) -> None:
+    with pytest.raises(ValueError):
+        build_loss_config("FusedLinearKDLoss", **values)
+    for name in ("MaskedCrossEntropy", "TEParallelCrossEntropy", "FusedLinearCrossEntropy"):
+        with pytest.raises(ValueError, match="reduction is 'none'"):
+            build_loss_config(name, reduction="none")
+
+
+def test_integers_are_numbers_and_configs_are_not_shared() -> None:
+    assert KDLossConfig(temperature=2).temperature == 2
+    assert LossFromFactoryConfig().kwargs is not LossFromFactoryConfig().kwargs
+
+
+class KDLoss(nn.Module):
+    """Somebody's own loss that happens to have the name of ours."""
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+
+def test_a_class_of_the_same_name_is_not_replaced() -> None:
+    config = build_loss_config(KDLoss, temperature=2.0)
+    assert config == LossFromFactoryConfig(factory=KDLoss, kwargs={"temperature": 2.0})
+    assert type(build_loss_module(KDLoss, temperature=2.0)) is KDLoss
+
+
+def test_other_callables_and_unfitting_arguments_are_wrapped() -> None:
+    assert isinstance(build_loss_module(nn.CrossEntropyLoss, label_smoothing=0.1), nn.CrossEntropyLoss)
+    assert build_loss_module(lambda size: nn.Linear(size, size), size=3).weight.shape == (3, 3)
+    wrapped = build_loss_config(losses.KDLoss, colour="red")
+    assert wrapped == LossFromFactoryConfig(factory=losses.KDLoss, kwargs={"colour": "red"})
+    with pytest.raises(TypeError, match="colour"):
+        wrapped.build()
+
+
+def test_building_imports_no_optional_kernel() -> None:
+    build_loss_module("KDLoss")(torch.zeros(1, 4), torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64))

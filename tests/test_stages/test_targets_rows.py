@@ -1,0 +1,198 @@
+"""Target rows against a naive float64 reference, and what may not change them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stages.targets import KINDS, Positions, TargetRows
+from stages.targets.head import BLOCK, top_entries
+from stages.targets.randomness import uniforms
+from storage.errors import NumericsError, UsageError
+from storage.plan import TargetSpec
+
+GOLDEN_UNIFORMS = [
+    [0.4614085803235233, 0.7546722765454852],
+    [0.6255156004840166, 0.6118852285139226],
+    [0.14293525091976678, 0.9081173281010364],
+]
+
+
+def logits_of(rows: int, vocab_size: int, *, scale: float = 3.0, seed: int = 0) -> Tensor:
+    return torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def positions(rows: int, vocab_size: int) -> Positions:
+    number = np.arange(rows, dtype=np.int64)
+    return Positions(document=number // 7, position=number % 7, next_token=(number * 31) % vocab_size)
+
+
+def spec(kind: str = "hybrid", *, k: int = 8, draws: int = 6, seed: int = 3) -> TargetSpec:
+    return TargetSpec(kind=kind, k=k, draws=draws if kind == "hybrid" else 0, seed=seed)  # type: ignore[arg-type]
+
+
+def rows_of(logits_NV: Tensor, target: TargetSpec, at: Positions | None = None) -> TargetRows:
+    at = positions(*logits_NV.shape) if at is None else at
+    return KINDS[target.kind](logits_NV.clone(), at, target)
+
+
+def reference(logits_NV: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Return log-probabilities, logsumexp and entropy in float64, written as in a textbook."""
+    z = logits_NV.double().numpy()
+    top = z.max(1, keepdims=True)
+    logsumexp = (top + np.log(np.exp(z - top).sum(1, keepdims=True)))[:, 0]
+    logprob = z - logsumexp[:, None]
+    p = np.exp(logprob)
+    entropy = -np.where(p > 0, p * np.where(np.isfinite(logprob), logprob, 0.0), 0.0).sum(1)
+    return logprob, logsumexp, entropy
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", [0.1, 3.0, 20.0])
+@pytest.mark.parametrize(("vocab_size", "k"), [(50, 8), (512, 8), (1000, 1), (5003, 8), (8192, 16)])
+def test_against_float64(kind: str, vocab_size: int, k: int, scale: float) -> None:
+    logits_NV = logits_of(40, vocab_size, scale=scale)
+    at = positions(40, vocab_size)
+    rows = rows_of(logits_NV, spec(kind, k=k))
+    logprob, logsumexp, entropy = reference(logits_NV)
+    order = np.argsort(-logprob, axis=1, kind="stable")
+    np.testing.assert_array_equal(rows.head_ids, order[:, :k])
+    np.testing.assert_allclose(rows.logprob, np.take_along_axis(logprob, order[:, :k], 1), atol=2e-5)
+    np.testing.assert_allclose(rows.logsumexp, logsumexp, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(rows.entropy, entropy, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(rows.next_logprob, logprob[np.arange(40), at.next_token], rtol=1e-6, atol=2e-5)
+    tail = np.take_along_axis(np.exp(logprob), order[:, k:], 1).sum(1)
+    head = np.take_along_axis(np.exp(logprob), order[:, :k], 1).sum(1)
+    with np.errstate(divide="ignore"):
+        expected = np.where(tail < 1e-38, -np.inf, np.log(tail) - np.log(head))
+    np.testing.assert_allclose(rows.tail_logit, expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 40])
+def test_chunks_do_not_matter(chunk: int) -> None:
+    logits_NV, at = logits_of(40, 5003), positions(40, 5003)
+    whole = rows_of(logits_NV, spec())
+    cuts = [slice(first, first + chunk) for first in range(0, 40, chunk)]
+    parts = TargetRows.concatenate([rows_of(logits_NV[cut], spec(), at[cut]) for cut in cuts])
+    for name in ("head_ids", "logprob", "drawn", "tail_logit", "logsumexp", "entropy", "next_logprob"):
+        np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name), err_msg=name)
+
+
+@pytest.mark.parametrize("vocab_size", [200, 5003])
+def test_draws_follow_the_tail(vocab_size: int) -> None:
+    """Chi-square over the tail of one distribution, 200,000 draws; ids are never of the head."""
+    rows, draws, k = 400, 500, 8
+    logits_NV = logits_of(1, vocab_size, scale=1.5).expand(rows, -1)
+    found = rows_of(logits_NV, spec(k=k, draws=draws))
+    assert np.all(np.diff(found.drawn.astype(np.int64), axis=1) >= 0)
+    counts = np.bincount(found.drawn.reshape(-1), minlength=vocab_size)
+    assert counts[found.head_ids[0]].sum() == 0
+    p = np.exp(reference(logits_NV[:1])[0][0])
+    p[found.head_ids[0]] = 0.0
+    expected = p / p.sum() * rows * draws
+    frequent = expected >= 5.0
+    observed = np.append(counts[frequent], counts[~frequent].sum())
+    wanted = np.append(expected[frequent], expected[~frequent].sum())
+    used = wanted > 0
+    statistic = ((observed - wanted)[used] ** 2 / wanted[used]).sum()
+    degrees = used.sum() - 1
+    assert abs(statistic - degrees) < 4.0 * math.sqrt(2.0 * degrees)
+
+
+def test_draws_depend_on_seed_document_position_only() -> None:
+    logits_NV = logits_of(1, 900).expand(3, -1)
+    same = Positions(document=np.array([5, 5, 6]), position=np.array([9, 9, 9]), next_token=np.array([1, 2, 3]))
+    drawn = rows_of(logits_NV, spec(), same).drawn
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert np.any(drawn[0] != drawn[2])
+    assert np.any(drawn != rows_of(logits_NV, spec(seed=4), same).drawn)
+    more = rows_of(logits_NV, spec(draws=9), same).drawn
+    assert all(np.isin(drawn[row], more[row]).all() for row in range(3))  # the first draws stay what they were
+
+
+def test_random_numbers_are_what_they_were() -> None:
+    """Golden: a store's draws must be computable again by later versions."""
+    numbers = uniforms(7, np.array([0, 1, 2**40]), np.array([0, 511, 3]), 2)
+    np.testing.assert_array_equal(numbers, GOLDEN_UNIFORMS)
+    many = uniforms(0, np.repeat(np.arange(100), 100), np.tile(np.arange(100), 100), 8)
+    assert abs(many.mean() - 0.5) < 4.0 / math.sqrt(12 * many.size)
+    assert abs(np.corrcoef(many[:, 0], many[:, 1])[0, 1]) < 0.04
+    assert len(np.unique(many)) == many.size
+
+
+def test_the_whole_vocabulary_in_the_head() -> None:
+    rows = rows_of(logits_of(5, 30), spec(k=30))
+    assert np.all(np.isneginf(rows.tail_logit))
+    assert np.allclose(np.exp(rows.logprob.astype(np.float64)).sum(1), 1.0)
+
+
+def test_certain_rows_have_no_tail() -> None:
+    logits_NV = logits_of(3, 5003)
+    logits_NV[:, 17] = 300.0
+    rows = rows_of(logits_NV, spec(k=1))
+    assert np.all(np.isneginf(rows.tail_logit))
+    assert np.all(rows.logprob[:, 0] == 0.0)
+    assert np.all(rows.entropy == 0.0)
+
+
+@pytest.mark.parametrize("gap", [10.0, 30.0, 60.0])
+def test_faint_tails_are_exact(gap: float) -> None:
+    """1 - sum(head) would be 0 or noise here: float32 resolves 6e-8."""
+    logits_NV = logits_of(6, 5003)
+    logits_NV[:, 17] = logits_NV.amax(1) + gap
+    rows = rows_of(logits_NV, spec(k=1))
+    p = np.exp(reference(logits_NV)[0])
+    p[:, 17] = 0.0
+    np.testing.assert_allclose(rows.tail_logit, np.log(p.sum(1)) - np.log1p(-p.sum(1)), rtol=1e-5)
+    np.testing.assert_allclose(rows.entropy, reference(logits_NV)[2], rtol=1e-3, atol=1e-7)
+    assert np.all(rows.drawn != 17)
+
+
+def test_masked_tokens() -> None:
+    """A teacher may forbid tokens with -inf."""
+    logits_NV = logits_of(20, 700)
+    logits_NV[:, ::2] = -torch.inf
+    at = Positions(document=np.zeros(20, np.int64), position=np.arange(20), next_token=np.arange(20) % 2)
+    rows = rows_of(logits_NV, spec(), at)
+    np.testing.assert_allclose(rows.entropy, reference(logits_NV)[2], rtol=1e-5)
+    assert np.all(rows.head_ids % 2 == 1)
+    assert np.all(rows.drawn % 2 == 1)
+    np.testing.assert_array_equal(np.isneginf(rows.next_logprob), at.next_token == 0)
+
+
+@pytest.mark.parametrize("vocab_size", [300, 40 * BLOCK])
+def test_equal_logits_keep_the_order_of_ids(vocab_size: int) -> None:
+    logits_NV = torch.zeros(2, vocab_size)
+    best = [vocab_size - 1, 5, 130, 77]
+    logits_NV[0, best] = 2.0
+    logits_NV[1, best[:2]] = 1.0
+    logits_NV[1, best[2:]] = 3.0
+    values_NK, ids_NK = top_entries(logits_NV, 4)
+    assert ids_NK.tolist() == [[5, 77, 130, vocab_size - 1], [77, 130, 5, vocab_size - 1]]
+    assert values_NK.tolist() == [[2.0] * 4, [3.0, 3.0, 1.0, 1.0]]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_broken_logits_name_document_and_position(value: float) -> None:
+    logits_NV = logits_of(20, 5003)
+    logits_NV[16, 4000] = value
+    with pytest.raises(NumericsError) as caught:
+        rows_of(logits_NV, spec())
+    assert caught.value.where == "document 2, position 2"
+
+
+def test_a_row_without_any_mass_is_refused() -> None:
+    logits_NV = logits_of(3, 100)
+    logits_NV[1] = -torch.inf
+    with pytest.raises(NumericsError):
+        rows_of(logits_NV, spec())
+
+
+def test_k_beyond_the_vocabulary() -> None:
+    with pytest.raises(UsageError, match="k = 101 is more than the vocabulary of 100 tokens"):
+        rows_of(logits_of(3, 100), spec(k=101))
