@@ -70,9 +70,9 @@ class DemoSettings:
     heldout_seed: int = 16
     layers: int = 6
     small_layers: int = 3
-    steps: int = 36
-    tokens_per_step: int = 2048
-    lr: float = 4e-4
+    steps: int = 72
+    tokens_per_step: int = 1024
+    lr: float = 1e-3
     prompt: str = "The with statement is used to"
     new_tokens: int = 40
 
@@ -251,10 +251,11 @@ def run(show: Callable[..., None], events: Iterator[Any], *, quiet: bool) -> Non
 def answer_prompt(directory: Path, settings: DemoSettings) -> dict[str, str]:
     """Continue the prompt with the teacher and both twins."""
     models = {"teacher": directory / "teacher", CE: directory / "runs" / CE, KD: directory / "runs" / KD}
-    return {
+    answers = {
         name: next(generate(path, settings.prompt, max_new_tokens=settings.new_tokens)).text
         for name, path in models.items()
     }
+    return {name: " ".join(text.split()) for name, text in answers.items()}
 
 
 def summarise(
@@ -308,24 +309,20 @@ def store_facts(store: Status) -> dict[str, Any]:
 
 
 def verdict(summary: Mapping[str, Any]) -> list[str]:
-    """Two lines that explain the table, win or lose."""
+    """Two lines that explain the table, win or lose, and what it cannot show."""
     kd, ce = summary["students"][KD], summary["students"][CE]
     outcomes = []
-    for key, title, lower in (("kl", "KL", True), ("nll", "NLL", True), ("ece", "calibration error", True)):
-        better = (kd[key] < ce[key]) == lower
-        outcomes.append(f"{'wins' if better else 'loses'} on {title} ({kd[key]:.3f} against {ce[key]:.3f})")
+    for key, title in (("kl", "KL"), ("nll", "NLL"), ("ece", "calibration error")):
+        word = "wins" if kd[key] < ce[key] else "loses"
+        outcomes.append(f"{word} on {title} ({kd[key]:.3f} against {ce[key]:.3f})")
     (kd_low, kd_high), (ce_low, ce_high) = kd["top1_agreement_interval"], ce["top1_agreement_interval"]
-    apart = kd_low > ce_high or ce_low > kd_high
-    agreement = f"{kd['top1_agreement']:.1%} against {ce['top1_agreement']:.1%}"
-    outcomes.append(
-        f"top-1 agreement {agreement}: "
-        + ("the intervals are apart" if apart else "the intervals overlap, so that is undecided")
-    )
+    apart = "the intervals are apart" if kd_low > ce_high or ce_low > kd_high else "the intervals overlap: undecided"
+    outcomes.append(f"top-1 agreement {kd['top1_agreement']:.1%} against {ce['top1_agreement']:.1%}, {apart}")
     return [
-        f"Same start, order and tokens; the teacher's rows are the only difference. With them the student "
-        f"{'; '.join(outcomes)}.",
-        "KL is what distillation minimises, NLL what cross-entropy minimises: a lead in the first is expected, one in "
-        "the second is a gift. A 4-bit 135M teacher and a few minutes show the mechanics, not the quality to be had.",
+        f"kd and ce share start, order and tokens; the stored rows are the only difference. kd {'; '.join(outcomes)}.",
+        "KL is what distillation minimises and NLL what cross-entropy minimises, so a lead in KL is expected, one in "
+        "NLL is a gift; small starts from the finished kd, so it has seen more text.",
+        "A 4-bit 135M teacher and a few minutes on a processor show the mechanics, not the quality to be had.",
     ]
 
 
@@ -345,7 +342,7 @@ def show_summary(
     )
     click.echo(f"\nprompt: {settings.prompt}")
     for name, text in answers.items():
-        click.echo(f"  {name:8} … {' '.join(text.split())}")
+        click.echo(f"  {name:8} … {text}")
     click.echo(f"\n{directory / 'report.html'} shows all of it. Try next:")
     for command in next_commands(directory, settings):
         click.echo(f"  {command}")

@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ CANDIDATES = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Started:
-    """The plan is written. `missing` of `shards` shards are left to do, about `rows` rows."""
+    """The plan is written. `missing` of `shards` shards are left, about `rows` rows."""
 
     store: Path
     shards: int
@@ -151,12 +152,12 @@ def extract(config: ExtractConfig, *, limit: int | None = None) -> Iterator[Even
     )
     todo = writer.missing()
     chosen = todo[:limit]
-    shards, rows_total = len(planned.plan.shards()), expected_rows(planned, chosen)
-    yield Started(store=config.store, shards=shards, missing=len(todo), rows=rows_total)
+    shards = len(planned.plan.shards())
+    yield Started(store=config.store, shards=shards, missing=len(todo), rows=expected_rows(planned, todo))
     if chosen:
         teacher = teacher or load_teacher(planned)
         yield from first_row(planned, teacher, chosen, meter)
-        meter.begin_work(rows_total)
+        meter.begin_work(expected_rows(planned, chosen))
         yield from extract_shards(planned, teacher, writer, chosen, meter)
     yield ExtractSummary(
         store=config.store,
@@ -247,8 +248,10 @@ def first_row(
 ) -> Iterator[FirstRow]:
     """Show what the teacher makes of the first words to come: one short forward, nothing of it is stored."""
     found, k = planned.survey, planned.plan.target.k
-    documents = (text for shard in shards for text in found.corpus.documents(planned.plan.documents_of(shard)))
-    sequence = next(render(documents, found.tokenizer, found.rendering), None)
+    numbers = (number for shard in shards for number in planned.plan.documents_of(shard))
+    # One document at a time, so that long ones do not delay it.
+    sequences = (render(found.corpus.documents([number]), found.tokenizer, found.rendering) for number in numbers)
+    sequence = next(chain.from_iterable(sequences), None)
     if sequence is None:
         return
     length = min(CONTEXT_TOKENS, len(sequence) - 1)

@@ -19,6 +19,7 @@ from pipeline.evaluate import model_directory
 from stages.corpus.tokenizer import load_tokenizer
 from stages.devices import resolve_device, resolve_dtype
 from stages.teacher.files import find_model
+from stages.teacher.quiet import quiet
 from storage.errors import UsageError
 
 
@@ -38,7 +39,7 @@ def generate(
     prompt: str,
     *,
     teacher: bool = False,
-    chat: bool | None = None,
+    chat: bool = False,
     max_new_tokens: int = 64,
     device: str = "auto",
     dtype: str = "auto",
@@ -49,8 +50,8 @@ def generate(
         path: run or model directory.
         prompt: text to continue, or a question.
         teacher: answer with the teacher too, from where the run says that it was.
-        chat: put the prompt through the tokenizer's chat template; None: never, because a student of plain text does
-            not know turns.
+        chat: put the prompt through the tokenizer's chat template. Not by itself, because a student of plain text
+            does not know turns, whatever its teacher's tokenizer brings.
         max_new_tokens: bound on the answer.
         device: auto, cpu, cuda, cuda:1, mps.
         dtype: of the forward.
@@ -62,7 +63,7 @@ def generate(
     directories = {"student": directory, **({"teacher": teacher_directory(path)} if teacher else {})}
     place = resolve_device(device)
     for role, model in directories.items():
-        yield _answer(role, model, prompt, chat=bool(chat), limit=max_new_tokens, device=place, dtype=dtype)
+        yield _answer(role, model, prompt, chat=chat, limit=max_new_tokens, device=place, dtype=dtype)
 
 
 def teacher_directory(path: Path) -> Path:
@@ -92,13 +93,14 @@ def _answer(
     ids = _prompt_ids(tokenizer, prompt, chat=chat, where=str(directory))
     model = _load(directory, device, resolve_dtype(dtype, device))
     inputs = torch.tensor([ids], device=device)
-    output = model.generate(  # type: ignore[operator]  # a mixin method that the stubs do not see
-        inputs,
-        attention_mask=torch.ones_like(inputs),
-        max_new_tokens=limit,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-    )
+    with quiet():
+        output = model.generate(  # type: ignore[operator]  # a mixin method that the stubs do not see
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=limit,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
     new = output[0, len(ids) :].tolist()
     return Answer(
         role=role,
@@ -125,9 +127,10 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool, 
 
 def _load(directory: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
-        )
+        with quiet():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+            )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"the model cannot be loaded: {reason}", where=str(directory)) from error

@@ -121,7 +121,7 @@ def write_comparison_report(
         .get_template("comparison.html.j2")
         .render(
             title=title,
-            subtitle="The teacher read the corpus once. Every student below learned from the stored rows alone.",
+            subtitle="The teacher read the corpus once. Every student below learned from the store alone.",
             headline=_comparison_headline(summary),
             ece_bins=15,
             columns=COLUMNS,

@@ -24,6 +24,7 @@ from stages.teacher import ModelDirectory, find_model, load_config
 from storage.errors import UsageError
 
 SAMPLE_TOKENS = 200_000
+FIRST_ROUND = 16  # documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,7 @@ def survey(config: ExtractConfig, *, weights: bool = False) -> Survey:
         min_tokens=config.rendering.min_tokens,
         bos=bos,
         eos=eos,
+        vocab_size=vocab_size,
     )
     device = resolve_device(config.device)
     return Survey(
@@ -101,32 +103,26 @@ def survey(config: ExtractConfig, *, weights: bool = False) -> Survey:
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         rendering=rendering,
-        sample=take_sample(corpus, tokenizer, rendering, vocab_size),
+        sample=take_sample(corpus, tokenizer, rendering),
         device=device,
         dtype=resolve_dtype(config.teacher.dtype, device),
     )
 
 
-def take_sample(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, rendering: Rendering, vocab_size: int) -> Sample:
-    """Tokenise documents spread over the corpus until SAMPLE_TOKENS tokens are counted, or all of them.
+def take_sample(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> Sample:
+    """Tokenise documents spread over the corpus until about SAMPLE_TOKENS tokens are counted, or all of them.
 
     Raises:
         UsageError: the corpus is smaller than the sample and gives no row at all.
     """
-    counts = np.zeros(vocab_size, dtype=np.int64)
+    counts = np.zeros(rendering.vocab_size, dtype=np.int64)
     documents = tokens = rows = 0
-    for number in scattered(len(corpus)):
-        for sequence in render(corpus.documents([number]), tokenizer, rendering):
-            if int(sequence.tokens.max()) >= vocab_size:
-                raise UsageError(
-                    f"token id {int(sequence.tokens.max())} is beyond the teacher's {vocab_size} embeddings",
-                    where=f"document {number}",
-                    fix="use the tokenizer that belongs to the teacher",
-                )
-            counts += np.bincount(sequence.tokens, minlength=vocab_size)
+    for numbers in sample_rounds(len(corpus)):
+        for sequence in render(corpus.documents(numbers), tokenizer, rendering):
+            counts += np.bincount(sequence.tokens, minlength=rendering.vocab_size)
             tokens += len(sequence)
             rows += int(sequence.has_row.sum())
-        documents += 1
+        documents += len(numbers)
         if tokens >= SAMPLE_TOKENS:
             break
     if rows == 0:
@@ -138,9 +134,16 @@ def take_sample(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, rendering: R
     return Sample(documents=documents, tokens=tokens, rows=rows, counts=counts)
 
 
-def scattered(count: int) -> Iterator[int]:
-    """Yield every number below `count` once, any first part of them evenly spread (golden-section steps)."""
+def sample_rounds(count: int) -> Iterator[list[int]]:
+    """Yield all numbers below `count`, each once, in rounds of 16, 16, 32, 64, ... rising numbers.
+
+    Whatever rounds are taken, their numbers are spread evenly (golden-section steps), and within a round neighbours
+    are read together.
+    """
     step = max(1, round(count * 0.618034))
     while math.gcd(step, count) != 1:
         step += 1
-    yield from (index * step % count for index in range(count))
+    first, end = 0, FIRST_ROUND
+    while first < count:
+        yield sorted(index * step % count for index in range(first, min(end, count)))
+        first, end = end, 2 * end

@@ -31,7 +31,7 @@ class ArraySpec:
             or tail.
         dtype: of the stored values.
         ranks: length of a second axis, the rank in the head; None for a flat array.
-        by_rank: whether its chunks are stored rank after rank.
+        by_rank: whether it is stored with its axes swapped, rank after rank.
     """
 
     name: str

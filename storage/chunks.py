@@ -110,12 +110,12 @@ class ArrayLayout:
     """Shape and chunking of one array: all that varies in its zarr.json.
 
     Attributes:
-        axis: name of its first axis.
+        axis: name of its axis, or of the other one than `rank`.
         dtype: type of its values.
-        length: of the first axis.
-        chunk: positions of the first axis in each inner chunk; the last chunk is padded with poison.
-        ranks: length of the second axis, `rank`, which is never cut; None for a flat array.
-        by_rank: whether chunks are stored rank after rank (the transpose codec).
+        length: of that axis.
+        chunk: positions of that axis in each inner chunk; the last chunk is padded with poison.
+        ranks: length of the axis `rank`, which is never cut; None for a flat array.
+        by_rank: whether the array is stored with its axes swapped, rank after rank.
     """
 
     axis: str
@@ -127,7 +127,7 @@ class ArrayLayout:
 
     @property
     def chunk_shape(self) -> tuple[int, ...]:
-        """Shape of an inner chunk."""
+        """Shape of an inner chunk in memory."""
         return (self.chunk,) if self.ranks is None else (self.chunk, self.ranks)
 
     @property
@@ -152,29 +152,34 @@ class ArrayLayout:
             if self.dtype.itemsize == 1
             else [{"name": "numcodecs.pcodec", "configuration": {"level": PCODEC_LEVEL}}]
         )
-        transpose = [{"name": "transpose", "configuration": {"order": [1, 0]}}] if self.by_rank else []
-        second = [] if self.ranks is None else [self.ranks]
         sharding = {
-            "chunk_shape": [self.chunk, *second],
-            "codecs": [*transpose, *compress, {"name": "crc32c"}],
+            "chunk_shape": self._shape(self.chunk),
+            "codecs": [*compress, {"name": "crc32c"}],
             "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
             "index_location": "end",
         }
         return {
             "zarr_format": 3,
             "node_type": "array",
-            "shape": [self.length, *second],
+            "shape": self._shape(self.length),
             "data_type": self.dtype.name,
             "chunk_grid": {
                 "name": "regular",
-                "configuration": {"chunk_shape": [self.chunk * max(1, self.chunks), *second]},
+                "configuration": {"chunk_shape": self._shape(self.chunk * max(1, self.chunks))},
             },
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
             "fill_value": "NaN" if self.dtype.kind == "f" else int(poison(self.dtype)),
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
             "attributes": {},
-            "dimension_names": [self.axis, *(["rank"] if second else [])],
+            "dimension_names": self._shape(self.axis, "rank"),
         }
+
+    def _shape(self, length: Json, ranks: Json = None) -> list[Json]:
+        """Return a length along the axis, and with two axes all ranks, in the order in which they are stored."""
+        if self.ranks is None:
+            return [length]
+        pair = [length, self.ranks if ranks is None else ranks]
+        return pair[::-1] if self.by_rank else pair
 
     def metadata_bytes(self) -> bytes:
         """Return zarr.json as bytes."""
@@ -191,8 +196,9 @@ class ArrayLayout:
         """
         try:
             content = json.loads(data)
-            length = content["shape"][0]
-            chunk = content["codecs"][0]["configuration"]["chunk_shape"][0]
+            place = 1 if by_rank else 0
+            length = content["shape"][place]
+            chunk = content["codecs"][0]["configuration"]["chunk_shape"][place]
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(f"zarr.json is not an array of this format: {error!r}") from error
         if type(length) is not int or type(chunk) is not int or not 0 < chunk <= max(1, length):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 _SCRATCH = Path(tempfile.mkdtemp(prefix="topk-distill-tests-"))
 os.environ |= {
@@ -120,25 +121,27 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory, topic_texts: list[str]
 
 
 @pytest.fixture(scope="session")
-def tiny_store(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, tiny_corpus: Path) -> Path:
-    """A sealed hybrid store (k=8, draws=4, 15% held out, window 64, several shards) of the tiny corpus."""
+def tiny_extraction(tiny_teacher_dir: Path, tiny_corpus: Path) -> dict[str, Any]:
+    """An extract configuration without its store: hybrid rows (k=8, draws=4), 3 training shards and a held-out one."""
+    return {
+        "teacher": {"path": str(tiny_teacher_dir), "dtype": "float32"},
+        "corpus": [{"source": "jsonl", "path": str(tiny_corpus)}],
+        "rendering": {"window": 64, "overlap": 8},
+        "target": {"kind": "hybrid", "k": 8, "draws": 4},
+        "heldout": {"fraction": 0.15},
+        "documents_per_shard": 16,
+        "device": "cpu",
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory: pytest.TempPathFactory, tiny_extraction: dict[str, Any]) -> Path:
+    """The sealed store of that extraction."""
     from pipeline.config.extract import ExtractConfig
     from pipeline.extract import extract
 
     path = tmp_path_factory.mktemp("store") / "store"
-    config = ExtractConfig.model_validate(
-        {
-            "store": path,
-            "teacher": {"path": str(tiny_teacher_dir), "dtype": "float32"},
-            "corpus": [{"source": "jsonl", "path": str(tiny_corpus)}],
-            "rendering": {"window": 64, "overlap": 8},
-            "target": {"kind": "hybrid", "k": 8, "draws": 4},
-            "heldout": {"fraction": 0.15},
-            "documents_per_shard": 16,
-            "device": "cpu",
-        }
-    )
-    for _ in extract(config):
+    for _ in extract(ExtractConfig.model_validate({**tiny_extraction, "store": path})):
         pass
     return path
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -60,9 +60,13 @@ class ParquetFiles:
             low, high = max(first - offset, 0), min(end - offset, group.rows)
             offset += group.rows
             if low < high:
-                column = pq.ParquetFile(group.path).read_row_group(group.index, columns=[self.field]).column(0)
-                texts.extend(column.slice(low, high - low).to_pylist())
+                texts.extend(_column(group, self.field).slice(low, high - low).to_pylist())
         return texts
+
+
+@lru_cache(maxsize=2)  # a shard reads a row group in many small ranges
+def _column(group: RowGroup, field: str) -> pa.ChunkedArray:
+    return pq.ParquetFile(group.path).read_row_group(group.index, columns=[field]).column(0)
 
 
 def open_parquet(spec: SourceSpec) -> ParquetFiles:

@@ -24,16 +24,23 @@ DOCUMENTS_PER_CALL = 64  # the tokenizer works on lists in parallel
 
 @dataclass(frozen=True, kw_only=True)
 class Rendering:
-    """How a document becomes windows. `bos` and `eos` are token ids, or None for no such token."""
+    """How a document becomes windows.
+
+    Attributes:
+        window, overlap, min_tokens: in tokens.
+        bos, eos: token ids, or None for no such token.
+        vocab_size: ids that the teacher has embeddings for lie below it.
+    """
 
     window: int
     overlap: int
     min_tokens: int
     bos: int | None
     eos: int | None
+    vocab_size: int
 
     def to_plan(self) -> dict[str, Json]:
-        """Return the `rendering` field of a plan."""
+        """Return the `rendering` field of a plan, which holds `vocab_size` elsewhere."""
         return {
             "input": "text",
             "window": self.window,
@@ -89,8 +96,18 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 def render(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, rendering: Rendering
 ) -> Iterator[Sequence]:
-    """Yield the windows of each document in order; documents and windows below `min_tokens` are left out."""
+    """Yield the windows of each document in order; documents and windows below `min_tokens` are left out.
+
+    Raises:
+        UsageError: the tokenizer gives an id that the teacher has no embedding for.
+    """
     for document, tokens_T, end_byte_T in tokenize(documents, tokenizer, rendering):
+        if len(tokens_T) and int(tokens_T.max()) >= rendering.vocab_size:
+            raise UsageError(
+                f"token id {int(tokens_T.max())} is beyond the teacher's {rendering.vocab_size} embeddings",
+                where=f"document {document.number}",
+                fix="use the tokenizer that belongs to the teacher",
+            )
         if len(tokens_T) < rendering.min_tokens:
             continue
         for start, end, first_row in windows(len(tokens_T), rendering.window, rendering.overlap):

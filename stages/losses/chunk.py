@@ -85,20 +85,30 @@ def softmax_(logits_CV: Tensor) -> Tensor:
     return (top_C - _top(logits_CV)[0].log()).masked_fill_(empty_C, -torch.inf)
 
 
-def log_softmax_(logits_CV: Tensor, shard: VocabShard) -> Tensor:
-    """Turns local logits into log-probabilities over the whole vocabulary, in place; their logsumexp [C]."""
-    top_C, empty_C = _top(logits_CV)
-    local_C = top_C
-    if logits_CV.shape[1] > 0:
-        torch.ops.aten._log_softmax.out(logits_CV, -1, False, out=logits_CV)
-        if bool(empty_C.any()):
-            logits_CV.masked_fill_(empty_C.unsqueeze(-1), -torch.inf)
-        local_C = (top_C - _top(logits_CV)[0]).masked_fill_(empty_C, -torch.inf)
+def normalise_(logits_CV: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """Turns local logits into log-probabilities over the whole vocabulary, in place.
+
+    Returns:
+        The probabilities [C, V], and the rows' logsumexp [C], which is NaN for a row that rules out every token.
+    """
+    local_top_C, empty_C = _top(logits_CV)
+    top_C = shard.max(local_top_C.clone())
+    # Differences to the largest logit are exact where they matter; logsumexp itself, near 80, would round them.
+    logits_CV.sub_(top_C.unsqueeze(-1).to(logits_CV.dtype))
+    if logits_CV.shape[1] == 0:
+        q_CV, local_C = torch.empty_like(logits_CV), local_top_C
+    else:
+        q_CV = torch.softmax(logits_CV, -1)
+        local_C = local_top_C - top_C - _top(q_CV)[0].log()
     if shard.group is None:
-        return local_C
-    lse_C = shard.logsumexp(local_C)
-    logits_CV.add_((local_C - lse_C).masked_fill_(empty_C, 0.0).unsqueeze(-1).to(logits_CV.dtype))
-    return lse_C
+        lse_C = local_C
+    else:
+        q_CV.masked_fill_(empty_C.unsqueeze(-1), 0.0)
+        local_C = local_C.masked_fill(empty_C & (top_C != -torch.inf), -torch.inf)
+        lse_C = shard.logsumexp(local_C)
+        q_CV.mul_(ratio(local_C, lse_C).unsqueeze(-1).to(q_CV.dtype))
+    logits_CV.sub_(lse_C.unsqueeze(-1).to(logits_CV.dtype))
+    return q_CV, top_C + lse_C
 
 
 def scale_logits_(logits_CV: Tensor, scale: float, shard: VocabShard) -> Tensor:

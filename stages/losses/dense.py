@@ -10,18 +10,17 @@ Shape suffixes: C rows of the chunk, R rows of a block, V local vocabulary, N ro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from stages.losses.chunk import LogitChunk, log_softmax_, ratio, row_dtype, scale_logits_, softmax_
+from stages.losses.chunk import LogitChunk, normalise_, ratio, row_dtype, scale_logits_, softmax_
 from stages.losses.divergences import Divergence
 from stages.losses.head import OutputHead
 from stages.losses.kernel import Mix, RowValues
-from stages.losses.rows import LogitRows
-from stages.losses.vocab import VocabShard, local_part, replicated, vocab_group
+from stages.losses.vocab import VocabShard, replicated
 
 # Elements of one float32 block: 1 MiB, half of a core's second-level cache on the CPUs measured.
 _BLOCK_ELEMENTS = 1 << 18
@@ -47,12 +46,10 @@ class TeacherHead:
 
     def local(self, shard: VocabShard, columns: int) -> TeacherHead:
         """The part of the head whose tokens the student holds here, and whole hidden states."""
-        weight_VD, bias_V = local_part(self.weight_VD.detach()), self.bias_V
-        if vocab_group(self.weight_VD, 0) is None:
-            weight_VD = shard.slice_of(weight_VD.t(), columns, "the teacher's head").t()
+        weight_VD = shard.slice_of(self.weight_VD.detach().t(), columns, "the teacher's head").t()
+        bias_V = self.bias_V
         if bias_V is not None:
-            bias_V = local_part(bias_V.detach())
-            bias_V = bias_V if len(bias_V) == len(weight_VD) else shard.slice_of(bias_V, columns, "the teacher's bias")
+            bias_V = shard.slice_of(bias_V.detach(), columns, "the teacher's bias")
         return replace(self, hidden_ND=replicated(self.hidden_ND.detach()), weight_VD=weight_VD, bias_V=bias_V)
 
     def head(self, columns: int, dtype: torch.dtype) -> OutputHead:
@@ -67,34 +64,8 @@ class TeacherHead:
         )
 
 
-class TeacherLogits(Protocol):
-    """Teacher logits by the chunk."""
-
-    @property
-    def buffers(self) -> int:
-        """Buffers of vocabulary width that it holds itself."""
-
-    def __call__(self, span: slice) -> Tensor:
-        """Logits [C, V] of those rows, local real columns; read only."""
-
-
-class GivenLogits:
-    """Teacher logits that exist already."""
-
-    buffers = 0
-
-    def __init__(self, rows: LogitRows) -> None:
-        self.rows = rows
-
-    def __call__(self, span: slice) -> Tensor:
-        """A view where rows are contiguous."""
-        return self.rows.read(span)
-
-
 class ProjectedLogits:
     """Teacher logits made from hidden states, one chunk at a time."""
-
-    buffers = 1
 
     def __init__(self, teacher: TeacherHead, keep_N: Tensor | None, columns: int) -> None:
         self.hidden_ND, self.keep_N = teacher.hidden_ND.detach(), keep_N
@@ -112,18 +83,31 @@ class ProjectedLogits:
 
 
 class DenseRows:
-    """KD against full-vocabulary teacher logits plus cross-entropy."""
+    """KD against full-vocabulary teacher logits plus cross-entropy.
+
+    Args:
+        teacher: gives the teacher's logits [C, V] of some rows, local real columns, to be read only.
+        teacher_scale: what they are multiplied with.
+        labels_N: labels of the rows that take part.
+        divergence: what is measured.
+        mix: weights.
+    """
 
     def __init__(
-        self, teacher: TeacherLogits, teacher_scale: float, labels_N: Tensor, divergence: Divergence, mix: Mix
+        self,
+        teacher: Callable[[slice], Tensor],
+        teacher_scale: float,
+        labels_N: Tensor,
+        divergence: Divergence,
+        mix: Mix,
     ) -> None:
         self.teacher, self.teacher_scale, self.labels_N = teacher, teacher_scale, labels_N
         self.divergence, self.mix = divergence, mix
 
     @property
     def buffers(self) -> int:
-        """The student's chunk, and the teacher's where it is made here."""
-        return 1 + self.teacher.buffers
+        """The student's chunk; the teacher's, where it is made here, is as large and counts as the other side."""
+        return 1
 
     def __call__(self, chunk: LogitChunk, span: slice, *, gradient: bool) -> RowValues:
         """Row losses; see RowKernel."""
@@ -156,13 +140,12 @@ class DenseRows:
         ce_R = torch.zeros_like(label_logit_R)
         if mix.logit_scale != 1.0:
             scale_logits_(log_q_RV, mix.logit_scale, shard)
-        lse_R = log_softmax_(log_q_RV, shard)
+        q_RV, lse_R = normalise_(log_q_RV, shard)
         if self.teacher_scale != 1.0:
             scale_logits_(log_p_RV, self.teacher_scale, shard)
-        teacher_lse_R = log_softmax_(log_p_RV, shard)
-        q_RV = log_q_RV.exp()
-        d_RV, h_RV = self.divergence.terms(log_p_RV, log_q_RV, log_p_RV.exp(), q_RV)
-        # a row that rules out every token is no distribution: its value is NaN, not 0
+        p_RV, teacher_lse_R = normalise_(log_p_RV, shard)
+        d_RV, h_RV = self.divergence.terms(log_p_RV, log_q_RV, p_RV, q_RV)
+        # a row with NaN, or that rules out every token, is no distribution: its value is NaN
         kd_R = shard.sum(d_RV.sum(-1)).to(lse_R.dtype) + 0.0 * (teacher_lse_R + lse_R)
         gradient_RV = _through_softmax(h_RV, q_RV, self.divergence, shard).mul_(mix.kd_gradient)
         if plain_RV is not None:
@@ -190,9 +173,9 @@ def _through_softmax(h_RV: Tensor, q_RV: Tensor, divergence: Divergence, shard: 
     """
     if divergence.linear:  # h = -p, and its sum is -1
         return h_RV.add_(q_RV)
-    if shard.group is not None:
+    if shard.group is not None:  # m may lie elsewhere: the plain formula, which loses digits in such rows only
         return h_RV.addcmul_(q_RV, shard.sum(h_RV.sum(-1)).unsqueeze(-1), value=-1.0)
-    top_R1 = q_RV.argmax(-1, keepdim=True)
+    top_R1 = _argmax(q_RV)
     top_q_R1 = q_RV.gather(-1, top_R1)
     level_R1 = h_RV.gather(-1, top_R1) / top_q_R1
     h_RV.scatter_(-1, top_R1, 0.0)
@@ -201,3 +184,23 @@ def _through_softmax(h_RV: Tensor, q_RV: Tensor, divergence: Divergence, shard: 
     h_RV.addcmul_(q_RV, level_R1 + pull_R1, value=-1.0)
     q_RV.scatter_(-1, top_R1, top_q_R1)
     return h_RV.scatter_(-1, top_R1, -top_q_R1 * pull_R1)
+
+
+def _argmax(values_RV: Tensor) -> Tensor:
+    """Column of a largest value of each row, [R, 1]: the best block, then the best of it.
+
+    argmax over long rows is eight times slower than a maximum on CPU.
+    """
+    width, size = values_RV.shape[1], 128
+    whole = width - width % size
+    if whole < 8 * size:
+        return values_RV.argmax(-1, keepdim=True)
+    blocks_RB = values_RV[:, :whole].view(len(values_RV), -1, size).amax(-1)
+    start_R1 = blocks_RB.argmax(-1, keepdim=True) * size
+    column_RS = start_R1 + torch.arange(size, device=values_RV.device)
+    column_R1 = start_R1 + values_RV.gather(-1, column_RS).argmax(-1, keepdim=True)
+    if whole == width:
+        return column_R1
+    rest_R1 = whole + values_RV[:, whole:].argmax(-1, keepdim=True)
+    better_R1 = values_RV.gather(-1, rest_R1) > values_RV.gather(-1, column_R1)
+    return torch.where(better_R1, rest_R1, column_R1)

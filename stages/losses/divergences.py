@@ -16,6 +16,7 @@ To add one: write a frozen dataclass below and one line in DIVERGENCES.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
@@ -24,11 +25,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-# exp(-80) is below the resolution of float32 beside any mass that it could be added to, so a log-ratio beyond +-80
-# only ever multiplies a zero; without the bound expm1 overflows.
+# A log-ratio of probabilities beyond +-80 only ever multiplies a mass below exp(-80).
 _LOG_RATIO_BOUND = 80.0
 # Two float32 probabilities that come from equal logits differ by less than this, relatively.
 _ROUNDING = 2.0**-18
+# softplus(x) is x beyond this, to the last digit of float64.
+_SOFTPLUS_THRESHOLD = 40.0
 
 
 class Divergence(ABC):
@@ -51,7 +53,9 @@ class Divergence(ABC):
             p: exp(log_p).
             q: exp(log_q).
 
-        An outcome without mass on either side gives zero. NaN in an input gives NaN.
+        An outcome without mass on either side gives zero; where log_p - log_q is undefined for another reason, p or q
+        is NaN too, and the caller looks for that once per row. (Masks cost more than arithmetic here: a comparison
+        and a masked_fill take as long as an exponential on CPU.)
         """
 
 
@@ -63,7 +67,7 @@ class ForwardKL(Divergence):
 
     def terms(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         """d = P log(P/Q), h = -P."""
-        return (log_p - log_q).mul_(p).masked_fill_(p == 0, 0.0), -p
+        return (log_p - log_q).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=0.0).mul_(p), -p
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class ReverseKL(Divergence):
 
     def terms(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         """d = h = Q log(Q/P)."""
-        d = (log_q - log_p).mul_(q).masked_fill_(q == 0, 0.0)
+        d = (log_q - log_p).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=0.0).mul_(q)
         return d, d
 
 
@@ -94,11 +98,12 @@ class JSD(Divergence):
 
     def terms(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         """d = beta P log(P/M) + (1 - beta) Q log(Q/M), h = (1 - beta) Q log((1 - beta) Q/M)."""
-        ratio, empty = _bounded_log_ratio(log_p, log_q, p, q)
-        h = torch.log1p(torch.exp(ratio) * (self.beta / (1.0 - self.beta))).mul_(q).mul_(self.beta - 1.0)
-        student = torch.log1p(torch.expm1(ratio).mul_(self.beta)).mul_(q).mul_(self.beta - 1.0)
-        teacher = torch.log1p(torch.expm1(-ratio).mul_(1.0 - self.beta)).mul_(p).mul_(-self.beta)
-        return teacher.add_(student).masked_fill_(empty, 0.0), h.masked_fill_(empty, 0.0)
+        beta, rest = self.beta, 1.0 - self.beta
+        ratio = _log_ratio(log_p, log_q)
+        log_m_q = _softplus(ratio + math.log(beta / rest))  # log(M / Q) - log(1 - beta)
+        h = (log_m_q * q).mul_(-rest)
+        teacher = ratio.sub_(log_m_q).sub_(math.log(rest)).mul_(p).mul_(beta)
+        return teacher.add_(h).sub_(q, alpha=rest * math.log(rest)), h
 
 
 @dataclass(frozen=True)
@@ -118,10 +123,9 @@ class SkewForwardKL(Divergence):
         """d = P log(P/S), h = -(1 - alpha) P Q/S."""
         if self.alpha == 0.0:
             return ForwardKL().terms(log_p, log_q, p, q)
-        ratio, empty = _bounded_log_ratio(log_p, log_q, p, q)
-        d = -torch.log1p((1.0 - self.alpha) * torch.expm1(-ratio)) * p
-        h = p * ((self.alpha - 1.0) / (1.0 + self.alpha * torch.expm1(ratio)))
-        return d.masked_fill_(empty, 0.0), h.masked_fill_(empty, 0.0)
+        x = _log_ratio(log_p, log_q).add_(math.log(self.alpha / (1.0 - self.alpha)))
+        h = torch.sigmoid(-x).mul_(p).neg_()
+        return _softplus(-x).add_(math.log(self.alpha)).mul_(p).neg_(), h
 
 
 @dataclass(frozen=True)
@@ -141,13 +145,14 @@ class SkewReverseKL(Divergence):
         """d = Q log(Q/S), h = Q (log(alpha Q/S) + 1 - alpha Q/S)."""
         if self.alpha == 0.0:
             return ReverseKL().terms(log_p, log_q, p, q)
-        ratio, empty = _bounded_log_ratio(log_p, log_q, p, q)
-        d = torch.log1p(torch.expm1(ratio).mul_(1.0 - self.alpha)).mul_(q).neg_()
-        x = torch.exp(ratio).mul_((1.0 - self.alpha) / self.alpha)  # S / (alpha Q) - 1
-        # x / (1 + x) - log(1 + x), whose terms agree to all their digits for small x: its series there
-        series = x * x * (x * (2 / 3 + x * (-3 / 4 + x * (4 / 5 - x * (5 / 6)))) - 0.5)
-        h = torch.where(x < 0.01, series, x / (1.0 + x) - torch.log1p(x)).mul_(q)
-        return d.masked_fill_(empty, 0.0), h.masked_fill_(empty, 0.0)
+        x = _log_ratio(log_p, log_q).add_(math.log((1.0 - self.alpha) / self.alpha))
+        log_s_q = _softplus(x)  # log(S / Q) - log(alpha)
+        h = (torch.sigmoid(x) - log_s_q).mul_(q)
+        # Both terms of h agree in all their digits where x is very negative: its series in y = exp(x) there.
+        y = torch.exp(x)
+        series = y * y * (y * (2 / 3 + y * (-3 / 4 + y * (4 / 5 - y * (5 / 6)))) - 0.5) * q
+        h = torch.where(x < math.log(0.01), series, h)
+        return log_s_q.add_(math.log(self.alpha)).mul_(q).neg_(), h
 
 
 @dataclass(frozen=True)
@@ -232,6 +237,11 @@ def _check_skew(name: str, alpha: float) -> None:
         raise ValueError(f"{name}: alpha is {alpha}, allowed is 0 <= alpha < 1")
 
 
-def _bounded_log_ratio(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """log(P/Q) within bounds, and the mask of outcomes without mass on either side, where it is undefined."""
-    return (log_p - log_q).clamp_(-_LOG_RATIO_BOUND, _LOG_RATIO_BOUND), (p == 0) & (q == 0)
+def _log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """log(P/Q), bounded; 0 where neither side has mass."""
+    return (log_p - log_q).nan_to_num_(nan=0.0).clamp_(-_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x))."""
+    return torch.nn.functional.softplus(x, threshold=_SOFTPLUS_THRESHOLD)

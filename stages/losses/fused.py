@@ -19,6 +19,8 @@ from stages.losses.objective import Objective, Teacher
 from stages.losses.rows import valid_rows
 from stages.losses.vocab import VocabShard, local_part, replicated, vocab_group
 
+_DEFAULT_RATIO = 0.5
+
 
 class FusedLinearKDLoss(nn.Module):
     """Divergence and cross-entropy from hidden states, without ever holding [N, V].
@@ -61,7 +63,7 @@ class FusedLinearKDLoss(nn.Module):
         tail: str | None = None,
         logits_scale: float = 1.0,
         target_logits_scale: float = 1.0,
-        kd_ratio: float = 0.5,
+        kd_ratio: float = _DEFAULT_RATIO,
         kd_coef: float | None = None,
         kd_loss_weight: float | None = None,
         sft_loss_weight: float | None = None,
@@ -85,9 +87,8 @@ class FusedLinearKDLoss(nn.Module):
             logits_scale=logits_scale,
             target_logits_scale=target_logits_scale,
         )
-        self.kd_ratio = kd_ratio if kd_coef is None else kd_coef
         self.weights = _fixed_weights(kd_loss_weight, sft_loss_weight)
-        _check_ratio(self.kd_ratio)
+        self.kd_ratio = _one_ratio(kd_ratio, kd_coef, self.weights)
         self.ignore_index, self.chunk_size, self.check = ignore_index, chunk_size, check
         self.softcap, self.logit_multiplier = softcap, logit_multiplier
         self.vocab_size, self.tp_group = vocab_size, tp_group
@@ -124,7 +125,9 @@ class FusedLinearKDLoss(nn.Module):
 
     def mixing_weights(self, kd_ratio: float | None) -> tuple[float, float]:
         """Weights of the divergence and of the cross-entropy."""
-        if self.weights is not None and kd_ratio is None:
+        if self.weights is not None:
+            if kd_ratio is not None:
+                raise ValueError(f"kd_ratio={kd_ratio} in the call, but this loss was built with two fixed weights")
             return self.weights
         ratio = self.kd_ratio if kd_ratio is None else kd_ratio
         _check_ratio(ratio)
@@ -207,7 +210,7 @@ def _run(
     whole_ND = replicated(hidden_ND).to(dtype)
     local_V = None if bias_V is None else local_part(bias_V)
     with torch.autocast(device, enabled=False):
-        shard = VocabShard.of(len(local_VD), group, loss.vocab_size, whole_ND.device)
+        shard = VocabShard.of(len(local_VD), group, loss.vocab_size, local_part(labels_N))
         keep_N, labels_N = valid_rows(local_part(labels_N), loss.ignore_index, shard.total)
         mix = loss.objective.mix(*loss.mixing_weights(kd_ratio))
         job = Job(
@@ -235,6 +238,20 @@ def _check_shapes(hidden_ND: Tensor, weight_VD: Tensor, targets: Teacher | None,
         raise ValueError(f"rows do not fit: {found} (hidden is {tuple(hidden_ND.shape)}); flatten batches to [N, D]")
     if weight_VD.ndim != 2 or weight_VD.shape[1] != hidden_ND.shape[1]:
         raise ValueError(f"weight {tuple(weight_VD.shape)} does not fit hidden {tuple(hidden_ND.shape)}")
+
+
+def _one_ratio(kd_ratio: float, kd_coef: float | None, weights: tuple[float, float] | None) -> float:
+    """kd_ratio under either name, unless fixed weights say otherwise: no setting is quietly ignored."""
+    given = {} if kd_ratio == _DEFAULT_RATIO else {"kd_ratio": kd_ratio}
+    if kd_coef is not None:
+        given["kd_coef"] = kd_coef
+    if weights is not None:
+        given["kd_loss_weight and sft_loss_weight"] = weights[0]
+    if len(given) > 1:
+        raise ValueError(f"{', '.join(given)} all say how the losses are mixed; give one of them")
+    ratio = kd_ratio if kd_coef is None else kd_coef
+    _check_ratio(ratio)
+    return ratio
 
 
 def _check_ratio(ratio: float) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from stages.losses.chunk import LogitChunk, row_dtype
 from stages.losses.job import Job, finish, hand_over, row_total
@@ -47,6 +48,7 @@ class FromLogits(torch.autograd.Function):
         return finish(ctx, job, kd, ce, [d_logits], logits.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_loss: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
         """The kept gradient times the incoming scalar."""
         return *hand_over(ctx, d_loss), None, None
@@ -84,7 +86,7 @@ def logit_loss(
     logits, labels_N = local_part(student_logits), local_part(labels).reshape(-1)
     with torch.autocast(logits.device.type, enabled=False):
         columns = logits.shape[-1]
-        shard = VocabShard.of(columns, group, settings.vocab_size, logits.device)
+        shard = VocabShard.of(columns, group, settings.vocab_size, labels_N)
         keep_N, labels_N = valid_rows(labels_N, settings.ignore_index, shard.total)
         total = row_total(num_batch_labels, len(labels_N))
         wide = torch.promote_types(logits.dtype, torch.float32)
@@ -101,7 +103,8 @@ def logit_loss(
             check=settings.check,
             gradient=torch.is_grad_enabled(),
         )
-        loss: Tensor = FromLogits.apply(logits, job, dtype)[0]  # type: ignore[no-untyped-call]  # torch does not annotate it
+        parts = FromLogits.apply(logits, job, dtype)  # type: ignore[no-untyped-call]  # torch does not annotate it
+        loss: Tensor = parts[0]
         return loss
 
 

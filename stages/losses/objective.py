@@ -12,14 +12,14 @@ from typing import TypeAlias
 from torch import Tensor
 
 from stages.losses.chunk import row_dtype
-from stages.losses.dense import DenseRows, GivenLogits, ProjectedLogits, TeacherHead
+from stages.losses.dense import DenseRows, ProjectedLogits, TeacherHead
 from stages.losses.divergences import Divergence
 from stages.losses.kernel import Mix, RowKernel
 from stages.losses.rows import LogitRows
 from stages.losses.sparse import SparseRows
 from stages.losses.tail import check_tail, prepare_teacher, resolve_tail
 from stages.losses.targets import SparseTargets
-from stages.losses.vocab import VocabShard, local_part, vocab_group
+from stages.losses.vocab import VocabShard
 
 Teacher: TypeAlias = SparseTargets | TeacherHead | Tensor
 
@@ -96,11 +96,9 @@ class Objective:
         if isinstance(teacher, TeacherHead):
             local = teacher.local(shard, columns)
             return DenseRows(ProjectedLogits(local, keep_N, shard.size), scale, labels_N, self.divergence, mix)
-        logits = local_part(teacher.detach())
-        if vocab_group(teacher, -1) is None or shard.group is None:
-            logits = shard.slice_of(logits, columns, "the teacher")
-        given = GivenLogits(LogitRows(logits, keep_N, shard.size))
-        return DenseRows(given, scale, labels_N, self.divergence, mix)
+        logits = shard.slice_of(teacher.detach(), columns, "the teacher")
+        given = LogitRows(logits, keep_N, shard.size)
+        return DenseRows(given.read, scale, labels_N, self.divergence, mix)
 
     def _sparse(self, targets: SparseTargets, labels_N: Tensor, shard: VocabShard, mix: Mix) -> SparseRows:
         strange_NE = (targets.head_NE | targets.sample_NE) & ((targets.ids_NE < 0) | (targets.ids_NE >= shard.total))

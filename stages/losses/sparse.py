@@ -109,7 +109,7 @@ class SparseRows:
             # q - p_hat with weights that add up to one needs no pass over the logits: sum p_hat is 1 but for the
             # rounding of what is stored
             total = self.mix.kd_gradient + (self.mix.ce_gradient if unscaled_CV is None else 0.0)
-            known_unit = chunk.shard.group is None and teacher.estimate_NE is not None and teacher.unit_mass
+            known_unit = chunk.shard.group is None and self.teacher.unit_mass
             if not (known_unit and math.isclose(total, 1.0, rel_tol=1e-12)):
                 chunk.logits_CV.mul_(row_C.unsqueeze(-1).to(chunk.logits_CV.dtype))
             if unscaled_CV is not None and ce_row_C is not None:
@@ -145,7 +145,8 @@ class SparseRows:
         within_C = ratio(local_C, rest_C)
         row_C = gradient_CB[:, width] * within_C if teacher.log_tail_N is not None else torch.zeros_like(lse_C)
         return _Part(
-            kd_C=d_CB.sum(-1).clamp_min(0.0),  # a divergence cannot be negative: what is below is rounding
+            # a divergence cannot be negative: what is below is rounding; a row with NaN has the value NaN
+            kd_C=d_CB.sum(-1).clamp_min(0.0) + 0.0 * lse_C,
             row_C=row_C,
             entry_CE=gradient_CB[:, :width],
             share_C=ratio(local_C, lse_C),

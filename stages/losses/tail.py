@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from torch import Tensor
 from stages.losses.divergences import Divergence
 from stages.losses.targets import SparseTargets
 
-TailPolicy: TypeAlias = Literal["sampled", "bucket", "renormalize", "renormalize_both", "residual_to_label"]
 TAIL_POLICIES: dict[str, str] = {
     "sampled": "head as it is, r spread over the tail samples: unbiased",
     "bucket": "head as it is, everything else one outcome: a lower bound of the full divergence",
@@ -30,6 +29,8 @@ TAIL_POLICIES: dict[str, str] = {
     "renormalize_both": "teacher and student both normalised over the head: biased, NeMo-Aligner's published form",
     "residual_to_label": "head as it is, r given to the label: biased",
 }
+# What float32 storage leaves of a sum of log-probabilities that were normalised.
+_MASS_ROUNDING = 1e-6
 _LINEAR_ONLY = ("sampled", "renormalize", "residual_to_label")
 
 
@@ -47,7 +48,6 @@ class TeacherEntries:
         estimate_NE: p_hat, 0 on unused slots.
         label_mass_N: p_hat that the label receives on top.
         negentropy_N: the row's value of sum p log p.
-        unit_mass: whether p_hat sums to one but for rounding.
         log_p_NE: teacher log-probability of head entries, -inf on unused slots.
         log_tail_N: log r.
     """
@@ -57,9 +57,18 @@ class TeacherEntries:
     estimate_NE: Tensor | None = None
     label_mass_N: Tensor | None = None
     negentropy_N: Tensor | None = None
-    unit_mass: bool = True
     log_p_NE: Tensor | None = None
     log_tail_N: Tensor | None = None
+
+    @cached_property
+    def unit_mass(self) -> bool:
+        """Whether every row's p_hat sums to one, but for the rounding of what is stored."""
+        if self.estimate_NE is None:
+            return False
+        mass_N = self.estimate_NE.sum(-1)
+        if self.label_mass_N is not None:
+            mass_N = mass_N + self.label_mass_N
+        return bool(((mass_N - 1.0).abs() <= _MASS_ROUNDING).all())
 
 
 def check_tail(tail: str | None, divergence: Divergence) -> None:
@@ -81,7 +90,7 @@ def check_tail(tail: str | None, divergence: Divergence) -> None:
 
 
 def resolve_tail(tail: str | None, divergence: Divergence, targets: SparseTargets, temperature: float) -> str:
-    """The policy that applies, see LOSSES in docs/losses.md: sampled where samples and a linear loss allow it."""
+    """The policy that applies: the one asked for, else `sampled` where samples and a linear loss allow it."""
     if tail is not None:
         return tail
     return "sampled" if divergence.linear and targets.draws and temperature == 1.0 else "bucket"
@@ -180,7 +189,6 @@ def _sampled(targets: SparseTargets, temperature: float, dtype: torch.dtype) -> 
         used_NE=head_NE | sample_NE,
         estimate_NE=estimate_NE,
         negentropy_N=-entropy_N.to(dtype),
-        unit_mass=temperature == 1.0,
     )
 
 

@@ -291,16 +291,28 @@ def _merge_repeated_samples(targets: SparseTargets) -> SparseTargets:
     """Adds the counts of equal tail samples of a row into the first of them; the others become padding.
 
     The losses write one number per entry, so a row may hold an id only once.
+
+    Raises:
+        ValueError: an id that is twice in a head, or in the head and among the samples.
     """
-    if targets.draws == 0 or len(targets) == 0:
+    if targets.ids_NE.numel() == 0:
         return targets
     slot_E = torch.arange(targets.ids_NE.shape[1], device=targets.device)
-    unique_NE = torch.where(targets.sample_NE, targets.ids_NE, -1 - slot_E)
-    sorted_NE, order_NE = unique_NE.sort(dim=-1, stable=True)
-    repeat_NE = torch.zeros_like(sorted_NE, dtype=torch.bool)
+    used_NE = targets.head_NE | targets.sample_NE
+    sorted_NE, order_NE = torch.where(used_NE, targets.ids_NE, -1 - slot_E).sort(dim=-1, stable=True)
+    repeat_NE = torch.zeros_like(used_NE)
     repeat_NE[:, 1:] = sorted_NE[:, 1:] == sorted_NE[:, :-1]
     if not bool(repeat_NE.any()):
         return targets
+    head_NE = targets.head_NE.gather(-1, order_NE)
+    wrong_NE = repeat_NE.clone()
+    wrong_NE[:, 1:] &= head_NE[:, 1:] | head_NE[:, :-1]
+    if bool(wrong_NE.any()):
+        row, slot = wrong_NE.nonzero()[0].tolist()
+        raise ValueError(
+            f"row {row}: token id {int(sorted_NE[row, slot])} is twice in its head, or in its head and among its "
+            "samples, which are drawn from the tail"
+        )
     sorted_count_NE = targets.count_NE.gather(-1, order_NE)
     # Each run of equal ids is added up and handed to the first of the run.
     run_NE = (~repeat_NE).cumsum(-1) - 1

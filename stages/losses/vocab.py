@@ -39,22 +39,20 @@ class VocabShard:
     group: dist.ProcessGroup | None = None
 
     @classmethod
-    def of(
-        cls, columns: int, group: dist.ProcessGroup | None, vocab_size: int | None, device: torch.device
-    ) -> VocabShard:
+    def of(cls, columns: int, group: dist.ProcessGroup | None, vocab_size: int | None, labels_N: Tensor) -> VocabShard:
         """Describes `columns` local logit columns.
 
         Shards lie in rank order and may be uneven; their sizes are gathered once. Columns at or beyond `vocab_size`
         (the real tokens) are padding of the head and count for nothing.
+
+        Raises:
+            ValueError: vocab_size beyond the columns, or a group whose processes hold different labels.
         """
         sizes = [columns]
         rank = 0
         if group is not None:
             rank = dist.get_rank(group)
-            gathered = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
-            gathered[rank] = columns
-            dist.all_reduce(gathered, group=group)
-            sizes = gathered.tolist()
+            sizes = _gather_sizes(columns, labels_N, rank, group)
         start, width = sum(sizes[:rank]), sum(sizes)
         total = width if vocab_size is None else vocab_size
         if total > width:
@@ -99,22 +97,39 @@ class VocabShard:
         """The local part of a teacher's vocabulary axis (the last), which may be given whole or already sharded.
 
         Args:
-            full: [*, V] or [*, columns].
+            full: [*, V] or [*, columns]; a DTensor sharded by vocabulary must be cut where the student is.
             columns: local columns of the student, padding included.
             what: how errors name it.
 
         Raises:
             ValueError: a vocabulary that fits neither.
         """
+        sharded = vocab_group(full, -1) is not None
+        full = local_part(full)
         width = full.shape[-1]
         if width == columns:
             return full[..., : self.size]
-        if width == self.width or (self.declared and width >= self.total):
+        if not sharded and (width == self.width or (self.declared and width >= self.total)):
             return full[..., self.start : self.start + self.size]
         raise ValueError(
-            f"{what} has {width} vocabulary columns, the student has {columns}; if both share a vocabulary and differ "
+            f"{what} has {width} vocabulary columns{' here' * sharded}, the student has {columns}; if both share a vocabulary and differ "
             "in padding only, give vocab_size, the number of real tokens; distinct vocabularies cannot be compared"
         )
+
+
+def _gather_sizes(columns: int, labels_N: Tensor, rank: int, group: dist.ProcessGroup) -> list[int]:
+    """Columns of each process, after making sure that all hold the same rows."""
+    place_N = torch.arange(1, len(labels_N) + 1, device=labels_N.device)
+    gathered = torch.zeros(dist.get_world_size(group), 2, dtype=torch.int64, device=labels_N.device)
+    gathered[rank, 0], gathered[rank, 1] = columns, (labels_N * place_N).sum() + len(labels_N)
+    dist.all_reduce(gathered, group=group)
+    if len(gathered[:, 1].unique()) > 1:
+        raise ValueError(
+            "the processes that share this vocabulary hold different labels. Tensor parallelism needs the same rows "
+            "on all of them; a head that FSDP has sharded must be used inside the wrapped module's forward"
+        )
+    sizes: list[int] = gathered[:, 0].tolist()
+    return sizes
 
 
 def vocab_group(tensor: Tensor, dim: int) -> dist.ProcessGroup | None:

@@ -10,6 +10,7 @@ Shape suffixes: B batch (one), H heads, T tokens, D width of a head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +23,7 @@ from storage.errors import UsageError
 
 PACKED_SDPA = "topk_distill_packed_sdpa"
 _PROBE_LENGTHS = (9, 7)
+_ROUNDING = 1e-2  # far above what float32 or a bfloat16 kernel rounds, far below what a leak changes
 
 
 def packed_sdpa(
@@ -59,54 +61,56 @@ def packed_sdpa(
 
 
 def use_packed_attention(model: PreTrainedModel, attention: str) -> None:
-    """Set how `model` attends, and prove on a small pack that its sequences do not see each other.
+    """Set how `model` attends, and prove on a small pack that its sequences come out as they do alone.
 
     Args:
         model: the student.
         attention: sdpa, eager or flash_attention_2. sdpa becomes `packed_sdpa` wherever the architecture hands its
-            attention function all that it needs, which is what support for flash attention means.
+            attention function all that it needs instead of a mask, which is what support for flash attention means.
 
     Raises:
         UsageError: the architecture mixes packed sequences, as recurrent layers do, or lacks this attention.
     """
-    packed = attention == "sdpa" and getattr(model, "_supports_flash_attn", False)
-    if packed:
-        AttentionInterface.register(PACKED_SDPA, packed_sdpa)
     try:
-        model.set_attn_implementation(PACKED_SDPA if packed else attention)
-        leak = _leak(model)
+        model.set_attn_implementation(attention)
+        alone = [_hidden(model, [length]) for length in _PROBE_LENGTHS]
+        if attention == "sdpa" and getattr(model, "_supports_flash_attn", False):
+            AttentionInterface.register(PACKED_SDPA, packed_sdpa)
+            model.set_attn_implementation(PACKED_SDPA)
+        change = _relative_change(_hidden(model, _PROBE_LENGTHS), torch.cat(alone))
     except (ImportError, TypeError, ValueError) as error:
         raise UsageError(
             f"{type(model).__name__} cannot attend to packed sequences: {str(error).splitlines()[0]}",
             where=f"attention: {attention}",
             fix="choose another attention implementation or another architecture for the student",
         ) from error
-    if leak > 1e-2:
+    if change > _ROUNDING:
         raise UsageError(
-            f"{type(model).__name__} lets packed sequences see each other (hidden states change by {leak:.1%})",
+            f"{type(model).__name__} lets packed sequences see each other (hidden states change by {change:.1%})",
             where=f"attention: {attention}",
             fix="choose another attention implementation or another architecture for the student",
         )
 
 
 @torch.no_grad()
-def _leak(model: PreTrainedModel) -> float:
-    """Largest change of the hidden states when two sequences are packed, relative to their size."""
-    training = model.training
-    model.train(mode=False)
+def _hidden(model: PreTrainedModel, sizes: Sequence[int]) -> Tensor:
+    """Hidden states [T, D] of packed sequences of these lengths; a sequence's tokens depend on its length only."""
     device = next(model.parameters()).device
     vocabulary = model.config.get_text_config().vocab_size
-    tokens = [torch.arange(1, length + 1, device=device)[None] * 7 % vocabulary for length in _PROBE_LENGTHS]
-    positions = [torch.arange(length, device=device)[None] for length in _PROBE_LENGTHS]
-
-    def hidden(ids: Tensor, position_ids: Tensor) -> Tensor:
-        output = model.base_model(input_ids=ids, position_ids=position_ids, use_cache=False)
-        return output.last_hidden_state[0].float()  # type: ignore[no-any-return]
-
-    alone = torch.cat([hidden(ids, position_ids) for ids, position_ids in zip(tokens, positions, strict=True)])
-    together = hidden(torch.cat(tokens, 1), torch.cat(positions, 1))
+    ids_1T = torch.cat([torch.arange(1, size + 1, device=device) * (6 + size) % vocabulary for size in sizes])[None]
+    positions_1T = torch.cat([torch.arange(size, device=device) for size in sizes])[None]
+    training = model.training
+    model.train(mode=False)
+    # Flash attention computes in half precision only.
+    half = model.config._attn_implementation == "flash_attention_2"
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+        output = model.base_model(input_ids=ids_1T, position_ids=positions_1T, use_cache=False)
     model.train(training)
-    return float((together - alone).abs().max() / alone.abs().max().clamp_min(1e-6))
+    return output.last_hidden_state[0].float()  # type: ignore[no-any-return]
+
+
+def _relative_change(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:

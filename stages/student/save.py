@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from stages.student.identity import write_tokenizer
+from stages.teacher.quiet import quiet
 from stages.training.durable import durable_directory
 
 
@@ -52,7 +53,8 @@ def save_student(
         facts: for the model card.
     """
     with durable_directory(directory) as temporary:
-        model.save_pretrained(temporary)
+        with quiet():
+            model.save_pretrained(temporary)
         write_tokenizer(tokenizer_files, temporary)
         (temporary / "README.md").write_text(model_card(facts), encoding="utf-8")
 

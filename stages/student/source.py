@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from stages.teacher import find_model
-from storage.errors import UsageError
+from stages.teacher.files import find_model
+from stages.teacher.quiet import quiet
+from storage.errors import DistillError, UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +55,27 @@ def build_student(source: StudentSource, *, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if source.init == "from_config":
-            model = _from_config(overridden(load_config(source), source.overrides))
+            model = _random_model(source)
         else:
             model = _load_model(source)
             if source.init == "layers_of_teacher":
                 model = keep_layers(model, chosen_layers(source.layers, model.config.num_hidden_layers))
-    model.config.use_cache = False
     model.train()
     return model
+
+
+def _random_model(source: StudentSource) -> PreTrainedModel:
+    config = load_config(source)
+    try:
+        return _from_config(overridden(config, source.overrides))
+    except DistillError:
+        raise
+    except Exception as error:  # an architecture's own checks raise whatever they like
+        raise UsageError(
+            f"no student can be made from this configuration: {type(error).__name__}: {' '.join(str(error).split())}",
+            where="student.overrides",
+            fix="change fields together that depend on each other, such as hidden_size and num_attention_heads",
+        ) from error
 
 
 def load_config(source: StudentSource) -> PreTrainedConfig:
@@ -174,10 +189,11 @@ def _from_config(config: PreTrainedConfig) -> PreTrainedModel:
 def _load_model(source: StudentSource) -> PreTrainedModel:
     directory = model_directory(source, weights=True)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError) as error:
+        with quiet():
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True
+            )
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, RuntimeError, SafetensorError) as error:
         raise _not_loadable(source, error) from error
     return model
 

@@ -76,8 +76,7 @@ class Head:
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         """Return logits_NV, float32."""
-        low = self.exact_in_bfloat16 and hidden_ND.dtype == torch.bfloat16
-        with _bfloat16_products(allowed=low and hidden_ND.device.type == "cpu"):
+        with _exact_products(in_bfloat16=self.exact_in_bfloat16 and hidden_ND.dtype == torch.bfloat16):
             logits_NV = torch.mm(hidden_ND.float(), self.weight_VD.T)
         if self.bias_V is not None:
             logits_NV += self.bias_V
@@ -89,18 +88,16 @@ class Head:
 
 
 @contextmanager
-def _bfloat16_products(*, allowed: bool) -> Iterator[None]:
-    """Let oneDNN multiply float32 matrices through bfloat16, summing in float32; only where both hold bfloat16 values.
+def _exact_products(*, in_bfloat16: bool) -> Iterator[None]:
+    """Have torch multiply float32 matrices exactly, whatever the program has set: no TF32 on CUDA.
 
-    Products of bfloat16 numbers are exact in float32, so nothing is lost; measured 2.3 times the default CPU product.
+    Where both matrices hold bfloat16 values, oneDNN may go through bfloat16 on the CPU: products of such numbers are
+    exact in float32, in which they are summed, so nothing is lost; measured 2.3 times the default CPU product.
     """
-    if not allowed:
-        yield
-        return
-    backend = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = backend.fp32_precision
-    backend.fp32_precision = "bf16"
+    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    before = cpu.fp32_precision, cuda.fp32_precision
+    cpu.fp32_precision, cuda.fp32_precision = "bf16" if in_bfloat16 else "ieee", "ieee"
     try:
         yield
     finally:
-        backend.fp32_precision = before
+        cpu.fp32_precision, cuda.fp32_precision = before

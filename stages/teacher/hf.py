@@ -88,12 +88,12 @@ class HFTeacher:
         vocab_size = self.head.weight_VD.shape[0]
         ids_BT = torch.arange(min(PROBE_TOKENS, vocab_size), device=self.device)[None]
         expected_NV = self.model(input_ids=ids_BT, use_cache=False).logits[0, :, :vocab_size].float()
-        if not torch.isfinite(expected_NV).all():
+        found_NV = self.logits(self.hidden(ids_BT)[0])
+        if not torch.isfinite(found_NV).all():
             fix = "try teacher.dtype: float32; if it persists, the weights themselves are broken"
             raise NumericsError("the teacher's logits hold NaN or infinity", where=where, fix=fix)
-        found_NV = self.logits(self.hidden(ids_BT)[0])
         error = (found_NV - expected_NV).abs().max().item()
-        allowed = 0.02 * expected_NV.abs().max().item() + 1e-3
+        allowed = 0.02 * found_NV.abs().max().item() + 1e-3
         if not error <= allowed:
             raise UsageError(
                 f"{type(self.model).__name__} treats its logits in a way that backend hf does not know: "

@@ -130,9 +130,10 @@ def _load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name. `named_parameters` gives tied weights once."""
+    """Parameters and persistent buffers by name. `named_parameters` gives tied weights once."""
+    persistent = model.state_dict().keys()
     named = (*model.named_parameters(), *model.named_buffers())
-    return {name: tensor.detach() for name, tensor in named}
+    return {name: tensor.detach() for name, tensor in named if name in persistent}
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -101,6 +101,9 @@ class RunDirectory:
     def begin(self, config: Mapping[str, Any], store: Mapping[str, Any]) -> dict[str, Any]:
         """Make this directory that run's, or check that it is. Return the configuration that the run began with.
 
+        A directory belongs to a run from its first checkpoint on: before that nothing would be lost, so that a
+        configuration which failed at once can be mended and tried again.
+
         Args:
             config: of the command, as plain values.
             store: `digest`, `id` and whatever else is worth recording about the store; `digest` is compared.
@@ -109,7 +112,7 @@ class RunDirectory:
             IdentityError: the directory belongs to another configuration or store; every differing field is named.
         """
         stored = self._stored_config()
-        if stored is None:
+        if stored is None or not (any(self.checkpoints.glob("step-*")) or self.model.exists()):
             replace_file(self.path / "run.json", _json({"store": dict(store), "finished": None}))
             replace_file(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False).encode())
             return dict(config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 import shutil
@@ -19,8 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline import extract as phase
 from pipeline.config.extract import ExtractConfig
-from pipeline.planning import build_plan, bytes_per_row, estimate
-from pipeline.survey import scattered
+from pipeline.planning import build_plan, bytes_per_row
 from stages.corpus.tokenizer import load_tokenizer
 from storage.errors import IdentityError, NumericsError, OutOfSpaceError, UsageError
 from storage.plan import Plan
@@ -31,18 +29,9 @@ K, DRAWS = 8, 4
 
 
 @pytest.fixture
-def config(tmp_path: Path, tiny_teacher_dir: Path, tiny_corpus: Path) -> dict[str, Any]:
+def config(tmp_path: Path, tiny_extraction: dict[str, Any]) -> dict[str, Any]:
     """Four shards, of which one is held out."""
-    return {
-        "store": tmp_path / "store",
-        "teacher": {"path": str(tiny_teacher_dir), "dtype": "float32"},
-        "corpus": [{"source": "jsonl", "path": str(tiny_corpus)}],
-        "rendering": {"window": 64, "overlap": 8},
-        "target": {"kind": "hybrid", "k": K, "draws": DRAWS},
-        "heldout": {"fraction": 0.15},
-        "documents_per_shard": 16,
-        "device": "cpu",
-    }
+    return {**tiny_extraction, "store": tmp_path / "store"}
 
 
 def run(config: Mapping[str, Any], *, limit: int | None = None, **changes: Any) -> list[phase.Event]:
@@ -261,7 +250,8 @@ def test_a_broken_teacher(value: float, config: dict[str, Any], tmp_path: Path, 
 
 
 def test_a_teacher_that_breaks_at_one_token(config: dict[str, Any], tmp_path: Path, tiny_teacher_dir: Path) -> None:
-    """The first shards stay; the error names document and position of the token whose embedding is NaN."""
+    """The error names the document with the token whose embedding is NaN. (Attention spreads it within the document,
+    backwards too: a masked weight of 0 times NaN is NaN.)"""
     counts = build_plan(ExtractConfig.model_validate(config)).survey.sample.counts
     batch = run_and_read(config)
     token = next(int(index) for index in np.argsort(counts) if counts[index] and index not in batch.tokens[:1000])
@@ -271,7 +261,8 @@ def test_a_teacher_that_breaks_at_one_token(config: dict[str, Any], tmp_path: Pa
     found = re.fullmatch(r"document (\d+), position (\d+)", str(caught.value.where))
     assert found is not None
     whole = document_tokens(config, int(found[1]))
-    assert token in whole[: int(found[2]) + 1]
+    assert token in whole
+    assert int(found[2]) < len(whole)
 
 
 def run_and_read(config: Mapping[str, Any]) -> SequenceBatch:
@@ -280,7 +271,7 @@ def run_and_read(config: Mapping[str, Any]) -> SequenceBatch:
 
 
 def document_tokens(config: Mapping[str, Any], number: int) -> list[int]:
-    """Return the tokens of a document, read from the store, as far as its first window goes and beyond."""
+    """Return the tokens of a document, read from the store."""
     for split in ("train", "heldout"):
         batch = everything(Path(config["store"]), split)
         tokens: dict[int, int] = {}
@@ -338,69 +329,6 @@ def test_a_store_inside_a_file(config: dict[str, Any], tmp_path: Path) -> None:
         run(config, store=tmp_path / "file")
 
 
-def test_plan_is_a_pure_function(config: dict[str, Any]) -> None:
-    first, second = (build_plan(ExtractConfig.model_validate(config)) for _ in range(2))
-    assert first.plan.store_id == second.plan.store_id
-    semantic = json.dumps(first.plan.semantic())
-    assert str(config["teacher"]["path"]) not in semantic
-    assert str(config["corpus"][0]["path"]) not in semantic
-    assert first.plan.vocab_size == 512
-    assert first.plan.recorded["libraries"]["torch"] == torch.__version__
-    counts = first.survey.sample.counts
-    assert np.all(np.diff(counts[first.remap]) <= 0)
-    assert first.survey.is_exact
-
-
-def test_documents_per_shard_auto(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline import planning
-
-    config["documents_per_shard"] = "auto"
-    assert build_plan(ExtractConfig.model_validate(config)).plan.documents_per_shard > 40
-    monkeypatch.setattr(planning, "ROWS_PER_SHARD", 1000)
-    planned = build_plan(ExtractConfig.model_validate(config))
-    rows = planned.survey.sample.rows / 40 * 0.85 * planned.plan.documents_per_shard
-    assert abs(rows - 1000) < 100
-
-
-def test_estimate_against_the_truth(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    checked = ExtractConfig.model_validate(config)
-    before = estimate(checked)
-    assert (before.tokens_per_second, before.rate_source, before.seconds) == (None, None, None)
-    given = estimate(checked, tokens_per_second=100.0)
-    assert given.seconds == pytest.approx(given.tokens / 100.0)
-    end = summary(run(config))
-    after = estimate(checked)
-    assert after.exact
-    assert (after.documents, after.shards) == (40, 4)
-    assert (after.rows, after.tokens) == (end.new_rows, end.new_tokens)
-    assert after.rate_source == "measured"
-    assert after.seconds is not None
-    rate = end.tokens_per_second
-    assert rate is not None
-    assert after.seconds == pytest.approx(end.new_tokens / rate, rel=0.5)
-    assert after.heldout_documents == len({*everything(config["store"], "heldout").document.tolist()})
-
-
-def test_estimate_from_a_sample(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline import survey
-
-    exact = estimate(ExtractConfig.model_validate(config))
-    monkeypatch.setattr(survey, "SAMPLE_TOKENS", 1500)
-    sampled = estimate(ExtractConfig.model_validate(config))
-    assert not sampled.exact
-    assert sampled.tokens == pytest.approx(exact.tokens, rel=0.3)
-
-
-@pytest.mark.parametrize("count", [1, 2, 7, 40, 1000])
-def test_scattered_visits_everything_evenly(count: int) -> None:
-    order = list(scattered(count))
-    assert sorted(order) == list(range(count))
-    if count == 1000:
-        gaps = np.diff(sorted(order[:50]))
-        assert gaps.max() <= 3 * 1000 // 50
-
-
 def test_tokenizer_travels_with_the_store(tiny_store: Path) -> None:
     plan = plan_of(tiny_store)
     assert "tokenizer.json" in plan.tokenizer["files"]
@@ -427,7 +355,7 @@ def test_real_teacher(tmp_path: Path, real_teacher_dir: Path, topic_texts: list[
     assert first.context.startswith('The "assert" statement')
     batch = everything(tmp_path / "store")
     assert batch.rows > 300
-    assert -batch.next_logprob.astype(np.float64).mean() < 3.0
+    assert -batch.next_logprob.astype(np.float64).mean() < 3.5
     head_mass = np.exp(batch.logprob.astype(np.float64)).reshape(-1, 32).sum(1)
     assert head_mass.mean() > 0.8
     assert batch.token_end_byte is not None

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config.train import TrainConfig
-from pipeline.train import Finished, Saved, Started, StepDone, Validated, dry_run, train
+from pipeline.train import Finished, Saved, Started, StepDone, dry_run, train
 from stages.training.metrics import read_metrics
 from storage.errors import IdentityError, UsageError
 
@@ -85,18 +85,16 @@ def test_events_tell_the_run_in_order(tiny_store: Path, tiny_teacher_dir: Path, 
 
 
 def test_the_student_learns(tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path) -> None:
-    config = make_config(
-        tiny_store, tiny_teacher_dir, tmp_path / "run", steps=60, validation={"every": 20, "sequences": 64}
-    )
-    held_out = [event for event in train(config) if isinstance(event, Validated)]
-    assert [event.step for event in held_out] == [20, 40, 60]
-    still = {"steps": 1, "optimizer": {"lr": 1e-9}, "validation": {"sequences": 64}}
-    untrained = train(make_config(tiny_store, tiny_teacher_dir, tmp_path / "untrained", **still))
-    (first,) = (event for event in untrained if isinstance(event, Validated))
-    assert held_out[-1].loss < first.loss - 0.1
-    assert held_out[-1].kd is not None
-    assert first.kd is not None
-    assert held_out[-1].kd < first.kd
+    student = {"init": "from_config", "path": str(tiny_teacher_dir), "overrides": {"num_hidden_layers": 1}}
+    common = {"student": student, "optimizer": {"lr": 3e-3}}
+    validation = {"every": 20, "sequences": 64}
+    config = make_config(tiny_store, tiny_teacher_dir, tmp_path / "run", steps=60, validation=validation, **common)
+    first, *_, last = (event for event in train(config) if isinstance(event, StepDone))
+    held_out = [event for event in read_metrics(tmp_path / "run" / "metrics.jsonl") if event["event"] == "validation"]
+    assert [event["step"] for event in held_out] == [20, 40, 60]
+    for name in ("loss", "kd", "ce"):
+        assert getattr(last, name) < 0.9 * getattr(first, name)
+        assert held_out[-1][name] < 0.9 * getattr(first, name)
 
 
 def test_the_model_is_a_plain_directory_and_the_run_is_as_documented(reference: Path, tiny_teacher_dir: Path) -> None:
@@ -143,6 +141,17 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_end(
     assert isinstance(started, Started)
     assert started.step == (stop_after - 1) // 3 * 3
     list(train(config))
+    assert curve(tmp_path / "run") == curve(reference)
+    assert weights(tmp_path / "run") == weights(reference)
+
+
+def test_a_run_that_was_interrupted_before_its_model_was_saved_only_saves_it(
+    reference: Path, tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path
+) -> None:
+    config = make_config(tiny_store, tiny_teacher_dir, tmp_path / "run")
+    list(takewhile(lambda event: not isinstance(event, Saved) or event.step < 8, train(config)))
+    assert not (tmp_path / "run" / "model").exists()
+    assert [type(event) for event in train(config)] == [Started, Finished]
     assert curve(tmp_path / "run") == curve(reference)
     assert weights(tmp_path / "run") == weights(reference)
 

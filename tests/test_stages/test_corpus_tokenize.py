@@ -19,8 +19,8 @@ TEXT = "The naïve café costs 3 €: 語 and 🙂🙂, said the snowman ☃. " 
 
 
 def rendering(**changes: int | None) -> Rendering:
-    values: dict[str, int | None] = {"window": 16, "overlap": 0, "min_tokens": 2, "bos": None, "eos": None, **changes}
-    return Rendering(**values)  # type: ignore[arg-type]
+    values: dict[str, int | None] = {"window": 16, "overlap": 0, "min_tokens": 2, "bos": None, "eos": None}
+    return Rendering(**{"vocab_size": 512, **values, **changes})  # type: ignore[arg-type]
 
 
 def sequences_of(text: str, directory: Path, **changes: int | None) -> list[Sequence]:
@@ -127,3 +127,8 @@ def test_rendering_does_not_depend_on_neighbours(tiny_tokenizer_dir: Path) -> No
     for left, right in zip(together, alone, strict=True):
         assert (left.document, left.window_start) == (right.document, right.window_start)
         np.testing.assert_array_equal(left.tokens, right.tokens)
+
+
+def test_an_id_beyond_the_teacher_is_refused(tiny_tokenizer_dir: Path) -> None:
+    with pytest.raises(UsageError, match=r"token id \d+ is beyond the teacher's 300 embeddings"):
+        sequences_of(TEXT, tiny_tokenizer_dir, vocab_size=300)

@@ -152,6 +152,20 @@ def test_an_unknown_field_names_the_nearest(tiny_teacher_dir: Path) -> None:
     assert caught.value.fix == "did you mean 'num_hidden_layers'?"
 
 
+@pytest.mark.parametrize("overrides", [{"hidden_size": "big"}, {"num_attention_heads": 7}, {"hidden_act": "none"}])
+def test_a_configuration_that_makes_no_model_is_told(overrides: dict[str, object], tiny_teacher_dir: Path) -> None:
+    with pytest.raises(UsageError, match="no student can be made") as caught:
+        build_student(StudentSource(init="from_config", path=str(tiny_teacher_dir), overrides=overrides), seed=0)
+    assert caught.value.where == "student.overrides"
+
+
+def test_a_broken_weight_file_is_told(tiny_teacher_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_teacher_dir, tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"not a safetensors file")
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        build_student(StudentSource(init="pretrained", path=str(tmp_path / "broken")), seed=0)
+
+
 @pytest.mark.parametrize("init", ["pretrained", "from_config"])
 def test_a_missing_model_is_told_by_its_path(init: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:

@@ -28,7 +28,7 @@ from stages.training.optimizer import AdamWSettings, build_optimizer
 from stages.training.run import Finish, RunDirectory
 from stages.training.schedule import Schedule
 from stages.training.step import Learner, optimizer_step, validate
-from storage.errors import IdentityError, NumericsError, UsageError
+from storage.errors import IdentityError, NumericsError, StorageUnavailableError, UsageError
 from storage.rows import SequenceBatch
 
 HIDDEN = 16
@@ -315,7 +315,7 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with durable_directory(target) as directory:
         (directory / "a").write_text("1")
         assert not target.exists()
-    with pytest.raises(FileNotFoundError), durable_directory(target) as directory:
+    with pytest.raises(StorageUnavailableError), durable_directory(target) as directory:
         (directory / "missing" / "a").write_text("2")
     assert (target / "a").read_text() == "1"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -353,7 +353,9 @@ CONFIG = {"store": "s", "run": "r", "kd_ratio": 0.7, "optimizer": {"lr": 1e-3, "
 
 def test_a_run_directory_refuses_another_run_and_names_every_field(tmp_path: Path) -> None:
     run = RunDirectory(path=tmp_path)
-    assert run.begin(CONFIG, {"digest": "d"}) == CONFIG
+    assert run.begin({**CONFIG, "kd_ratio": 0.1}, {"digest": "c"})["kd_ratio"] == 0.1
+    assert run.begin(CONFIG, {"digest": "d"}) == CONFIG  # nothing was lost: there is no checkpoint yet
+    (run.checkpoints / "step-00000001").mkdir(parents=True)
     assert run.begin({**CONFIG, "steps": 9, "run": "elsewhere"}, {"digest": "d"})["steps"] == 5
     with pytest.raises(IdentityError) as caught:
         run.begin({**CONFIG, "kd_ratio": 0.5, "optimizer": {"lr": 2e-3, "betas": (0.9, 0.95)}}, {"digest": "e"})
@@ -384,6 +386,7 @@ def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:
 def test_a_run_directory_without_its_record_is_told(tmp_path: Path) -> None:
     run = RunDirectory(path=tmp_path)
     run.begin(CONFIG, {"digest": "d"})
+    run.model.mkdir()
     (tmp_path / "run.json").unlink()
     with pytest.raises(UsageError, match="record"):
         run.begin(CONFIG, {"digest": "d"})

@@ -57,7 +57,7 @@ def test_the_table_of_arrays_is_complete(target):
     specs = array_specs(cases.make_plan(target=target), end_bytes=True, even=True)
     assert documented.keys() == specs.keys()
     for name, (axis, dtype) in documented.items():
-        assert axis.split(",")[0].split(";")[0] == specs[name].axis
+        assert specs[name].axis in re.split(r"[,; ]+", axis)
         if re.fullmatch(r"u?int\d+|float\d+", dtype):
             assert specs[name].dtype.name == dtype
 

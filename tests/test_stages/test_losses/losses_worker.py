@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import losses_reference as reference
@@ -51,7 +52,8 @@ def split(world: int) -> list[int]:
 
 
 def part(full: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
-    return full.split(split(mesh.size()), dim)[mesh.get_local_rank()].contiguous()
+    sizes, rank = split(mesh.size()), mesh.get_local_rank()
+    return full.narrow(dim, sum(sizes[:rank]), sizes[rank]).contiguous()
 
 
 def close(found: Tensor, expected: Tensor, limit: float = 1e-9) -> None:
@@ -186,6 +188,12 @@ def check_padded_vocabulary(mesh: DeviceMesh) -> None:
     close(loss, expected)
     assert local.grad is not None
     close(local.grad, part(gradient, mesh, -1))
+    hidden, weight = rand(N, D), rand(V, D, seed=1)
+    fused = FusedLinearKDLoss(kd_ratio=0.0, tp_group=mesh.get_group(), vocab_size=real)
+    mine = part(weight, mesh, 0).requires_grad_()
+    parts = fused(hidden, mine, None, labels)
+    close(parts.loss, reference.mean_over(reference.cross_entropy(hidden @ weight[:real].t(), labels), labels))
+    parts.loss.backward()
     if real > 1:
         teacher = rand(N, V, seed=1)
         kd = reference.mean_over(reference.dense_kd("jsd", full[:, :real], teacher[:, :real]), labels)
@@ -206,6 +214,25 @@ def check_no_valid_label(mesh: DeviceMesh) -> None:
     for x in (local, weight):
         assert x.grad is not None
         assert not x.grad.any()
+
+
+def check_misuse(mesh: DeviceMesh) -> None:
+    """Refused on every process alike: other rows here than there, and a teacher that is cut elsewhere."""
+    rank, world = mesh.get_local_rank(), mesh.size()
+    weight = distribute_tensor(rand(V, D), mesh, [Shard(0)])  # as FSDP leaves it outside the wrapped forward
+    expect_error("hold different labels", lambda: FusedLinearKDLoss()(rand(N, D), weight, rows(), LABELS.roll(rank)))
+    wider = distribute_tensor(rand(V + world * 2, 4), mesh, [Shard(0)])
+    teacher = TeacherHead(hidden_ND=rand(N, 4), weight_VD=wider)
+    expect_error("columns here", lambda: FusedLinearKDLoss(vocab_size=V)(rand(N, D), weight, teacher, LABELS))
+
+
+def expect_error(text: str, call: Callable[[], object]) -> None:
+    try:
+        call()
+    except ValueError as error:
+        assert text in str(error), error
+    else:
+        raise AssertionError(f"no error about {text!r}")
 
 
 class Student(nn.Module):
@@ -249,31 +276,37 @@ def check_fsdp2(mesh: DeviceMesh) -> None:
         model.zero_grad()
 
 
-def cases() -> dict[str, tuple[int, Callable[[DeviceMesh], None]]]:
+def check_fused_everywhere(mesh: DeviceMesh, name: str) -> None:
+    for form in ("dense", "bucket"):
+        for how in ("group", "dtensor"):
+            check_fused(mesh, name, form, how)
+
+
+Check = Callable[[DeviceMesh], None]
+
+
+def cases() -> dict[str, tuple[int, Check]]:
     """Case name -> processes that it takes, and what it checks."""
-    chosen: dict[str, tuple[int, Callable[[DeviceMesh], None]]] = {}
+    chosen: dict[str, tuple[int, Check]] = {}
     for size in (2, 3):
         for name in NAMES:
             for form in ("dense", "bucket", "renormalize_both"):
                 for how in ("group", "dtensor"):
-                    chosen[f"logits {name} {form} {how} {size}"] = (
-                        size,
-                        lambda mesh, name=name, form=form, how=how: check_logits(mesh, name, form, how),  # type: ignore[misc]
-                    )
-            chosen[f"fused {name} {size}"] = (
-                size,
-                lambda mesh, name=name: [  # type: ignore[misc]
-                    check_fused(mesh, name, form, how) for form in ("dense", "bucket") for how in ("group", "dtensor")
-                ],
-            )
-        chosen[f"sampled {size}"] = (size, lambda mesh: check_logits(mesh, "forward_kl", "sampled", "group"))
-        chosen[f"fused sampled {size}"] = (size, lambda mesh: check_fused(mesh, "forward_kl", "sampled", "dtensor"))
-        chosen[f"fused dense T=2 {size}"] = (size, lambda mesh: check_fused(mesh, "jsd", "dense", "group", 2.0))
-        chosen[f"cross-entropy {size}"] = (size, check_cross_entropy)
-        chosen[f"bfloat16 {size}"] = (size, check_bfloat16)
-        chosen[f"padded vocabulary {size}"] = (size, check_padded_vocabulary)
-        chosen[f"no valid label {size}"] = (size, check_no_valid_label)
-    chosen["fsdp2 2"] = (2, check_fsdp2)
+                    check = partial(check_logits, name=name, form=form, how=how)
+                    chosen[f"logits {name} {form} {how} {size}"] = size, check
+            chosen[f"fused {name} {size}"] = size, partial(check_fused_everywhere, name=name)
+        chosen[f"sampled {size}"] = size, partial(check_logits, name="forward_kl", form="sampled", how="group")
+        chosen[f"fused sampled {size}"] = size, partial(check_fused, name="forward_kl", form="sampled", how="dtensor")
+        chosen[f"fused dense T=2 {size}"] = (
+            size,
+            partial(check_fused, name="jsd", form="dense", how="group", temperature=2.0),
+        )
+        chosen[f"cross-entropy {size}"] = size, check_cross_entropy
+        chosen[f"bfloat16 {size}"] = size, check_bfloat16
+        chosen[f"padded vocabulary {size}"] = size, check_padded_vocabulary
+        chosen[f"no valid label {size}"] = size, check_no_valid_label
+        chosen[f"misuse {size}"] = size, check_misuse
+    chosen["fsdp2 2"] = 2, check_fsdp2
     return chosen
 
 

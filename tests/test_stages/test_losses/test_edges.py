@@ -49,7 +49,7 @@ def test_no_valid_label(name: str, count: int, total: int | None) -> None:
         MaskedCrossEntropy()(logits_NV, nothing_N, num_label_tokens=total),
         TEParallelCrossEntropy(reduction="mean")(logits_NV, nothing_N),
     ]
-    torch.stack(losses).sum().backward()
+    torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
     assert [float(loss.detach()) for loss in losses] == [0.0] * len(losses)
     for leaf in (hidden_ND, weight_VD, logits_NV):
         assert leaf.grad is not None
@@ -251,8 +251,8 @@ def test_mismatches_name_what_does_not_fit() -> None:
     logits_NV = rand(N, V)
     with pytest.raises(ValueError, match=rf"teacher has {V + 2} vocabulary columns, the student has {V}"):
         KDLoss()(logits_NV, rand(N, V + 2), LABELS)
+    teacher = TeacherHead(hidden_ND=rand(N, 3), weight_VD=rand(V - 2, 3))
     with pytest.raises(ValueError, match=rf"head has {V - 2} vocabulary columns, the student has {V}"):
-        teacher = TeacherHead(hidden_ND=rand(N, 3), weight_VD=rand(V - 2, 3))
         FusedLinearKDLoss()(rand(N, D), rand(V, D), teacher, LABELS)
     with pytest.raises(ValueError, match=r"token id \d+, the student's vocabulary has 4 tokens"):
         KDLoss()(rand(N, 4), rows(), LABELS.clamp(max=3))
@@ -321,7 +321,7 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
         return loss(layer(hidden_ND).tanh(), weight_VD, rows(), LABELS).loss  # type: ignore[no-any-return]
 
     leaves = [hidden_ND, weight_VD, layer.weight]
-    step(hidden_ND).backward()
+    step(hidden_ND).backward()  # type: ignore[no-untyped-call]
     plain = [leaf.grad for leaf in leaves]
     for leaf in leaves:
         leaf.grad = None

@@ -42,7 +42,7 @@ def test_float32_logits(name: str, form: str, largest: float) -> None:
         student_NV, teacher_NV if form == "dense" else targets, LABELS
     ).backward()
     exact_NV = student_NV.detach().double().requires_grad_()
-    expected_kd(name, form, exact_NV, teacher_NV, targets).mean().backward()
+    expected_kd(name, form, exact_NV, teacher_NV, targets).mean().backward()  # type: ignore[no-untyped-call]
     assert student_NV.grad is not None
     assert exact_NV.grad is not None
     assert reference.error(student_NV.grad, exact_NV.grad) <= 2e-6
@@ -60,7 +60,7 @@ def test_float32_fused(name: str, form: str) -> None:
     exact = [x.detach().double().requires_grad_() for x in (hidden_ND, weight_VD)]
     logits_NV = exact[0] @ exact[1].t()
     kd = expected_kd(name, form, logits_NV, teacher_NV, targets).mean()
-    (0.5 * kd + 0.5 * reference.cross_entropy(logits_NV, LABELS).mean()).backward()
+    (0.5 * kd + 0.5 * reference.cross_entropy(logits_NV, LABELS).mean()).backward()  # type: ignore[no-untyped-call]
     for mine, theirs in zip((hidden_ND, weight_VD), exact, strict=True):
         assert mine.grad is not None
         assert theirs.grad is not None
@@ -82,7 +82,7 @@ def test_bfloat16_is_rounded_but_not_biased(name: str, form: str) -> None:
     value.backward()
     exact_NV = logits_NV.detach().double().requires_grad_()
     expected = expected_kd(name, form, exact_NV, teacher_NV, targets).mean()
-    expected.backward()
+    expected.backward()  # type: ignore[no-untyped-call]
     assert logits_NV.grad is not None
     assert exact_NV.grad is not None
     difference = (logits_NV.grad.double() - exact_NV.grad) / exact_NV.grad.abs().max()
@@ -123,7 +123,7 @@ def test_cross_entropy_float32() -> None:
     logits_NV = (rand(N, V) * 20).requires_grad_()
     MaskedCrossEntropy(reduction="mean")(logits_NV, LABELS).backward()
     exact_NV = logits_NV.detach().double().requires_grad_()
-    torch.nn.functional.cross_entropy(exact_NV, LABELS).backward()
+    torch.nn.functional.cross_entropy(exact_NV, LABELS).backward()  # type: ignore[no-untyped-call]
     assert logits_NV.grad is not None
     assert exact_NV.grad is not None
     assert reference.error(logits_NV.grad, exact_NV.grad) <= 2e-6
@@ -170,7 +170,7 @@ def test_estimates_are_unbiased(k: int) -> None:
         loss(logits_NV, targets, labels_N, 1).backward()
         exact_V = logits_V.double().requires_grad_()
         p_V, q_V = teacher_V.double().softmax(-1), exact_V.log_softmax(-1)
-        (p_V * (p_V.log() - q_V)).sum().backward()
+        (p_V * (p_V.log() - q_V)).sum().backward()  # type: ignore[no-untyped-call]
         assert logits_NV.grad is not None
         assert exact_V.grad is not None
         sample_NV = logits_NV.grad.double()

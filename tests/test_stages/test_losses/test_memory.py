@@ -16,11 +16,11 @@ from stages.losses import DIVERGENCES, FusedLinearCrossEntropy, FusedLinearKDLos
 N, D, V, CHUNK = 64, 8, 211, 8
 
 
-class Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The largest storage, in elements, that any operation returned and that was not there before."""
 
     def __init__(self, *known: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.known = {x.untyped_storage().data_ptr() for x in known}
         self.elements = 0
 
@@ -119,7 +119,7 @@ def test_training_memory_of_logit_losses_is_their_gradient_and_a_chunk(name: str
 
     def naive() -> None:
         log_q = logits.float().log_softmax(-1)
-        (teacher.float().softmax(-1) * (teacher.float().log_softmax(-1) - log_q)).sum(-1).mean().backward()
+        (teacher.float().softmax(-1) * (teacher.float().log_softmax(-1) - log_q)).sum(-1).mean().backward()  # type: ignore[no-untyped-call]
 
     assert peak_bytes(naive) > 4 * peaks[0]
 

@@ -111,6 +111,22 @@ def test_kd_ratio_of_the_call_and_its_alias() -> None:
     scheduled = FusedLinearKDLoss(kd_ratio=0.9)(hidden_ND, weight_VD, targets, labels_N, kd_ratio=0.2)
     assert torch.equal(scheduled.loss, FusedLinearKDLoss(kd_coef=0.2)(hidden_ND, weight_VD, targets, labels_N).loss)
     torch.testing.assert_close(scheduled.loss, 0.2 * scheduled.kd + 0.8 * scheduled.ce)
+    with pytest.raises(ValueError, match="two fixed weights"):
+        FusedLinearKDLoss(kd_loss_weight=1.0)(hidden_ND, weight_VD, targets, labels_N, kd_ratio=0.2)
+
+
+def test_rows_whose_samples_are_missing() -> None:
+    """p_hat then sums to 1 - r, and the gradient is that of it: no shortcut that takes the sum for one."""
+    hidden_ND, weight_VD, targets, labels_N = make(7)
+    targets.count_NE[3] = 0
+    logits_NV = (hidden_ND @ weight_VD.t()).requires_grad_()
+    for scale in (1.0, 0.7):
+        value = KDLoss(tail="sampled", logits_scale=scale)(logits_NV, targets, labels_N, 1)
+        rows_N = reference.sparse_kd("forward_kl", logits_NV, targets, labels_N, "sampled", 1.0, (scale, 1.0))
+        expected = reference.mean_over(rows_N, labels_N, 1)
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+        found, theirs = (torch.autograd.grad(x, [logits_NV])[0] for x in (value, expected))
+        assert reference.error(found, theirs) < 1e-9
 
 
 @pytest.mark.filterwarnings(ADVICE)

@@ -44,7 +44,9 @@ def test_from_ragged() -> None:
     assert targets.logprob_NE.dtype == targets.tail_logit_N.dtype == torch.float32
     by_offset = SparseTargets.from_ragged(**flat(row_entries=None, row_offset=np.array([0, 3, 6], dtype=np.uint64)))
     assert torch.equal(by_offset.ids_NE, targets.ids_NE)
-    tensors = {key: torch.from_numpy(v.astype(np.float64)) if hasattr(v, "astype") else v for key, v in flat().items()}
+    tensors: dict[str, Any] = {
+        key: torch.from_numpy(v.astype(np.float64)) if hasattr(v, "astype") else v for key, v in flat().items()
+    }
     assert torch.equal(SparseTargets.from_ragged(**tensors).logprob_NE, targets.logprob_NE)
 
 
@@ -62,6 +64,8 @@ def test_from_ragged() -> None:
         ({"entropy": np.zeros(3)}, "entropy_N has shape"),
         ({"tail_logit_by_temperature": {2.0: np.zeros(3)}}, "T=2"),
         ({"row_offset": np.array([0, 3, 6])}, "exactly one"),
+        ({"ids": np.array([5, 3, 9, 2, 2, 8])}, "row 1: token id 2 is twice"),
+        ({"ids": np.array([5, 5, 9, 2, 7, 8])}, "row 0: token id 5 is twice"),
     ],
 )
 def test_refusals(changes: dict[str, Any], message: str) -> None:

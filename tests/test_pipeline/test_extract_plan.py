@@ -1,0 +1,86 @@
+"""Plans and estimates: pure functions of configuration and content, right without loading a weight."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import planning, survey
+from pipeline.config.extract import ExtractConfig
+from pipeline.extract import ExtractSummary, extract
+from pipeline.planning import build_plan, estimate
+from pipeline.survey import sample_rounds
+from storage.reader import StoreReader
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_extraction: dict[str, Any]) -> dict[str, Any]:
+    return {**tiny_extraction, "store": tmp_path / "store"}
+
+
+def test_plan_is_a_pure_function(config: dict[str, Any]) -> None:
+    first, second = (build_plan(ExtractConfig.model_validate(config)) for _ in range(2))
+    assert first.plan.store_id == second.plan.store_id
+    semantic = json.dumps(first.plan.semantic())
+    assert str(config["teacher"]["path"]) not in semantic
+    assert str(config["corpus"][0]["path"]) not in semantic
+    assert first.plan.vocab_size == 512
+    assert first.plan.recorded["libraries"]["torch"] == torch.__version__
+    counts = first.survey.sample.counts
+    assert np.all(np.diff(counts[first.remap]) <= 0)
+    assert first.survey.is_exact
+
+
+def test_documents_per_shard_auto(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    config["documents_per_shard"] = "auto"
+    assert build_plan(ExtractConfig.model_validate(config)).plan.documents_per_shard > 40
+    monkeypatch.setattr(planning, "ROWS_PER_SHARD", 1000)
+    planned = build_plan(ExtractConfig.model_validate(config))
+    rows = planned.survey.sample.rows / 40 * 0.85 * planned.plan.documents_per_shard
+    assert abs(rows - 1000) < 100
+
+
+def test_estimate_against_the_truth(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    checked = ExtractConfig.model_validate(config)
+    before = estimate(checked)
+    assert (before.tokens_per_second, before.rate_source, before.seconds) == (None, None, None)
+    given = estimate(checked, tokens_per_second=100.0)
+    assert given.seconds == pytest.approx(given.tokens / 100.0)
+    *_, end = extract(checked)
+    assert isinstance(end, ExtractSummary)
+    after = estimate(checked)
+    assert after.exact
+    assert (after.documents, after.shards) == (40, 4)
+    assert (after.rows, after.tokens) == (end.new_rows, end.new_tokens)
+    assert after.rate_source == "measured"
+    assert after.seconds is not None
+    rate = end.tokens_per_second
+    assert rate is not None
+    assert after.seconds == pytest.approx(end.new_tokens / rate, rel=0.5)
+    held_out = StoreReader(config["store"], split="heldout")
+    assert after.heldout_documents == len(set(held_out.read(list(range(len(held_out)))).document.tolist()))
+
+
+def test_estimate_from_a_sample(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = estimate(ExtractConfig.model_validate(config))
+    monkeypatch.setattr(survey, "SAMPLE_TOKENS", 1500)
+    sampled = estimate(ExtractConfig.model_validate(config))
+    assert not sampled.exact
+    assert sampled.tokens == pytest.approx(exact.tokens, rel=0.3)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 40, 1000])
+def test_sample_rounds_visit_everything_evenly(count: int) -> None:
+    rounds = list(sample_rounds(count))
+    assert sorted(number for numbers in rounds for number in numbers) == list(range(count))
+    assert all(numbers == sorted(numbers) for numbers in rounds)
+    if count == 1000:
+        taken = sorted(number for numbers in rounds[:3] for number in numbers)
+        assert len(taken) == 64
+        assert np.diff(taken).max() <= 3 * 1000 // 64
