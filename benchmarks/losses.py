@@ -122,7 +122,7 @@ Case = Callable[[Inputs], Step]
 
 def cross_entropy(inputs: Inputs) -> Step:
     """What everything is measured against: logits in the model's precision, torch's own loss."""
-    return lambda: F.cross_entropy(inputs.logits(), inputs.labels_N).backward()  # type: ignore[no-untyped-call]
+    return lambda: torch.autograd.backward(F.cross_entropy(inputs.logits(), inputs.labels_N))
 
 
 def three_products(inputs: Inputs) -> Step:
@@ -168,7 +168,7 @@ def peer(load: Callable[[], Callable[[Tensor, Tensor, Tensor], Tensor]], *, free
 
         def step() -> None:
             teacher = inputs.teacher_logits() if given is None else given
-            function(inputs.logits(), teacher, inputs.labels_N).backward()
+            torch.autograd.backward(function(inputs.logits(), teacher, inputs.labels_N))
 
         return step
 

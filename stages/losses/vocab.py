@@ -111,9 +111,10 @@ class VocabShard:
             return full[..., : self.size]
         if not sharded and (width == self.width or (self.declared and width >= self.total)):
             return full[..., self.start : self.start + self.size]
+        place = " here" if sharded else ""
         raise ValueError(
-            f"{what} has {width} vocabulary columns{' here' * sharded}, the student has {columns}; if both share a vocabulary and differ "
-            "in padding only, give vocab_size, the number of real tokens; distinct vocabularies cannot be compared"
+            f"{what} has {width} vocabulary columns{place}, the student has {columns}; if both share a vocabulary and "
+            "differ in padding only, give vocab_size, the number of real tokens; others cannot be compared"
         )
 
 
@@ -123,7 +124,7 @@ def _gather_sizes(columns: int, labels_N: Tensor, rank: int, group: dist.Process
     gathered = torch.zeros(dist.get_world_size(group), 2, dtype=torch.int64, device=labels_N.device)
     gathered[rank, 0], gathered[rank, 1] = columns, (labels_N * place_N).sum() + len(labels_N)
     dist.all_reduce(gathered, group=group)
-    if len(gathered[:, 1].unique()) > 1:
+    if bool((gathered[:, 1] != gathered[rank, 1]).any()):
         raise ValueError(
             "the processes that share this vocabulary hold different labels. Tensor parallelism needs the same rows "
             "on all of them; a head that FSDP has sharded must be used inside the wrapped module's forward"

@@ -7,7 +7,7 @@ from stages.student.model import Student
 
 def memory_bytes(student: Student, tokens_per_batch: int, chunk_size: int) -> int:
     """Bytes of the four float32 copies of the weights (weight, gradient, two moments), of what one micro-batch keeps
-    for backward, and of one chunk of logits with the head's gradient.
+    for backward, and of one chunk of logits with the head's gradient. The interpreter and its libraries come on top.
 
     Args:
         student: the model.
@@ -23,4 +23,5 @@ def memory_bytes(student: Student, tokens_per_batch: int, chunk_size: int) -> in
     kept: int = config.num_hidden_layers * (10 * hidden * 4 + (4 * hidden + 4 * inner) * width)
     head = student.weight_VD
     chunk = chunk_size * head.shape[0] * width
-    return 16 * student.parameters + tokens_per_batch * kept + chunk + head.numel() * (4 + width)
+    # The head in the forward's dtype, its gradient, and that of the embeddings before the two are added up.
+    return 16 * student.parameters + tokens_per_batch * kept + chunk + head.numel() * (width + 4 + 4)

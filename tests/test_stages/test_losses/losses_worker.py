@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import losses_reference as reference
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -227,12 +228,8 @@ def check_misuse(mesh: DeviceMesh) -> None:
 
 
 def expect_error(text: str, call: Callable[[], object]) -> None:
-    try:
+    with pytest.raises(ValueError, match=text):
         call()
-    except ValueError as error:
-        assert text in str(error), error
-    else:
-        raise AssertionError(f"no error about {text!r}")
 
 
 class Student(nn.Module):
