@@ -19,7 +19,7 @@ class Status:
     Attributes:
         path: of the store.
         store_id: hash of the plan.
-        teacher: its name, if the plan has one.
+        teacher: its name as recorded, if it is.
         kind, k, draws: what is stored per row.
         digest: sha256 of the seal; None while it is not sealed.
         shards, committed, missing: number of shards of the plan, committed and not.
@@ -69,7 +69,7 @@ def status(path: str | os.PathLike[str]) -> Status:
     return Status(
         path=str(files.root),
         store_id=plan.store_id,
-        teacher=plan.teacher.get("name"),
+        teacher=plan.recorded.get("teacher", {}).get("name"),
         kind=plan.target.kind,
         k=plan.target.k,
         draws=plan.target.draws,
