@@ -16,8 +16,6 @@ trl, which needs transformers, datasets and accelerate:
 Sparse rows of ours are compared with dense losses of theirs that are handed their teacher logits for nothing.
 """
 
-# ruff: noqa: N815  (fields that are tensors carry shape suffixes)
-
 from __future__ import annotations
 
 import argparse

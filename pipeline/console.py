@@ -155,6 +155,7 @@ def show_repair(actions: Sequence[Action], store: Path, *, applied: bool, as_jso
         return
     for action in actions:
         moved = f"moved to {action.moved_to}" if action.moved_to else "would be moved to quarantine"
+        moved = "missing, nothing to move" if action.missing else moved
         click.echo(f"{action.name}: {action.reason}; {moved}")
     if not actions:
         click.echo("nothing to repair")

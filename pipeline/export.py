@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from storage.arrow import record_batches, schema, to_table
+from storage.arrow import record_batches, schema, to_parquet, to_table
 from storage.errors import UsageError
 from storage.files import storage_errors
 from storage.reader import StoreReader
@@ -51,13 +50,12 @@ def export_rows(
         if form != "json":
             raise UsageError(f"{form} is a binary form", where="--format", fix="name a file with --output FILE")
         return _write_json(batches, sys.stdout.buffer)
+    if form == "parquet":
+        return to_parquet(batches, output)
     with _whole_file(output) as file:
         if form == "json":
             return _write_json(batches, file)
-        writer = (
-            pa.ipc.new_file(file, schema()) if form == "arrow" else pq.ParquetWriter(file, schema(), compression="zstd")
-        )
-        with writer:
+        with pa.ipc.new_file(file, schema()) as writer:
             return sum(_written(writer, batch) for batch in batches)
 
 

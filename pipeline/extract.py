@@ -9,6 +9,7 @@ Axis legend: B sequences of a batch, T tokens of its longest one, D hidden width
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Generator, Iterator
 from collections.abc import Sequence as Items
@@ -29,11 +30,12 @@ from stages.targets.positions import document_order, wanted_mask, wanted_positio
 from stages.teacher import BACKENDS, Teacher
 from stages.teacher.batching import pad
 from storage.commit import StoreWriter
-from storage.errors import OutOfSpaceError
+from storage.errors import CorruptionError, OutOfSpaceError
 from storage.faults import fault_point
 from storage.plan import ShardSpec, Split
 from storage.records import PLAN
 from storage.rows import SequenceBatch
+from storage.verify import verify
 
 CONTEXT_TOKENS = 48  # of the first event: what the teacher read before it names its candidates
 CANDIDATES = 5
@@ -150,7 +152,7 @@ def extract(config: ExtractConfig, *, limit: int | None = None) -> Iterator[Even
     writer = StoreWriter.create(
         config.store, planned.plan, remap=planned.remap, tokenizer_files=planned.tokenizer_files
     )
-    todo = writer.missing()
+    todo = from_own_place(writer.missing())
     chosen = todo[:limit]
     shards = len(planned.plan.shards())
     yield Started(store=config.store, shards=shards, missing=len(todo), rows=expected_rows(planned, todo))
@@ -159,9 +161,11 @@ def extract(config: ExtractConfig, *, limit: int | None = None) -> Iterator[Even
         yield from first_row(planned, teacher, chosen, meter)
         meter.begin_work(expected_rows(planned, chosen))
         yield from extract_shards(planned, teacher, writer, chosen, meter)
+    digest = writer.seal()
+    check_whole(config.store)
     yield ExtractSummary(
         store=config.store,
-        digest=writer.seal(),
+        digest=digest,
         committed=len(writer.committed()),
         shards=shards,
         new_shards=meter.new_shards,
@@ -175,8 +179,13 @@ def extract(config: ExtractConfig, *, limit: int | None = None) -> Iterator[Even
 def extract_shards(
     planned: PlannedExtraction, teacher: Teacher, writer: StoreWriter, shards: Items[ShardSpec], meter: _Meter
 ) -> Iterator[Progress | ShardDone]:
-    """Compute and commit shards one after the other, and keep the rate for `pipeline plan`."""
+    """Compute and commit shards one after the other, and keep the rate for `pipeline plan`.
+
+    A shard that another process has committed meanwhile is passed over.
+    """
     for shard in shards:
+        if shard.index in writer.committed():
+            continue
         began = time.perf_counter()
         batch = yield from extract_shard(planned, teacher, shard, meter)
         record = writer.commit(shard, batch)
@@ -193,6 +202,28 @@ def extract_shards(
             bytes=record.size,
             head_mass=record.counts.head_mass,
             seconds=time.perf_counter() - began,
+        )
+
+
+def from_own_place(shards: list[ShardSpec]) -> list[ShardSpec]:
+    """Begin at an evenly spaced place for each process that torchrun started, so that they meet only at the end."""
+    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    first = len(shards) * rank // max(processes, 1)
+    return shards[first:] + shards[:first]
+
+
+def check_whole(store: Path) -> None:
+    """Check that everything committed is where it should be, by name and size.
+
+    Raises:
+        CorruptionError: something is missing or has another size.
+    """
+    problems = verify(store, quick=True).problems
+    if problems:
+        raise CorruptionError(
+            f"the store is damaged: {problems[0].name}: {problems[0].message}",
+            where=f"{store}, {len(problems)} problems in all",
+            fix=f"pipeline verify {store} lists them, pipeline repair {store} sets damaged shards aside",
         )
 
 

@@ -8,7 +8,7 @@ Axis legend: T tokens, S sequences, R rows, H head entries, C tail entries.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -76,8 +76,8 @@ def _batches(reader: StoreReader, step: int) -> Iterator[pa.RecordBatch]:
         yield _record_batch(reader.read(range(first, min(first + step, len(reader)))), first)
 
 
-def to_parquet(reader: StoreReader, path: str | os.PathLike[str]) -> int:
-    """Write the rows of a reader's split into one Parquet file (zstd), and return their number.
+def to_parquet(rows: StoreReader | Iterable[pa.RecordBatch], path: str | os.PathLike[str]) -> int:
+    """Write the rows of a reader's split, or batches of them, into one Parquet file (zstd); return their number.
 
     Raises:
         UsageError: the file exists.
@@ -89,13 +89,16 @@ def to_parquet(reader: StoreReader, path: str | os.PathLike[str]) -> int:
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
         with storage_errors(target), pq.ParquetWriter(partial, schema(), compression="zstd") as writer:
-            for batch in record_batches(reader):
+            batches = record_batches(rows) if isinstance(rows, StoreReader) else rows
+            written = 0
+            for batch in batches:
                 writer.write_batch(batch)
+                written += int(batch.num_rows)
         with storage_errors(target):
             os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
-    return reader.rows
+    return written
 
 
 def _record_batch(batch: SequenceBatch, first_sequence: int) -> pa.RecordBatch:

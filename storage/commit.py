@@ -121,7 +121,7 @@ class StoreWriter:
         check_batch(self.plan, shard, batch)
         objects = encode_shard(self.plan, shard, batch, self._rank)
         mine = CommitRecord.of(self.plan.store_id, shard, objects, counts_of(batch))
-        fault_point("encode")
+        fault_point("encoded")
         stored = self._manifest.record(shard)
         if stored is None:
             self._write_directory(mine, objects)
@@ -151,8 +151,10 @@ class StoreWriter:
         if self.missing():
             return None
         seal = Seal.of(self.plan.store_id, self._records.values())
-        self._files.create(SEAL, seal.to_json(), point="seal")
         stored = self._manifest.seal()
+        if stored is None:
+            self._files.create(SEAL, seal.to_json(), point="seal")
+            stored = self._manifest.seal()
         if stored != seal:
             raise damaged_file(self._files.root, SEAL, "it does not agree with the commit records")
         return seal.digest
@@ -198,7 +200,7 @@ def _check_arguments(plan: Plan, remap: NDArray[np.uint32], tokenizer_files: Map
         raise UsageError(
             f"temperatures {plan.target.temperatures}: format version {plan.format_version} stores temperature 1 only",
             where="plan: target.temperatures",
-            fix="leave `temperatures` empty: a loss at another temperature works from the stored rows",
+            fix="leave `temperatures` empty",
         )
     if len(remap) != plan.vocab_size or not is_permutation(remap) or remap_sha256(remap) != plan.remap_sha256:
         raise UsageError(

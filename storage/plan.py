@@ -34,7 +34,7 @@ class TargetSpec:
         k: entries of the exact head.
         draws: samples drawn from the tail with replacement (0 for `topk`).
         seed: key of the counter-based random numbers behind the draws.
-        temperatures: temperatures other than 1 for which tail mass and entropy are stored too.
+        temperatures: temperatures other than 1 for which tail mass and entropy are stored too. None in version 1.
     """
 
     kind: Literal["topk", "hybrid"]

@@ -8,7 +8,7 @@ directory it is simply not committed yet. A crash in between leaves something th
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from storage.damage import damaged_file
@@ -25,12 +25,14 @@ class Action:
     Attributes:
         name: file or directory inside the store that is moved to quarantine.
         reason: why.
-        moved_to: its name in quarantine; None if nothing was moved (yet).
+        moved_to: its name in quarantine; None if nothing was moved (yet), or if it is missing and there is nothing to.
+        missing: it is not there; `pipeline extract` writes it anew.
     """
 
     name: str
     reason: str
     moved_to: str | None = None
+    missing: bool = False
 
 
 def repair(path: str | os.PathLike[str], *, apply: bool) -> list[Action]:
@@ -50,12 +52,10 @@ def repair(path: str | os.PathLike[str], *, apply: bool) -> list[Action]:
     for problem in report.problems:
         if problem.name == PLAN:
             raise damaged_file(files.root, PLAN, problem.message)
-    actions = [action for action in _planned(files, report) if files.exists(action.name)]
+    actions = [action for action in _planned(files, report) if action.missing or files.exists(action.name)]
     if not apply:
         return actions
-    return [
-        Action(name=action.name, reason=action.reason, moved_to=files.quarantine(action.name)) for action in actions
-    ]
+    return [action if action.missing else replace(action, moved_to=files.quarantine(action.name)) for action in actions]
 
 
 def _planned(files: LocalFiles, report: Report) -> list[Action]:
@@ -67,7 +67,8 @@ def _planned(files: LocalFiles, report: Report) -> list[Action]:
     for problem in report.problems:
         if problem.shard is None:
             if problem.name == REMAP or problem.name.startswith(f"{TOKENIZER}/"):
-                parts.append(Action(name=problem.name, reason=problem.message))
+                gone = not files.exists(problem.name)
+                parts.append(Action(name=problem.name, reason=problem.message, missing=gone))
             continue
         if problem.name.startswith(f"{SHARDS}/"):
             directory = "/".join(problem.name.split("/")[:2])

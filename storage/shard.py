@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from storage.arrays import OFFSETS, array_lengths, array_specs, is_even
 from storage.chunks import encode_array
 from storage.codecs import logprob_codec
+from storage.faults import fault_point
 from storage.plan import FORMAT_VERSION, Json, Plan, ShardSpec, canonical_json
 from storage.records import Counts
 from storage.rows import SequenceBatch
@@ -42,6 +43,7 @@ def encode_shard(plan: Plan, spec: ShardSpec, batch: SequenceBatch, rank: NDArra
         if array.ranks is not None:
             values[name] = values[name].reshape(-1, array.ranks)
         layout = array.layout(len(values[name]), tokens=len(batch.tokens), rows=batch.rows)
+        fault_point("encode")
         objects[f"{name}/zarr.json"] = layout.metadata_bytes()
         if layout.length:
             with np.errstate(over="ignore"):  # beyond float16 is infinity, where validate.py lets it pass

@@ -206,5 +206,12 @@ def _warn_of_strangers(files: LocalFiles, manifest: Manifest, known: set[str], r
     for directory, names in expected.items():
         for name in sorted(files.entries(directory) - names):
             label = name if directory == "." else f"{directory}/{name}"
-            text = "holds what was moved out of the way" if name == QUARANTINE else "nothing refers to it"
-            report.warnings.append(f"{label}: {text}")
+            report.warnings.append(f"{label}: {_stranger(directory, name)}")
+
+
+def _stranger(directory: str, name: str) -> str:
+    if name == QUARANTINE:
+        return "holds what was moved out of the way"
+    if directory == TEMPORARY:
+        return "left by a run that was cut off; it may be removed while no worker runs"
+    return "nothing refers to it"

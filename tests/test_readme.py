@@ -57,7 +57,9 @@ def test_commands_parse(words: list[str]) -> None:
 
 
 def test_every_file_that_is_named_exists() -> None:
-    named = set(re.findall(r"\]\(([^)#:]+)\)", TEXT)) | set(re.findall(r"`((?:pipeline|stages|storage|docs)/[\w/.]*)`", TEXT))
+    links = re.findall(r"\]\(([^)#:]+)\)", TEXT)
+    paths = re.findall(r"`((?:pipeline|stages|storage|docs)/[\w/.]*)`", TEXT)
+    named = {*links, *paths}
     missing = [name for name in named if not (ROOT / name).exists()]
     assert not missing
 

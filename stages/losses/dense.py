@@ -6,8 +6,6 @@ at a time: in float32, whatever the precision of the logits, on temporaries that
 Shape suffixes: C rows of the chunk, R rows of a block, V local vocabulary, N rows of the batch, D hidden width.
 """
 
-# ruff: noqa: N815  (fields that are tensors carry shape suffixes)
-
 from __future__ import annotations
 
 from collections.abc import Callable

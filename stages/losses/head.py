@@ -3,8 +3,6 @@
 Shape suffixes: C rows of a chunk, D hidden width, V local vocabulary.
 """
 
-# ruff: noqa: N815  (fields that are tensors carry shape suffixes)
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ kept by the incoming scalar.
 Shape suffixes: N rows that take part, C rows of a chunk.
 """
 
-# ruff: noqa: N815  (fields that are tensors carry shape suffixes)
-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

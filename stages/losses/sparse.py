@@ -8,8 +8,6 @@ gives the student's distribution *within* the bucket and its logsumexp the bucke
 Shape suffixes: C rows of the chunk, E entry slots per row, V local vocabulary, N rows of the batch, B outcomes.
 """
 
-# ruff: noqa: N815  (fields that are tensors carry shape suffixes)
-
 from __future__ import annotations
 
 import math

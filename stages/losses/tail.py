@@ -6,8 +6,6 @@ estimate of the whole distribution that head and tail samples give (Anshumann et
 Shape suffixes: N rows, E entry slots per row.
 """
 
-# ruff: noqa: N815  (fields that are tensors carry shape suffixes)
-
 from __future__ import annotations
 
 import math
@@ -218,7 +216,7 @@ def _at(stored: Mapping[float, Tensor], temperature: float, what: str) -> Tensor
     have = ", ".join(f"{key:g}" for key in sorted(stored)) or "none"
     raise ValueError(
         f"teacher temperature {temperature:g}: the rows hold no {what} for it (stored: {have}); "
-        f"add {temperature:g} to the plan's `temperatures` and extract again, or use T=1"
+        "their plan has no such entry in `temperatures`; use T=1"
     )
 
 

@@ -6,8 +6,6 @@ their draw counts, then padding. The tensors are rectangular, because rows of on
 Shape suffixes: N rows, E entry slots per row, M flat entries, V vocabulary.
 """
 
-# ruff: noqa: N815  (fields that are tensors carry shape suffixes)
-
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping

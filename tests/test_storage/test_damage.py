@@ -225,6 +225,16 @@ def test_a_repair_only_shows_what_it_would_do(store):
     assert all(action.moved_to is None for action in actions)
 
 
+@pytest.mark.parametrize("name", ["remap", "tokenizer/tokenizer.json.xz"])
+def test_a_repair_names_what_is_missing_though_there_is_nothing_to_move(store, sealed, name):
+    (store / name).unlink()
+    (action,) = repair(store, apply=True)
+    assert (action.name, action.missing, action.moved_to) == (name, True, None)
+    cases.write_store(store)
+    assert verify(store).exit_code == 0
+    assert cases.tree(store) == cases.tree(sealed)
+
+
 def test_a_repair_that_is_cut_off_is_finished_by_the_next(store, sealed, monkeypatch):
     from storage.files import LocalFiles
 

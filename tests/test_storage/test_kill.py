@@ -16,7 +16,7 @@ from storage.verify import verify
 
 HERE = Path(__file__).parent
 ONCE = ("plan-link", "plan-linked", "seal-link", "seal-linked")
-PER_SHARD = ("encode", "shard-rename", "shard-renamed", "record-write", "record-link", "record-linked")
+PER_SHARD = ("encode", "encoded", "shard-rename", "shard-renamed", "record-write", "record-link", "record-linked")
 POINTS = [
     *(f"{name}:1" for name in ONCE),
     *(f"{name}:{number}" for name in PER_SHARD for number in (1, 3)),
