@@ -16,16 +16,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 import yaml
 
+from pipeline.comparison import CE, KD, summarise, table, verdict
 from pipeline.config.loading import load_extract, load_train
 from pipeline.console import bytes_text, duration_text, print_json
-from pipeline.evaluate import Evaluation, evaluate
+from pipeline.evaluate import evaluate
 from pipeline.extract import extract
 from pipeline.generate import generate
 from pipeline.inspect import sample_sequences
@@ -37,14 +38,13 @@ from stages.student.save import CardFacts, save_student
 from stages.student.source import StudentSource, build_student
 from stages.teacher.smollm2 import convert
 from stages.training.durable import replace_file
-from stages.training.metrics import read_metrics
+from storage.errors import UsageError
 from storage.reader import StoreReader
-from storage.status import Status, status
+from storage.status import status
 
 Event = TypeVar("Event")
 
-UNTRAINED, CE, KD, SMALL = "untrained", "ce", "kd", "small"
-TRAINED = (KD, CE, SMALL)
+UNTRAINED, SMALL = "untrained", "small"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +175,13 @@ def demo(
         runs = {name: directory / "runs" / name / "model" for name in (UNTRAINED, CE, KD, SMALL)}
         evaluation = evaluate(directory / "store", runs, directory / "teacher")
         answers = answer_prompt(directory, settings)
-    summary = summarise(directory, settings, planned, evaluation, timer)
+    summary = summarise(
+        evaluation=evaluation,
+        runs=directory / "runs",
+        store=status(directory / "store"),
+        planned=planned,
+        seconds=timer.seconds,
+    )
     replace_file(directory / "summary.json", json.dumps(summary, indent=1).encode() + b"\n")
     write_report(directory, settings, summary, answers)
     if as_json:
@@ -188,27 +194,26 @@ def demo(
 def link_teacher(directory: Path, teacher: Path) -> None:
     """Put the teacher within reach: the configurations know it by this link alone."""
     link = directory / "teacher"
+    if link.exists() and not link.is_symlink():
+        raise UsageError("not a link, and the demo makes a link of that name", where=str(link), fix="move it away")
     link.unlink(missing_ok=True)
     link.symlink_to(teacher.resolve(), target_is_directory=True)
 
 
 def extract_store(directory: Path, settings: DemoSettings, timer: StepTimer, *, quiet: bool) -> Estimate:
-    """Plan and extract; return what the plan promised when the extraction first began."""
+    """Plan and extract; return what a plan says now that the teacher's rate here is known."""
     path = write_config(directory / "extract.yaml", settings.extract_config(directory), "extract")
     config = load_extract(path)
     promised = estimate(config)
-    kept = directory / "plan.json"
-    if not kept.exists():
-        replace_file(kept, json.dumps(asdict(promised), default=str).encode())
-    duration = "unknown" if promised.seconds is None else f"about {duration_text(promised.seconds)}"
     if not quiet:
+        duration = "not known yet" if promised.seconds is None else f"about {duration_text(promised.seconds)}"
         click.echo(
             f"plan: {promised.documents} topics ({promised.heldout_documents} held out), {promised.tokens:,} tokens, "
             f"about {bytes_text(promised.bytes)}; time {duration}",
             err=True,
         )
     run(show_extract, timer.over("teacher_reads_corpus", extract(config)), quiet=quiet)
-    return promised
+    return estimate(config)
 
 
 def save_untrained(directory: Path, settings: DemoSettings) -> None:
@@ -258,74 +263,6 @@ def answer_prompt(directory: Path, settings: DemoSettings) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in answers.items()}
 
 
-def summarise(
-    directory: Path, settings: DemoSettings, planned: Estimate, evaluation: Evaluation, timer: StepTimer
-) -> dict[str, Any]:
-    """Return the content of summary.json. Tokens and seconds of a student are those of its training."""
-    store = status(directory / "store")
-    students: dict[str, Any] = {}
-    for name, scores in evaluation.students.items():
-        steps = [line for line in trained_lines(directory, name) if line["event"] == "step"]
-        students[name] = {
-            "nll": scores.nll,
-            "kl": scores.kl,
-            "top1_agreement": scores.top1_agreement,
-            "top1_agreement_interval": scores.top1_agreement_interval,
-            "ece": scores.ece,
-            "tokens": sum(line["tokens"] for line in steps),
-            "seconds": sum(line["seconds"] for line in steps),
-            "calibration": [asdict(item) for item in scores.calibration],
-        }
-    return {
-        "teacher": {
-            "nll": evaluation.teacher.nll,
-            "ece": evaluation.teacher.ece,
-            "calibration": [asdict(item) for item in evaluation.teacher.calibration],
-        },
-        "students": students,
-        "store": store_facts(store),
-        "heldout": {"documents": evaluation.documents, "tokens": evaluation.tokens},
-        "plan": {"tokens": planned.tokens, "rows": planned.rows, "bytes": planned.bytes, "seconds": planned.seconds},
-        "timings": {**timer.seconds, "teacher_for_later_students": 0.0},
-    }
-
-
-def trained_lines(directory: Path, name: str) -> list[dict[str, Any]]:
-    """The training curve of a student, empty for the untrained one."""
-    path = directory / "runs" / name / "metrics.jsonl"
-    return [dict(line) for line in read_metrics(path)]
-
-
-def store_facts(store: Status) -> dict[str, Any]:
-    """The store's part of the summary."""
-    return {
-        "rows": store.rows,
-        "bytes": store.bytes,
-        "bytes_per_row": store.bytes_per_row,
-        "digest": store.digest,
-        "shards": store.shards,
-        "head_mass": store.head_mass,
-    }
-
-
-def verdict(summary: Mapping[str, Any]) -> list[str]:
-    """Two lines that explain the table, win or lose, and what it cannot show."""
-    kd, ce = summary["students"][KD], summary["students"][CE]
-    outcomes = []
-    for key, title in (("kl", "KL"), ("nll", "NLL"), ("ece", "calibration error")):
-        word = "wins" if kd[key] < ce[key] else "loses"
-        outcomes.append(f"{word} on {title} ({kd[key]:.3f} against {ce[key]:.3f})")
-    (kd_low, kd_high), (ce_low, ce_high) = kd["top1_agreement_interval"], ce["top1_agreement_interval"]
-    apart = "the intervals are apart" if kd_low > ce_high or ce_low > kd_high else "the intervals overlap: undecided"
-    outcomes.append(f"top-1 agreement {kd['top1_agreement']:.1%} against {ce['top1_agreement']:.1%}, {apart}")
-    return [
-        f"kd and ce share start, order and tokens; the stored rows are the only difference. kd {'; '.join(outcomes)}.",
-        "KL is what distillation minimises and NLL what cross-entropy minimises, so a lead in KL is expected, one in "
-        "NLL is a gift; small starts from the finished kd, so it has seen more text.",
-        "A 4-bit 135M teacher and a few minutes on a processor show the mechanics, not the quality to be had.",
-    ]
-
-
 def show_summary(
     directory: Path, settings: DemoSettings, summary: Mapping[str, Any], answers: Mapping[str, str]
 ) -> None:
@@ -337,6 +274,8 @@ def show_summary(
     click.echo(
         f"store: {store['rows']:,} rows in {bytes_text(store['bytes'])}, {store['bytes_per_row']:.1f} bytes per row "
         f"(planned {bytes_text(summary['plan']['bytes'])})\n"
+        f"`pipeline plan` now says {planned_time(summary)} for this extraction; it took "
+        f"{duration_text(timings['teacher_reads_corpus'])}\n"
         f"teacher time: {timings['teacher_reads_corpus']:.0f} s for the first student, "
         f"{timings['teacher_for_later_students']:.0f} s for each later one"
     )
@@ -348,23 +287,10 @@ def show_summary(
         click.echo(f"  {command}")
 
 
-def table(summary: Mapping[str, Any]) -> list[str]:
-    """Lines of the comparison table."""
-    heldout = summary["heldout"]
-    lines = [
-        f"{heldout['tokens']:,} positions of {heldout['documents']} held-out topics; KL(teacher || student) over the "
-        "full vocabulary; nats per token",
-        f"{'':10}{'NLL':>8}{'KL':>8}  {'top-1 agreement':22}{'ECE':>7}{'tokens':>9}{'seconds':>9}",
-        f"{'teacher':10}{summary['teacher']['nll']:8.3f}{'':8}  {'':22}{summary['teacher']['ece']:7.3f}",
-    ]
-    for name, scores in summary["students"].items():
-        low, high = scores["top1_agreement_interval"]
-        agreement = f"{scores['top1_agreement']:6.1%} [{low:.1%}, {high:.1%}]"
-        lines.append(
-            f"{name:10}{scores['nll']:8.3f}{scores['kl']:8.3f}  {agreement:22}{scores['ece']:7.3f}"
-            f"{scores['tokens']:9,}{scores['seconds']:9.0f}"
-        )
-    return lines
+def planned_time(summary: Mapping[str, Any]) -> str:
+    """The time that the plan states, in words."""
+    seconds = summary["plan"]["seconds"]
+    return "nothing" if seconds is None else duration_text(seconds)
 
 
 def next_commands(directory: Path, settings: DemoSettings) -> list[str]:

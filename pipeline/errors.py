@@ -92,8 +92,9 @@ def _known(error: BaseException, command: str) -> DistillError | None:
         if error.errno in _NO_SPACE:
             fix = "free space or move the target, then run the same command again: what was committed stays valid"
             return OutOfSpaceError(f"no space left: {error.strerror}", where=place, fix=fix)
-        if error.errno in _UNAVAILABLE:
-            fix = "check permissions and mounts; pipeline doctor PATH tests a directory"
+        # With a file's name it is about that file, whatever the number: gone, a loop of links, a name too long.
+        if error.errno in _UNAVAILABLE or (error.errno is not None and place is not None):
+            fix = "check that it is there, its permissions and mounts; pipeline doctor PATH tests a directory"
             return StorageUnavailableError(f"storage unavailable: {error.strerror}", where=place, fix=fix)
     return None
 

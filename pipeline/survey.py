@@ -86,6 +86,7 @@ def survey(config: ExtractConfig, *, weights: bool = False) -> Survey:
             where="target.k",
             fix=f"set target.k to at most {vocab_size}",
         )
+    _check_window(config.rendering.window, model_config)
     bos, eos = resolve_special(tokenizer, config.rendering.bos, eos=config.rendering.eos)
     rendering = Rendering(
         window=config.rendering.window,
@@ -107,6 +108,23 @@ def survey(config: ExtractConfig, *, weights: bool = False) -> Survey:
         device=device,
         dtype=resolve_dtype(config.teacher.dtype, device),
     )
+
+
+def _check_window(window: int, model_config: PretrainedConfig) -> None:
+    """Refuse windows longer than the teacher's positions: beyond them it fails, or its distributions are worthless.
+
+    Raises:
+        UsageError: names window, limit and the fix.
+    """
+    text = model_config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions"):
+        limit = getattr(text, name, None)
+        if isinstance(limit, int) and 0 < limit < window:  # a model without a limit has none, None or -1 here
+            raise UsageError(
+                f"window = {window} is more than the {limit} positions that the teacher knows ({name})",
+                where="rendering.window",
+                fix=f"set rendering.window to at most {limit}",
+            )
 
 
 def take_sample(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> Sample:

@@ -13,6 +13,8 @@ Auto = Literal["auto"]
 Whole = Annotated[int, Field(strict=True)]  # strict: `true` is no number
 NotNegative = Annotated[int, Field(ge=0, strict=True)]
 Positive = Annotated[int, Field(gt=0, strict=True)]
+Seed = Annotated[int, Field(ge=0, lt=2**64, strict=True)]  # the draws take it as one uint64
+Draws = Annotated[int, Field(ge=0, le=65_535, strict=True)]  # a shard holds counts of draws as uint16
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -81,10 +83,10 @@ class TargetConfig(Model):
     """hybrid: exact head plus samples of the tail, an unbiased target. topk: exact head only."""
     k: Positive = 32
     """Entries of the exact head."""
-    draws: NotNegative | None = None
-    """Samples drawn from the tail per row. Default: 8 for hybrid, 0 for topk."""
-    seed: Whole = 0
-    """Seed of the draws. Draws depend on seed, document and position only, never on batching or workers."""
+    draws: Draws | None = None
+    """Samples drawn from the tail per row, at most 65535. Default: 8 for hybrid, 0 for topk."""
+    seed: Seed = 0
+    """Seed of the draws, from 0 to 2**64 - 1. They depend on it, document and position, not on batching or workers."""
 
     @model_validator(mode="after")
     def _draws_fit_kind(self) -> TargetConfig:
@@ -107,8 +109,8 @@ class HeldoutConfig(Model):
 
     fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of documents that is held out, chosen by a hash of seed and document number."""
-    seed: Whole = 0
-    """Seed of that hash."""
+    seed: Seed = 0
+    """Seed of that hash, from 0 to 2**64 - 1."""
 
 
 class ExtractConfig(Model):

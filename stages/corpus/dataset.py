@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from stages.corpus.files import user_path
 from stages.corpus.parquet import refuse_nulls
 from stages.corpus.source import SourceSpec
 from storage.errors import UsageError
@@ -81,12 +81,12 @@ def _load(spec: SourceSpec) -> Any:
 
     datasets.disable_progress_bars()
     path = str(spec.path)
-    local = Path(path).expanduser()
+    local = user_path(path, key="corpus.path")
     try:
         if (local / "dataset_dict.json").is_file():
             return datasets.load_from_disk(str(local))[spec.split]
         if (local / "state.json").is_file():
-            return datasets.load_from_disk(str(local))
+            return _with_split(datasets.load_from_disk(str(local)), spec)
         where = str(local) if local.exists() else path
         return datasets.load_dataset(where, name=spec.name, split=spec.split, revision=spec.revision)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
@@ -96,6 +96,18 @@ def _load(spec: SourceSpec) -> Any:
             where=f"corpus: name {spec.name!r}, split {spec.split!r}, revision {spec.revision!r}",
             fix="check name, configuration and split; offline, it must be in the cache; `hf auth login` for gated ones",
         ) from error
+
+
+def _with_split(rows: Any, spec: SourceSpec) -> Any:
+    """Refuse a single saved dataset that is another split than the one asked for; one without a name is `train`."""
+    found = "train" if rows.split is None else str(rows.split)
+    if found != spec.split:
+        raise UsageError(
+            f"the saved dataset is split {found!r}, asked for is split {spec.split!r}",
+            where=f"dataset {spec.path}",
+            fix=f"set corpus.split: {found!r}, or name the directory of the other split",
+        )
+    return rows
 
 
 def _content_sha256(rows: Any, where: str) -> str:

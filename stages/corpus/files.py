@@ -1,21 +1,97 @@
-"""Finding and hashing the files that a source names."""
+"""Finding and hashing the files that a source names, and telling when one changes under a run."""
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from storage.errors import StorageUnavailableError, UsageError
+from storage.errors import IdentityError, StorageUnavailableError, UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileState:
+    """A file as it was when it was scanned. A source hashes its files once and reads them again hours later."""
+
+    path: Path
+    inode: int
+    size: int  # bytes
+    modified_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileState:
+        """Return the state now. Raises StorageUnavailableError if the file is gone or cannot be reached."""
+        try:
+            found = path.stat()
+        except OSError as error:
+            raise StorageUnavailableError(
+                f"cannot read {path}: {error.strerror}",
+                where=str(path),
+                fix="put the file back, or mount its disk, and run the same command again: what is committed is kept",
+            ) from error
+        return cls(path=path, inode=found.st_ino, size=found.st_size, modified_ns=found.st_mtime_ns)
+
+
+@contextmanager
+def unchanged(state: FileState) -> Iterator[None]:
+    """Check before and after the block that a file is still the one that was scanned.
+
+    Raises:
+        IdentityError: it was changed or replaced.
+        StorageUnavailableError: it is gone.
+    """
+    _compare(state)
+    try:
+        yield
+    finally:
+        _compare(state)  # also after an error: a line cut in two by an edit is no broken JSON
+
+
+def _compare(state: FileState) -> None:
+    if FileState.of(state.path) != state:
+        raise IdentityError(
+            "the file was changed while it was being read",
+            where=str(state.path),
+            fix="put its content back and run the same command again: what is committed is kept; "
+            "for the new content use a new store directory",
+        )
+
+
+def user_path(name: str, *, key: str) -> Path:
+    """Return the path that a configuration names, `~` expanded; it need not exist.
+
+    Args:
+        key: the configuration key that holds it, for messages.
+
+    Raises:
+        UsageError: no such user, or no path that the system could hold.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+    except RuntimeError as error:
+        raise UsageError(f"no home directory is known for {name!r}", where=key, fix="write the path out") from error
+    except ValueError as error:
+        raise UsageError(f"{name!r} is no path: {error}", where=key, fix="check the path") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            what = f"the path is too long for the system: {name[:60]!r}..., {len(name)} characters"
+            raise UsageError(what, where=key, fix="check the path") from error
+        # Absent or out of reach: whoever opens it knows what it was to be.
+    return path
 
 
 def find_files(pattern: str) -> list[Path]:
     """Return the files that a path or glob pattern names, sorted by path. `**` spans directories.
 
     Raises:
-        UsageError: nothing matches, or the path is a directory.
+        UsageError: nothing matches, the path is a directory, or it is none.
     """
-    path = Path(pattern).expanduser()
+    path = user_path(pattern, key="corpus.path")
     if path.is_dir():
         raise UsageError(f"{path} is a directory, not a file", where="corpus.path", fix=f"use {path}/*.EXTENSION")
     found = [path] if path.is_file() else sorted(Path(name) for name in glob.glob(str(path), recursive=True))

@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.corpus.files import find_files
+from stages.corpus.files import FileState, find_files, unchanged
 from stages.corpus.source import SourceSpec
 from storage.errors import UsageError
 from storage.plan import Json
@@ -27,7 +27,7 @@ from storage.plan import Json
 class JsonlFile:
     """One checked file: per non-empty line, the byte where it begins and its number counted from 1, both int64 [D]."""
 
-    path: Path
+    state: FileState
     sha256: str
     begins: NDArray[np.int64]
     line_numbers: NDArray[np.int64]
@@ -48,25 +48,29 @@ class JsonlFiles:
     @property
     def recorded(self) -> Mapping[str, Json]:
         """What may differ for the same content; see `Source`."""
-        return {"paths": [str(file.path) for file in self.files]}
+        return {"paths": [str(file.state.path) for file in self.files]}
 
     def __len__(self) -> int:
         return sum(len(file.begins) for file in self.files)
 
     def read(self, first: int, end: int) -> list[str]:
-        """Return the texts with first <= index < end."""
+        """Return the texts with first <= index < end. Raises IdentityError if a file was changed since the scan."""
         texts: list[str] = []
         offset = 0
         for file in self.files:
             low, high = max(first - offset, 0), min(end - offset, len(file.begins))
             offset += len(file.begins)
-            if low >= high:
-                continue
-            with file.path.open("rb") as stream:
-                for row in range(low, high):
-                    stream.seek(int(file.begins[row]))
-                    texts.append(_text_of(stream.readline(), self.field, f"{file.path}, line {file.line_numbers[row]}"))
+            if low < high:
+                with unchanged(file.state):
+                    texts.extend(_texts(file, self.field, low, high))
         return texts
+
+
+def _texts(file: JsonlFile, field: str, low: int, high: int) -> Iterator[str]:
+    with file.state.path.open("rb") as stream:
+        for row in range(low, high):
+            stream.seek(int(file.begins[row]))
+            yield _text_of(stream.readline(), field, f"{file.state.path}, line {file.line_numbers[row]}")
 
 
 def open_jsonl(spec: SourceSpec) -> JsonlFiles:
@@ -75,6 +79,7 @@ def open_jsonl(spec: SourceSpec) -> JsonlFiles:
     Raises:
         UsageError: no file, a line that is not a JSON object, a line without the field, or one whose field is not a
             string. File and line are named, and the fields there are.
+        IdentityError: a file was changed during the scan.
     """
     return JsonlFiles(files=tuple(_scan(path, spec.field) for path in find_files(spec.path or "")), field=spec.field)
 
@@ -83,7 +88,8 @@ def _scan(path: Path, field: str) -> JsonlFile:
     digest = hashlib.sha256()
     begins, numbers = array("q"), array("q")
     position = 0
-    with path.open("rb") as stream:
+    state = FileState.of(path)
+    with unchanged(state), path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             digest.update(line)
             if line.strip():
@@ -92,7 +98,7 @@ def _scan(path: Path, field: str) -> JsonlFile:
                 numbers.append(number)
             position += len(line)
     return JsonlFile(
-        path=path,
+        state=state,
         sha256=digest.hexdigest(),
         begins=np.array(begins, dtype=np.int64),
         line_numbers=np.array(numbers, dtype=np.int64),
@@ -103,7 +109,7 @@ def _text_of(line: bytes, field: str, where: str) -> str:
     """Return the text of one line. Raises UsageError naming `where` if it has none."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, an integer of 5,000 digits, deep nesting
         raise UsageError(
             f"broken JSON line: {error}", where=where, fix="repair or remove the line; each must be one JSON object"
         ) from error

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.corpus.files import file_sha256, find_files
+from stages.corpus.files import FileState, file_sha256, find_files, unchanged
 from stages.corpus.source import SourceSpec
 from storage.errors import UsageError
 from storage.plan import Json
@@ -20,7 +20,7 @@ from storage.plan import Json
 class RowGroup:
     """A run of rows that Parquet reads as one: rows first_row <= row < first_row + rows of the file."""
 
-    path: Path
+    file: FileState
     index: int
     first_row: int
     rows: int
@@ -30,7 +30,7 @@ class RowGroup:
 class ParquetFiles:
     """Files in order, one document per row."""
 
-    files: tuple[Path, ...]
+    files: tuple[FileState, ...]
     hashes: tuple[str, ...]
     groups: tuple[RowGroup, ...]
     field: str
@@ -43,7 +43,7 @@ class ParquetFiles:
     @property
     def recorded(self) -> Mapping[str, Json]:
         """What may differ for the same content; see `Source`."""
-        return {"paths": [str(path) for path in self.files]}
+        return {"paths": [str(file.path) for file in self.files]}
 
     @cached_property
     def _length(self) -> int:
@@ -53,41 +53,46 @@ class ParquetFiles:
         return self._length
 
     def read(self, first: int, end: int) -> list[str]:
-        """Return the texts with first <= index < end."""
+        """Return the texts with first <= index < end. Raises IdentityError if a file was changed since the scan."""
         texts: list[str] = []
         offset = 0
         for group in self.groups:
             low, high = max(first - offset, 0), min(end - offset, group.rows)
             offset += group.rows
             if low < high:
-                texts.extend(_column(group, self.field).slice(low, high - low).to_pylist())
+                with unchanged(group.file):
+                    texts.extend(_column(group, self.field).slice(low, high - low).to_pylist())
         return texts
 
 
 @lru_cache(maxsize=2)  # a shard reads a row group in many small ranges
 def _column(group: RowGroup, field: str) -> pa.ChunkedArray:
-    return pq.ParquetFile(group.path).read_row_group(group.index, columns=[field]).column(0)
+    return pq.ParquetFile(group.file.path).read_row_group(group.index, columns=[field]).column(0)
 
 
 def open_parquet(spec: SourceSpec) -> ParquetFiles:
     """Open the files that `spec.path` names and check the column in each of them.
 
     Raises:
-        UsageError: no file, not Parquet, no such column (the columns are listed), a column that is not text, or a
-            null in it (file and row are named).
+        UsageError: no file, not Parquet, damaged (file and row group are named), no such column (the columns are
+            listed), a column that is not text, or a null in it (file and row are named).
+        IdentityError: a file was changed during the scan.
     """
-    files = find_files(spec.path or "")
-    groups = [group for path in files for group in _check(path, spec.field)]
-    hashes = tuple(file_sha256(path) for path in files)
-    return ParquetFiles(files=tuple(files), hashes=hashes, groups=tuple(groups), field=spec.field)
+    files = tuple(FileState.of(path) for path in find_files(spec.path or ""))
+    groups: list[RowGroup] = []
+    hashes: list[str] = []
+    for file in files:
+        with unchanged(file):
+            groups.extend(_check(file, spec.field))
+            hashes.append(file_sha256(file.path))
+    return ParquetFiles(files=files, hashes=tuple(hashes), groups=tuple(groups), field=spec.field)
 
 
-def _check(path: Path, field: str) -> Iterator[RowGroup]:
-    try:
+def _check(state: FileState, field: str) -> Iterator[RowGroup]:
+    path = state.path
+    with _readable(str(path)):
         file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UsageError(f"not a readable Parquet file: {error}", where=str(path)) from error
-    schema = file.schema_arrow
+        schema = file.schema_arrow
     if field not in schema.names:
         raise UsageError(
             f"no column {field!r}; the columns are {', '.join(map(repr, schema.names))}",
@@ -98,10 +103,24 @@ def _check(path: Path, field: str) -> Iterator[RowGroup]:
         raise UsageError(f"column {field!r} holds {schema.field(field).type}, not text", where=str(path))
     first_row = 0
     for index in range(file.num_row_groups):
-        column = file.read_row_group(index, columns=[field]).column(0)
+        with _readable(f"{path}, row group {index}"):
+            column = file.read_row_group(index, columns=[field]).column(0)
+            column.validate(full=True)  # text that is not UTF-8 would else be found when its shard is read
         refuse_nulls(column, f"{path}, row", first_row)
-        yield RowGroup(path=path, index=index, first_row=first_row, rows=len(column))
+        yield RowGroup(file=state, index=index, first_row=first_row, rows=len(column))
         first_row += len(column)
+
+
+@contextmanager
+def _readable(where: str) -> Iterator[None]:
+    """Turn what Arrow says about damaged or foreign bytes into ours; it speaks in several kinds of exception."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"not a readable Parquet file: {reason}", where=where, fix="copy or write the file again"
+        ) from error
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.corpus.files import find_files
+from stages.corpus.files import FileState, find_files, unchanged
 from stages.corpus.source import SourceSpec
 from storage.errors import UsageError
 from storage.plan import Json
@@ -17,7 +17,7 @@ from storage.plan import Json
 class TextFiles:
     """UTF-8 text files."""
 
-    files: tuple[Path, ...]
+    files: tuple[FileState, ...]
     hashes: tuple[str, ...]
 
     @property
@@ -28,14 +28,14 @@ class TextFiles:
     @property
     def recorded(self) -> Mapping[str, Json]:
         """What may differ for the same content; see `Source`."""
-        return {"paths": [str(path) for path in self.files]}
+        return {"paths": [str(file.path) for file in self.files]}
 
     def __len__(self) -> int:
         return len(self.files)
 
     def read(self, first: int, end: int) -> list[str]:
-        """Return the texts with first <= index < end."""
-        return [_decode(path, path.read_bytes()) for path in self.files[first:end]]
+        """Return the texts with first <= index < end. Raises IdentityError if a file was changed since the scan."""
+        return [_decode(file.path, _read(file)) for file in self.files[first:end]]
 
 
 def open_text(spec: SourceSpec) -> TextFiles:
@@ -43,14 +43,20 @@ def open_text(spec: SourceSpec) -> TextFiles:
 
     Raises:
         UsageError: no file, or one that is not UTF-8 (named, with the position).
+        IdentityError: a file was changed during the scan.
     """
-    files = find_files(spec.path or "")
+    files = tuple(FileState.of(path) for path in find_files(spec.path or ""))
     hashes = []
-    for path in files:
-        data = path.read_bytes()
-        _decode(path, data)
+    for file in files:
+        data = _read(file)
+        _decode(file.path, data)
         hashes.append(hashlib.sha256(data).hexdigest())
-    return TextFiles(files=tuple(files), hashes=tuple(hashes))
+    return TextFiles(files=files, hashes=tuple(hashes))
+
+
+def _read(file: FileState) -> bytes:
+    with unchanged(file):
+        return file.path.read_bytes()
 
 
 def _decode(path: Path, data: bytes) -> str:

@@ -36,7 +36,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # it parses files of the user; the tokenizers library raises plain Exception
         raise UsageError(
             f"cannot load a tokenizer: {str(error).splitlines()[0] if str(error) else error!r}",
             where=str(directory),

@@ -5,7 +5,6 @@ Data path: configuration -> **model directory** -> identity for the plan, tokeni
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoConfig, PretrainedConfig
 
-from stages.corpus.files import file_sha256
+from stages.corpus.files import file_sha256, user_path
 from storage.errors import UsageError
 from storage.plan import Json
 
@@ -52,9 +51,9 @@ def find_model(
         key: the configuration key that names the model, for messages.
 
     Raises:
-        UsageError: no such model, gated, offline, or without safetensors weights.
+        UsageError: no such model, no path, gated, offline, or without safetensors weights.
     """
-    local = Path(name).expanduser()
+    local = user_path(name, key=key)
     if local.is_dir():
         model = ModelDirectory(directory=local, name=name)
     elif local.exists() or name.startswith((".", "/", "~")):
@@ -105,14 +104,22 @@ def load_config(model: ModelDirectory) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             model.directory, trust_remote_code=False, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers parses a file of the user here, and fails in as many ways as it can
         raise UsageError(
-            f"cannot read the model's configuration: {reason}",
+            f"cannot read the model's configuration: {first_line(error)}",
             where=str(path),
-            fix="use an architecture that the installed transformers knows; remote code is never run",
+            fix="repair it, or use an architecture that the installed transformers knows; remote code is never run",
         ) from error
     return config
+
+
+def first_line(error: Exception) -> str:
+    """Return what a library says about a failure, in one line, led by its kind where that says more."""
+    lines = str(error).strip().splitlines() or [""]
+    reason = " ".join(line.strip() for line in (lines[:2] if lines[0].endswith(":") else lines[:1]))
+    return reason if " " in reason else f"{type(error).__name__} {reason}".strip()
 
 
 def file_hashes(model: ModelDirectory) -> dict[str, str]:

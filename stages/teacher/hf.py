@@ -7,15 +7,15 @@ Axis legend: B sequences, T tokens, D hidden width, N positions, V real tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from stages.teacher.files import ModelDirectory
+from stages.teacher.files import ModelDirectory, first_line
 from stages.teacher.head import Head, HeadRule
 from stages.teacher.quiet import quiet
 from storage.errors import NumericsError, OutOfSpaceError, UsageError
@@ -43,32 +43,15 @@ class HFTeacher:
         """Load safetensors weights and check on a few tokens that hidden states and head give the model's own logits.
 
         Raises:
-            UsageError: not a causal language model, or one whose head does something this backend does not know.
+            UsageError: not a causal language model, weights that are broken, lacking or of other shapes than the
+                configuration says, or a head that does something this backend does not know.
             NumericsError: its logits are not finite.
             OutOfSpaceError: it does not fit into memory.
         """
         where = str(files.directory)
-        try:
-            with quiet():
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    files.directory,
-                    dtype=dtype,
-                    attn_implementation=attention,
-                    use_safetensors=True,
-                    trust_remote_code=False,
-                    local_files_only=True,
-                    output_loading_info=True,
-                )
-            model, report = loaded
-            _refuse_missing(report["missing_keys"] | report["mismatched_keys"], where)
+        with _memory_told(where):
+            model = _from_pretrained(files, dtype=dtype, attention=attention)
             teacher = cls(model.to(device).eval().requires_grad_(False), vocab_size)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            what = "the teacher does not fit into memory"
-            raise OutOfSpaceError(what, where=where, fix="use a larger device, or dtype: bfloat16") from error
-        except (OSError, ValueError, ImportError, AttributeError, SafetensorError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            fix = "check the files; if it is the attention that fails, set teacher.attention: eager"
-            raise UsageError(f"cannot load the teacher: {reason}", where=where, fix=fix) from error
         teacher._check_head(where)
         return teacher
 
@@ -101,6 +84,63 @@ class HFTeacher:
                 where=where,
                 fix="report the architecture; stages/teacher/head.py lists the ones that scale their logits",
             )
+
+
+def _from_pretrained(files: ModelDirectory, *, dtype: torch.dtype, attention: str) -> Any:
+    where = str(files.directory)
+    try:
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                files.directory,
+                dtype=dtype,
+                attn_implementation=attention,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report, and refused below by name
+            )
+    except Exception as error:  # transformers builds a model of the user's files here, and fails in many ways
+        if _is_out_of_memory(error):
+            raise
+        fix = "check the files; if it is the attention that fails, set teacher.attention: eager"
+        raise UsageError(f"cannot load the teacher: {first_line(error)}", where=where, fix=fix) from error
+    model, report = loaded
+    _refuse_mismatched(report["mismatched_keys"], where)
+    _refuse_missing(report["missing_keys"], where)
+    return model
+
+
+@contextmanager
+def _memory_told(where: str) -> Iterator[None]:
+    """Say what does not fit where memory runs out."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        what = "the teacher does not fit into memory"
+        raise OutOfSpaceError(what, where=where, fix="use a larger device, or dtype: bfloat16") from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """On a CPU torch raises a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )
+
+
+def _refuse_mismatched(keys: Iterable[tuple[str, torch.Size, torch.Size]], where: str) -> None:
+    """transformers fills weights whose shape is another one with random numbers too."""
+    found = sorted(keys)
+    if found:
+        name, in_file, asked_for = found[0]
+        raise UsageError(
+            f"{len(found)} weights have other shapes than the configuration asks for, such as {name}: "
+            f"{list(in_file)} in the file, {list(asked_for)} asked for",
+            where=where,
+            fix="config.json and weights belong to different models: download or convert the model again",
+        )
 
 
 def _refuse_missing(keys: Iterable[Any], where: str) -> None:

@@ -30,6 +30,11 @@ def error_of(tmp_path: Path, text: str, *overrides: str, phase: str = "extract")
         (EXTRACT + "target:\n  k: 1.5\n", 7, "target.k: expected a whole number, found 1.5", ""),
         (EXTRACT + "target:\n  k: 0\n", 7, "target.k: expected a number above 0, found 0", ""),
         (EXTRACT + "target:\n  seed: false\n", 7, "target.seed: expected a whole number, found false", ""),
+        (EXTRACT + "target:\n  seed: -1\n", 7, "target.seed: expected a number of at least 0, found -1", "2**64 - 1"),
+        (EXTRACT + f"target:\n  seed: {2**64}\n", 7, "target.seed: expected a number below 1.8", "2**64 - 1"),
+        (EXTRACT + "heldout:\n  seed: -1\n", 7, "heldout.seed: expected a number of at least 0, found -1", "2**64 - 1"),
+        (EXTRACT + f"heldout:\n  seed: {2**64}\n", 7, "heldout.seed: expected a number below 1.8", "2**64 - 1"),
+        (EXTRACT + "target:\n  draws: 65536\n", 7, "target.draws: expected a number of at most 65535", "at most 65535"),
         (EXTRACT + "target:\n", 6, "target: expected a section of keys, found nothing", ""),
         (EXTRACT + "target: 3\n", 6, "target: expected a section of keys, found 3", ""),
         (EXTRACT + "target:\n  kk: 3\n", 7, "unknown key 'kk' in target", "did you mean 'k'?"),
@@ -167,6 +172,13 @@ def test_overrides_are_typed_and_the_last_one_wins(tmp_path: Path) -> None:
     )
     assert (config.target.k, config.rendering.window) == (9, 12)
     assert (config.corpus[0].source, config.corpus[0].path) == ("text", "a=b.txt")
+
+
+def test_the_greatest_seed_and_the_most_draws(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(EXTRACT)
+    config = load_extract(path, [f"target.seed={2**64 - 1}", f"heldout.seed={2**64 - 1}", "target.draws=65535"])
+    assert (config.target.seed, config.heldout.seed, config.target.draws) == (2**64 - 1, 2**64 - 1, 65535)
 
 
 def test_number_forms_that_yaml_1_1_takes_for_text(tmp_path: Path) -> None:

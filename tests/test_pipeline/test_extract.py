@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline import extract as phase
 from pipeline.config.extract import ExtractConfig
 from pipeline.planning import build_plan, bytes_per_row
+from pipeline.survey import survey
 from stages.corpus.tokenizer import load_tokenizer
 from storage.errors import IdentityError, NumericsError, OutOfSpaceError, UsageError
 from storage.plan import Plan
@@ -300,6 +301,7 @@ def test_nothing_is_written_for_bad_input(config: dict[str, Any], tmp_path: Path
         ({"target": {"k": 513}}, "k = 513 is more than the vocabulary of 512 tokens"),
         ({"teacher": {"path": str(tmp_path / "absent")}}, "no model directory"),
         ({"teacher": {"path": str(broken)}}, "cannot load the teacher"),
+        ({"rendering": {"window": 513}}, "window = 513 is more than the 512 positions that the teacher knows"),
         ({"device": "cuda:99"}, "not available"),
     ):
         with pytest.raises(UsageError) as caught:
@@ -307,6 +309,44 @@ def test_nothing_is_written_for_bad_input(config: dict[str, Any], tmp_path: Path
         assert what in str(caught.value)
         assert caught.value.where is not None
         assert not config["store"].exists()
+
+
+def test_a_corpus_edited_during_the_run(config: dict[str, Any], tmp_path: Path, tiny_corpus: Path) -> None:
+    """No row of another text gets into the store; with the content back, the same call ends as if nothing had been."""
+    path = tmp_path / "corpus.jsonl"
+    shutil.copy(tiny_corpus, path)
+    edited = {**config, "corpus": [{"source": "jsonl", "path": str(path)}]}
+    events = phase.extract(ExtractConfig.model_validate(edited))
+    while not isinstance(next(events), phase.ShardDone):
+        pass
+    path.write_text(path.read_text().replace("e", "e "))
+    with pytest.raises(IdentityError, match="changed while it was being read") as caught:
+        list(events)
+    assert caught.value.where == str(path)
+    shutil.copy(tiny_corpus, path)
+    assert summary(run(edited)).new_shards == 3
+    run(config, store=tmp_path / "whole")
+    assert tree(config["store"]) == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_window_against_the_teachers_positions(
+    architecture: str, config: dict[str, Any], tmp_path: Path, tiny_tokenizer_dir: Path
+) -> None:
+    """`n_positions` counts as `max_position_embeddings` does; the greatest window is allowed."""
+    directory = tmp_path / "teacher"
+    shutil.copytree(tiny_tokenizer_dir, directory)
+    limit = {"llama": "max_position_embeddings", "gpt2": "n_positions"}[architecture]
+    AutoConfig.for_model(architecture, **{limit: 100, "vocab_size": 520}).save_pretrained(directory)
+    for window in (100, 101):
+        changed = {**config, "teacher": {"path": str(directory)}, "rendering": {"window": window}}
+        checked = ExtractConfig.model_validate(changed)
+        if window == 100:
+            assert survey(checked).rendering.window == 100
+        else:
+            with pytest.raises(UsageError, match="window = 101 is more than the 100 positions") as caught:
+                survey(checked)
+            assert caught.value.fix == "set rendering.window to at most 100"
 
 
 def test_out_of_memory_gives_advice(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

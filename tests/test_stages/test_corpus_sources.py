@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from stages.corpus import SOURCES, Corpus, Source, SourceSpec, open_corpus
-from storage.errors import UsageError
+from stages.corpus.files import FileState, unchanged
+from storage.errors import IdentityError, StorageUnavailableError, UsageError
 from storage.plan import canonical_json
 
 TEXTS = [f"text number {number}, é 語\nsecond line" for number in range(300)]
@@ -145,7 +147,10 @@ def test_absent_field_lists_the_fields(kind: str, tmp_path: Path) -> None:
         ('["a"]', "a line holds list"),
         ('{"text": "\\ud800"}', "lone surrogate"),
         ('{"body": "a"}', "no field 'text'; the fields are 'body'"),
+        ("[" * 100_000, "broken JSON line: .*recursion"),
+        ('{"text": "a", "number": ' + "9" * 5000 + "}", "broken JSON line: Exceeds the limit"),
     ],
+    ids=lambda value: value[:30],
 )
 def test_bad_json_line_is_named(line: str, what: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
@@ -190,6 +195,112 @@ def test_broken_parquet(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"no parquet")
     with pytest.raises(UsageError, match="not a readable Parquet file"):
         open_one(SourceSpec(source="parquet", path=str(tmp_path / "a.parquet")))
+
+
+def test_damaged_parquet_is_found_at_opening(tmp_path: Path) -> None:
+    """One flipped byte in a compressed page, and bytes that are not UTF-8: file and row group are named."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": TEXTS}), path, row_group_size=40, compression="zstd")
+    data = bytearray(path.read_bytes())
+    page = pq.ParquetFile(path).metadata.row_group(2).column(0).data_page_offset
+    data[page + 30 : page + 60] = bytes(30)
+    path.write_bytes(data)
+    with pytest.raises(UsageError, match="not a readable Parquet file") as caught:
+        open_one(SourceSpec(source="parquet", path=str(path)))
+    assert caught.value.where == f"{path}, row group 2"
+
+    latin = pa.array([b"good", b"caf\xe9"], pa.binary()).cast(pa.string(), safe=False)
+    pq.write_table(pa.table({"text": latin}), path, row_group_size=1)
+    with pytest.raises(UsageError, match="Invalid UTF8") as caught:
+        open_one(SourceSpec(source="parquet", path=str(path)))
+    assert caught.value.where == f"{path}, row group 1"
+
+
+FILE_KINDS = ("text", "jsonl", "parquet")
+
+
+def touch(path: Path) -> None:
+    """Move the time of change on by a second: a test is faster than the clock of some file systems."""
+    found = path.stat()
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns + 10**9))
+
+
+@pytest.mark.parametrize("kind", FILE_KINDS)
+@pytest.mark.parametrize("read_before", [False, True])
+def test_a_file_edited_after_the_scan_is_refused(kind: str, read_before: bool, tmp_path: Path) -> None:
+    """Same length or not: offsets and hash belong to the file that was scanned."""
+    source = SOURCES[kind](WRITERS[kind](tmp_path, TEXTS))
+    if read_before:
+        assert source.read(0, 2) == TEXTS[:2]
+    WRITERS[kind](tmp_path, [text.replace("text", "TEXT") for text in TEXTS])
+    edited = min(path for path in tmp_path.iterdir())
+    touch(edited)
+    with pytest.raises(IdentityError, match="changed while it was being read") as caught:
+        source.read(0, 2)
+    assert caught.value.where == str(edited)
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("kind", FILE_KINDS)
+def test_a_file_replaced_after_the_scan_is_refused(kind: str, tmp_path: Path) -> None:
+    """By another inode of the same size and time, as `cp -p` and `mv` leave it."""
+    source = SOURCES[kind](WRITERS[kind](tmp_path, TEXTS))
+    edited = min(path for path in tmp_path.iterdir())
+    shutil.copy2(edited, tmp_path / "copy")
+    (tmp_path / "copy").replace(edited)
+    with pytest.raises(IdentityError, match="changed while it was being read"):
+        source.read(0, 1)
+
+
+@pytest.mark.parametrize("kind", FILE_KINDS)
+def test_a_file_that_vanishes_after_the_scan(kind: str, tmp_path: Path) -> None:
+    source = SOURCES[kind](WRITERS[kind](tmp_path, TEXTS))
+    gone = min(path for path in tmp_path.iterdir())
+    gone.unlink()
+    with pytest.raises(StorageUnavailableError, match="No such file") as caught:
+        source.read(0, 1)
+    assert caught.value.where == str(gone)
+    assert caught.value.exit_code == 5
+
+
+def test_an_edit_during_the_read_outranks_what_the_read_says(tmp_path: Path) -> None:
+    """A line cut in two by an edit is reported as the edit."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("{}")
+
+    def edit_and_fail() -> None:
+        with unchanged(FileState.of(path)):
+            path.write_text("{")
+            raise UsageError("broken JSON line")
+
+    with pytest.raises(IdentityError, match="changed while it was being read"):
+        edit_and_fail()
+
+
+@pytest.mark.parametrize("kind", [*FILE_KINDS, "dataset"])
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        ("~nouser/x.txt", "no home directory is known for '~nouser/x.txt'"),
+        ("x" * 5000, "too long for the system: 'xxx"),
+        ("a\0b", "is no path: embedded null"),
+    ],
+    ids=["home", "long", "null"],
+)
+def test_paths_that_cannot_be(kind: str, path: str, what: str) -> None:
+    with pytest.raises(UsageError, match=what) as caught:
+        open_one(SourceSpec(source=kind, path=path))
+    assert caught.value.where == "corpus.path"
+
+
+def test_a_single_saved_dataset_has_one_split(tmp_path: Path) -> None:
+    for name, split in (("named", datasets.Split.TEST), ("unnamed", None)):
+        datasets.Dataset.from_dict({"text": ["a"]}, split=split).save_to_disk(str(tmp_path / name))
+    open_one(SourceSpec(source="dataset", path=str(tmp_path / "named"), split="test"))
+    open_one(SourceSpec(source="dataset", path=str(tmp_path / "unnamed")))
+    for name, found, asked in (("named", "test", "train"), ("unnamed", "train", "test")):
+        with pytest.raises(UsageError, match=f"is split '{found}', asked for is split '{asked}'"):
+            open_one(SourceSpec(source="dataset", path=str(tmp_path / name), split=asked))
 
 
 def test_unknown_dataset_offline() -> None:

@@ -69,3 +69,12 @@ def test_identity(tiny_teacher_dir: Path) -> None:
 def test_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot load a tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_a_damaged_tokenizer(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
+    """The tokenizers library raises plain `Exception`."""
+    shutil.copytree(tiny_tokenizer_dir, tmp_path, dirs_exist_ok=True)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"model": {"type": "nope"}}))
+    with pytest.raises(UsageError, match="cannot load a tokenizer"):
+        load_tokenizer(tmp_path)

@@ -26,7 +26,7 @@ from transformers import (
 from stages.devices import has_native_bfloat16, resolve_device, resolve_dtype
 from stages.teacher import BACKENDS, Teacher, find_model, load_config, teacher_identity
 from stages.teacher.head import SCALES, Head, HeadRule
-from storage.errors import UsageError
+from storage.errors import OutOfSpaceError, UsageError
 
 SIZES = {
     "vocab_size": 104,
@@ -156,6 +156,11 @@ def test_missing_model(tmp_path: Path) -> None:
         find_model("nobody/nothing")
     with pytest.raises(UsageError, match=r"no config\.json"):
         find_model(str(tmp_path))
+    with pytest.raises(UsageError, match="no home directory is known for '~nouser/x'"):
+        find_model("~nouser/x")
+    with pytest.raises(UsageError, match="too long for the system") as caught:
+        find_model("x" * 5000, key="student.path")
+    assert caught.value.where == "student.path"
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
@@ -171,6 +176,38 @@ def test_broken_or_foreign_configuration(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UsageError, match="cannot read the model's configuration"):
         load_config(find_model(str(tmp_path), weights=False))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (
+            {"hidden_size": 64},
+            r"weights have other shapes .* lm_head\.weight: \[104, 32\] in the file, \[104, 64\] asked",
+        ),
+        ({"num_attention_heads": "four"}, "Validation error for field 'num_attention_heads': TypeError"),
+        ({"num_attention_heads": 0}, "by zero"),
+        ({"num_key_value_heads": 0}, "cannot load the teacher: .*by zero"),
+        ({"hidden_act": "nope"}, "cannot load the teacher: KeyError 'nope'"),
+    ],
+    ids=str,
+)
+def test_a_configuration_with_a_broken_value(change: dict[str, object], what: str, tmp_path: Path) -> None:
+    directory = save(CONFIGS["llama"], tmp_path)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UsageError, match=what) as caught:
+        load(directory)
+    assert caught.value.where is not None
+    assert caught.value.where.startswith(str(directory))
+
+
+def test_a_teacher_larger_than_the_memory(tmp_path: Path) -> None:
+    directory = save(CONFIGS["llama"], tmp_path)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"vocab_size": 2**50}))
+    with pytest.raises(OutOfSpaceError, match="does not fit into memory"):
+        load(directory)
 
 
 def test_truncated_weights(tmp_path: Path) -> None:
