@@ -74,7 +74,7 @@ class DemoSettings:
     tokens_per_step: int = 1024
     lr: float = 1e-3
     prompt: str = "The with statement is used to"
-    new_tokens: int = 40
+    new_tokens: int = 24
 
     def extract_config(self, directory: Path) -> dict[str, Any]:
         """Return the extract configuration."""
