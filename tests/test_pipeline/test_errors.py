@@ -99,8 +99,10 @@ def test_own_errors_keep_their_words() -> None:
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "extract"), (signal.SIGINT, "extract")])
 def test_signals_end_in_75_without_a_traceback(number: signal.Signals, name: str) -> None:
     script = (
-        "import os, sys, click\n"
+        "import os, signal, click\n"
         "from pipeline.application import Application\n"
+        # A shell starts background jobs with SIGINT ignored, and children inherit that.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "main = click.group(cls=Application)(lambda: None)\n"
         f"main.command('{name}')(lambda: os.kill(os.getpid(), {int(number)}))\n"
         f"main(['{name}'], prog_name='pipeline')\n"
