@@ -5,7 +5,6 @@ Data path: run or model directory and a prompt -> **answer**. Greedy, so that th
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.evaluate import model_directory
@@ -20,6 +20,7 @@ from stages.corpus.tokenizer import load_tokenizer
 from stages.devices import resolve_device, resolve_dtype
 from stages.teacher.files import find_model
 from stages.teacher.quiet import quiet
+from stages.training.run import read_record
 from storage.errors import UsageError
 
 
@@ -75,9 +76,9 @@ def teacher_directory(path: Path) -> Path:
     record = next((place / "run.json" for place in (path, path.parent) if (place / "run.json").is_file()), None)
     if record is None:
         raise UsageError("only a run knows its teacher", where=str(path), fix="name the run directory, not a model")
-    recorded: dict[str, Any] = json.loads(record.read_bytes())["store"]["teacher"]
+    recorded = read_record(record)["store"].get("teacher")
     try:
-        return find_model(str(recorded.get("directory", ""))).directory
+        return find_model(str(recorded.get("directory", "") if isinstance(recorded, dict) else "")).directory
     except UsageError as error:
         raise UsageError(
             f"the teacher is not where it was: {error.what}", where=str(record), fix="bring it back, or ask without it"
@@ -131,7 +132,9 @@ def _load(directory: Path, device: torch.device, dtype: torch.dtype) -> PreTrain
             model: Any = AutoModelForCausalLM.from_pretrained(
                 directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
+        if "memory" in str(error).lower():
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"the model cannot be loaded: {reason}", where=str(directory)) from error
     ready: PreTrainedModel = model.to(device).eval()

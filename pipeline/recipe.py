@@ -5,26 +5,26 @@ Data path: TrainConfig and store -> **student, loss, order of tokens, schedule**
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 
 from pipeline.config.train import TrainConfig
 from stages.batches.microbatch import MicroBatch
-from stages.batches.steps import StepShape, microbatches
+from stages.batches.order import Order
+from stages.batches.steps import StepShape, microbatches, steps_of_epochs
 from stages.devices import resolve_device, resolve_dtype
-from stages.losses import FusedLinearKDLoss, KDLossConfig, build_loss_config
+from stages.losses import FusedLinearKDLoss, KDLossConfig, SparseTargets, build_loss_config
+from stages.losses.tail import prepare_teacher, resolve_tail
 from stages.student.attention import use_packed_attention
 from stages.student.identity import check_tokenizer, check_vocabulary
 from stages.student.model import Student
 from stages.student.save import CardFacts
 from stages.student.source import StudentSource, build_student
-from stages.training.checkpoint import Checkpoints, Progress
+from stages.training.checkpoint import Progress
+from stages.training.metrics import read_metrics
+from stages.training.run import RunDirectory
 from stages.training.schedule import Schedule
 from stages.training.step import Learner
 from storage.errors import IdentityError, UsageError
@@ -51,7 +51,10 @@ def build_learner(config: TrainConfig, reader: StoreReader) -> Learner:
     model.to(device)  # type: ignore[arg-type]  # transformers types this method for its own decorator
     use_packed_attention(model, config.attention)
     student = Student.of(model, dtype)
-    return Learner(student=student, loss=_loss(config, student, reader.plan.vocab_size), kd_ratio=config.kd_ratio)
+    loss = _loss(config, student, reader.plan.vocab_size)
+    if config.kd_ratio > 0.0:
+        _check_loss_fits(loss, reader)
+    return Learner(student=student, loss=loss, kd_ratio=config.kd_ratio)
 
 
 def _loss(config: TrainConfig, student: Student, vocab_size: int) -> FusedLinearKDLoss:
@@ -74,9 +77,57 @@ def _loss(config: TrainConfig, student: Student, vocab_size: int) -> FusedLinear
     return FusedLinearKDLoss(**vars(fused))
 
 
+def _check_loss_fits(loss: FusedLinearKDLoss, reader: StoreReader) -> None:
+    """Try the loss on one row with what the store's rows hold: format 1 has values at T=1 only.
+
+    Raises:
+        UsageError: the rows lack what temperature and tail policy need.
+    """
+    target, objective = reader.plan.target, loss.objective
+    head, tail = min(target.k, 1), min(target.draws, 1)
+    row = SparseTargets.from_ragged(
+        ids=np.arange(head + tail),
+        row_entries=np.array([head + tail]),
+        head_size=np.array([head]),
+        logprob=np.full(head, -1.0),
+        count=np.full(tail, target.draws),
+        tail_logit=np.zeros(1),
+        draws=target.draws,
+        entropy=np.ones(1),
+        next_logprob=np.zeros(1),
+    )
+    temperature = objective.temperature / objective.target_logits_scale
+    policy = resolve_tail(objective.tail, objective.divergence, row, temperature)
+    try:
+        prepare_teacher(row, policy, temperature, torch.zeros(1, dtype=torch.int64), torch.float32)
+    except ValueError as error:
+        if temperature == 1.0:
+            where, fix = "loss.tail", "leave loss.tail out: the best policy that the store's rows allow is taken"
+        else:
+            scaled = objective.temperature == 1.0
+            where = "loss.target_logits_scale" if scaled else "loss.temperature"
+            right = 1.0 if scaled else objective.target_logits_scale
+            bare = ("renormalize", "renormalize_both") if objective.divergence.linear else ("renormalize_both",)
+            fix = f"set {where}: {right}, or loss.tail: {' or '.join(bare)}, which needs no stored tail"
+        raise UsageError(f"the store's rows do not fit the loss: {error}", where=where, fix=fix) from error
+
+
 def step_shape(config: TrainConfig, reader: StoreReader, device: torch.device) -> StepShape:
-    """How much a step and a micro-batch hold; a micro-batch always holds the store's longest sequence."""
+    """How much a step and a micro-batch hold; a micro-batch always holds the store's longest sequence.
+
+    Raises:
+        UsageError: the configured one does not.
+    """
     window = int(reader.plan.rendering.get("window") or 0)
+    if config.tokens_per_batch != "auto" and config.tokens_per_batch < window:
+        longest = int(reader.lengths().max(initial=0))
+        if longest > config.tokens_per_batch:
+            raise UsageError(
+                f"the store's longest sequence has {longest} tokens, "
+                f"a micro-batch holds at most {config.tokens_per_batch}",
+                where="tokens_per_batch",
+                fix=f"set tokens_per_batch to at least {longest}",
+            )
     fitting = max(min(config.tokens_per_step, 2_048 if device.type == "cpu" else 16_384), window)
     return StepShape(
         tokens_per_step=config.tokens_per_step,
@@ -97,49 +148,48 @@ def schedule_of(config: TrainConfig, reader: StoreReader) -> Schedule:
     return Schedule(steps=_steps(config, reader), **config.schedule.model_dump())
 
 
+def order_of(config: TrainConfig, reader: StoreReader) -> Order:
+    """The order in which training sees the store's sequences."""
+    return Order(sequences=len(reader), seed=config.seed, digest=reader.digest)
+
+
 def _steps(config: TrainConfig, reader: StoreReader) -> int:
-    """Optimizer steps. Sequences are never cut, so a step falls short of its bound by half a sequence on average."""
+    """Optimizer steps; of epochs, exactly as many as it takes to see every sequence that often."""
     if config.steps is not None:
         return config.steps
     assert config.epochs is not None, "the configuration has one of steps and epochs"
-    shortfall = reader.tokens / max(len(reader), 1) / 2
-    filled = max(config.tokens_per_step - shortfall, config.tokens_per_step / 2)
-    return max(1, math.ceil(config.epochs * reader.tokens / filled))
+    return steps_of_epochs(reader.lengths(), order_of(config, reader), config.tokens_per_step, config.epochs)
 
 
-def check_learning_rates(
-    began: Mapping[str, Any], config: TrainConfig, reader: StoreReader, checkpoints: Checkpoints
-) -> None:
+def check_learning_rates(config: TrainConfig, schedule: Schedule, run: RunDirectory, done: int) -> None:
     """A run may be prolonged, but not so that the steps already done would have had other learning rates.
 
     Args:
-        began: the configuration that the run began with, as plain values.
         config: of the command.
-        reader: the store, which turns epochs into steps.
-        checkpoints: of the run; the newest valid one says how many steps are done.
+        schedule: of the command.
+        run: its curve tells the learning rate of each step done, whatever the configurations were until now.
+        done: steps done.
 
     Raises:
         IdentityError: they would.
-        UsageError: the configuration kept in the run directory is not one any more.
+        UsageError: the curve is damaged.
     """
-    try:
-        before = schedule_of(TrainConfig.model_validate(began), reader)
-    except ValidationError as error:
-        raise UsageError(
-            f"not a training configuration: {error.errors()[0]['msg']}",
-            where=f"{config.run}/config.yaml",
-            fix="restore it, or choose another run directory",
-        ) from error
-    now = schedule_of(config, reader)
-    if before == now:
-        return
-    done = checkpoints.newest_step()
-    if done > now.steps or any(before.factor(step) != now.factor(step) for step in range(done)):
-        raise IdentityError(
-            f"{now.steps} steps instead of {before.steps} would change the learning rates of the {done} steps done",
-            where=f"{config.run}, schedule: {config.schedule.kind}",
-            fix="choose another run directory; with schedule constant, or wsd before its decay, a run can be prolonged",
-        )
+    fix = "choose another run directory; with schedule constant, or wsd before its decay, a run can be prolonged"
+    where = f"{config.run}, schedule: {config.schedule.kind}"
+    if done > schedule.steps:
+        raise IdentityError(f"{schedule.steps} steps are fewer than the {done} steps done", where=where, fix=fix)
+    for line in read_metrics(run.metrics):
+        step, had = line["step"], line.get("lr")
+        if line.get("event") != "step" or not isinstance(step, int) or not 0 < step <= done:
+            continue
+        wanted = config.optimizer.lr * schedule.factor(step - 1)
+        if had != wanted:
+            raise IdentityError(
+                f"{schedule.steps} steps would change the learning rates of the {done} steps done: "
+                f"step {step} had {had}, would have {wanted}",
+                where=where,
+                fix=fix,
+            )
 
 
 def heldout_batches(config: TrainConfig, shape: StepShape) -> tuple[MicroBatch, ...]:
@@ -148,7 +198,8 @@ def heldout_batches(config: TrainConfig, shape: StepShape) -> tuple[MicroBatch, 
     count = min(config.validation.sequences, len(heldout))
     if count == 0:
         return ()
-    batches = microbatches(heldout.read(np.arange(count) * len(heldout) // count), shape)
+    read = heldout.read(np.arange(count) * len(heldout) // count, targets=shape.with_targets)
+    batches = microbatches(read, shape)
     return tuple(batch for batch in batches if batch.rows)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from stages.training.run import read_record
 from storage.errors import UsageError
 
 
@@ -19,12 +19,12 @@ def find_store(runs: Sequence[Path]) -> Path:
     """Return the store that the runs learned from, as the first one that knows it says.
 
     Raises:
-        UsageError: none of them is a run.
+        UsageError: none of them is a run, or its record is damaged.
     """
     for run in runs:
         record = run / "run.json"
         if record.is_file():
-            return Path(json.loads(record.read_bytes())["store"]["path"])
+            return Path(str(read_record(record)["store"].get("path", "")))
     raise UsageError(
         "none of these is a training run, so the store is not known",
         where=", ".join(str(run) for run in runs),

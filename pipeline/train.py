@@ -23,12 +23,12 @@ from pipeline.recipe import (
     check_learning_rates,
     chunk_rows,
     heldout_batches,
+    order_of,
     schedule_of,
     step_shape,
     store_facts,
 )
 from stages.batches.microbatch import MicroBatch
-from stages.batches.order import Order
 from stages.batches.steps import prefetch, training_steps
 from stages.devices import dtype_name
 from stages.student.model import Student
@@ -39,7 +39,7 @@ from stages.training.metrics import MetricsLog
 from stages.training.optimizer import AdamWSettings, build_optimizer
 from stages.training.run import Finish, RunDirectory
 from stages.training.schedule import Schedule
-from stages.training.step import Learner, optimizer_step, validate
+from stages.training.step import Learner, optimizer_step, require_finite_weights, validate
 from storage.reader import StoreReader
 
 
@@ -116,20 +116,20 @@ def train(config: TrainConfig) -> Iterator[Event]:
         UsageError: no store, no such student, sequences longer than a micro-batch.
         IdentityError: the student's tokenizer is not the store's, or the run directory belongs to another run.
         CorruptionError: the store is damaged.
-        NumericsError: loss or gradient is not finite; the newest checkpoint is untouched.
+        NumericsError: loss, gradient or weights are not finite; the newest checkpoint is untouched.
         OutOfSpaceError, StorageUnavailableError: a checkpoint, the curve or the model cannot be written.
     """
     reader = StoreReader(config.store, allow_partial=config.allow_partial)
     run = RunDirectory(path=config.run)
     with run.held():
         schedule = schedule_of(config, reader)
-        began = run.begin(config.model_dump(mode="json"), store_facts(config, reader))
+        run.begin(config.model_dump(mode="json"), store_facts(config, reader))
         done = run.finished()
         if done is not None and done.step == schedule.steps:
             yield Finished(**asdict(done), model=str(run.model), already=True)
             return
         checkpoints = Checkpoints(folder=run.checkpoints, store_digest=reader.digest, keep=config.checkpoint.keep)
-        check_learning_rates(began, config, reader, checkpoints)
+        check_learning_rates(config, schedule, run, checkpoints.newest_step())
         yield from _train(config, reader, run, checkpoints, schedule)
 
 
@@ -143,7 +143,7 @@ def _train(
     progress = checkpoints.resume(student.model, optimizer)
     shape = step_shape(config, reader, student.device)
     heldout = heldout_batches(config, shape)
-    order = Order(sequences=len(reader), seed=config.seed, digest=reader.digest)
+    order = order_of(config, reader)
     steps = islice(training_steps(reader, order, shape, cursor=progress.cursor), schedule.steps - progress.step)
     yield _started(config, reader, student, schedule, progress)
 
@@ -183,11 +183,13 @@ def _train(
                 metrics.write(_metrics_line("validation", validated))
                 yield validated
             if last or number % config.checkpoint.every == 0:
+                require_finite_weights(student.model, number)
                 metrics.sync()
                 path = checkpoints.save(student.model, optimizer, progress)
                 yield Saved(step=number, path=str(path))
             began = time.perf_counter()  # the next step's time includes waiting for its data
 
+    require_finite_weights(student.model, progress.step)
     facts = card_facts(config, reader, student, progress)
     save_student(student.model, run.model, tokenizer_files=reader.tokenizer_files(), facts=facts)
     run.finish(Finish(step=progress.step, tokens=progress.tokens, seconds=progress.seconds))
@@ -223,7 +225,7 @@ def dry_run(config: TrainConfig) -> Estimate:
     learner = build_learner(config, reader)
     student = learner.student
     shape = step_shape(config, reader, student.device)
-    order = Order(sequences=len(reader), seed=config.seed, digest=reader.digest)
+    order = order_of(config, reader)
     step = next(training_steps(reader, order, shape))
     seconds = min(_timed(learner, step.batches[0]) for _ in range(2)) / step.batches[0].tokens
     tokens = schedule.steps * step.tokens
@@ -242,7 +244,7 @@ def dry_run(config: TrainConfig) -> Estimate:
 
 def _validate(learner: Learner, heldout: tuple[MicroBatch, ...], number: int) -> Validated:
     began = time.perf_counter()
-    losses = validate(learner, heldout)
+    losses = validate(learner, heldout, number=number)
     rows = sum(batch.rows for batch in heldout)
     return Validated(**vars(losses), step=number, rows=rows, seconds=time.perf_counter() - began)
 

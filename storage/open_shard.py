@@ -188,17 +188,33 @@ class OpenShard:
             index = self._indices[name] = decode_index(tail, layout, size)
         return index
 
-    def sequences(self, first: int, end: int) -> dict[str, NDArray[Any]]:
-        """Return stored values of sequences first to end - 1, by array name; offsets as stored."""
+    @property
+    def token_offset(self) -> NDArray[np.int64]:
+        """Where each sequence begins on the token axis, and the end of the last."""
+        return self._edges["token_offset"]
+
+    def sequences(self, first: int, end: int, *, targets: bool = True) -> dict[str, NDArray[Any]]:
+        """Return stored values of sequences first to end - 1, by array name; offsets as stored.
+
+        Without targets nothing is read on the row, head and tail axes: every row is there, but empty.
+        """
         cut: dict[str, NDArray[Any]] = {}
         for name, spec in self.specs.items():
-            if name in SEQUENCE_ARRAYS:
+            if not targets and (spec.axis in ("row", "head", "tail") or name in ("head_offset", "tail_offset")):
+                cut[name] = np.zeros(self._length_without_targets(spec, first, end), spec.dtype)
+            elif name in SEQUENCE_ARRAYS:
                 cut[name] = self.values(name, first, end + (spec.axis == "sequence_edge"))
             elif spec.axis == "token_byte":
                 cut[name] = self._bits(name, *self._span("token_offset", first, end))
             else:
                 cut[name] = self.values(name, *self._span(_AXIS_EDGES[spec.axis], first, end)).reshape(-1)
         return cut
+
+    def _length_without_targets(self, spec: ArraySpec, first: int, end: int) -> int:
+        if spec.axis == "sequence_edge":
+            return end - first + 1
+        start, stop = self._span("row_offset", first, end)
+        return stop - start if spec.axis == "row" and spec.ranks is None else 0
 
     def _span(self, offsets: str, first: int, end: int) -> tuple[int, int]:
         edges = self._edges[offsets]

@@ -107,11 +107,22 @@ class StoreReader:
         """Return the teacher's tokenizer files by name, as they were."""
         return dict(self._tokenizer)
 
-    def read(self, indices: Sequence[int] | NDArray[np.integer]) -> SequenceBatch:
+    def lengths(self) -> NDArray[np.int64]:
+        """Return the tokens of each sequence, int64 [S]. Opens every shard of the split."""
+        parts = []
+        for item in self.shards:
+            try:
+                parts.append(np.diff(self._shard(item).token_offset))
+            except DamageError as error:
+                raise self._damaged(item, error) from error
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def read(self, indices: Sequence[int] | NDArray[np.integer], *, targets: bool = True) -> SequenceBatch:
         """Return sequences by their number in the split, in the order asked.
 
         Args:
             indices: numbers in range(len(self)); repeats are allowed.
+            targets: False reads no head, tail or value of a row: heads and tails are empty, values 0.
 
         Raises:
             IndexError: a number is out of range.
@@ -121,7 +132,7 @@ class StoreReader:
         if len(wanted) and (int(wanted.min()) < 0 or int(wanted.max()) >= len(self)):
             raise IndexError(f"sequence numbers {wanted.min()} to {wanted.max()}; the split has {len(self)}")
         runs = list(self._runs(wanted))
-        cuts = [self._cut(*run) for run in runs] or [self._nothing()]
+        cuts = [self._cut(*run, targets=targets) for run in runs] or [self._nothing()]
         try:
             return decode_batch(self.plan, cuts, self.remap)
         except ValueError as error:
@@ -140,9 +151,9 @@ class StoreReader:
             first = int(wanted[start] - self._starts[position[start]])
             yield self.shards[int(position[start])], first, first + end - start
 
-    def _cut(self, item: SealedShard, first: int, end: int) -> Slices:
+    def _cut(self, item: SealedShard, first: int, end: int, *, targets: bool) -> Slices:
         try:
-            return self._shard(item).sequences(first, end)
+            return self._shard(item).sequences(first, end, targets=targets)
         except DamageError as error:
             raise self._damaged(item, error) from error
 

@@ -8,9 +8,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config.base import Model
-from pipeline.config.extract import Auto, Dtype, NotNegative, Positive, Whole
+from pipeline.config.extract import Auto, Dtype, NotNegative, Positive
 
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]  # torch takes it as one int64
 
 
 class StudentConfig(Model):
@@ -42,7 +44,7 @@ class OptimizerConfig(Model):
 
     lr: Annotated[float, Field(gt=0.0)] = 3e-4
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay rates of the two moments."""
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     """Added to the denominator."""
@@ -91,7 +93,7 @@ class TrainConfig(Model):
     student: StudentConfig
     """The model that learns."""
     loss: dict[str, Any] = Field(default_factory=lambda: {"name": "KDLoss"})
-    """Registry name and fields of the loss, for example {name: KDLoss, divergence: jsd, temperature: 1.5}."""
+    """Registry name and fields of the loss, for example {name: KDLoss, divergence: jsd}."""
     kd_ratio: Unit = 0.7
     """loss = (1 - kd_ratio) * cross-entropy + kd_ratio * KD. 0 reads no targets, 1 computes no cross-entropy."""
     steps: Positive | None = None
@@ -114,8 +116,8 @@ class TrainConfig(Model):
     """When to save."""
     validation: ValidationConfig = ValidationConfig()
     """When to measure."""
-    seed: Whole = 0
-    """Seed of initialisation, order and dropout."""
+    seed: Seed = 0
+    """Seed of initialisation, order and dropout: 0 to 2**63 - 1."""
     dtype: Dtype = "auto"
     """Dtype of the student's forward (autocast); weights and optimizer stay in float32. auto: bfloat16 where fast."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -123,10 +125,13 @@ class TrainConfig(Model):
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     allow_partial: bool = False
-    """Train on the committed shards of an unfinished store; the set is frozen and recorded in the checkpoint."""
+    """Train on the committed shards of an unfinished store. The set is recorded in the run: once the store has grown,
+    the run cannot be resumed, and a new run directory is needed."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of steps and epochs")
+        if self.steps is not None and self.schedule.warmup_steps > self.steps:
+            raise ValueError(f"schedule.warmup_steps {self.schedule.warmup_steps} must not exceed steps {self.steps}")
         return self

@@ -6,6 +6,7 @@ the size of its micro-batches, so that memory can be traded for time in the midd
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,8 @@ from storage.rows import SequenceBatch
 Item = TypeVar("Item")
 # Sequences per read: enough that a store decodes whole chunks, few enough that what is read ahead stays small.
 _READ_TOKENS = 32_768
+# Positions of the order that are counted at a time.
+_POSITIONS = 2**20
 
 
 class Source(Protocol):
@@ -37,8 +40,8 @@ class Source(Protocol):
     def tokens(self) -> int:
         """Number of tokens of all sequences."""
 
-    def read(self, indices: NDArray[np.int64]) -> SequenceBatch:
-        """The sequences of these indices, in that order."""
+    def read(self, indices: NDArray[np.int64], *, targets: bool = True) -> SequenceBatch:
+        """The sequences of these indices, in that order; without targets their rows are empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +84,7 @@ def training_steps(source: Source, order: Order, shape: StepShape, *, cursor: in
     Raises:
         UsageError: a sequence is longer than a micro-batch, or the store holds no target rows at all.
     """
-    sequences = _sequences(source, order, cursor)
+    sequences = _sequences(source, order, cursor, targets=shape.with_targets)
     following = next(sequences)
     while True:
         chosen, tokens = [following], len(following.tokens)
@@ -92,6 +95,26 @@ def training_steps(source: Source, order: Order, shape: StepShape, *, cursor: in
             tokens += len(following.tokens)
         cursor += len(chosen)
         yield _step(join(chosen), shape, cursor)
+
+
+def steps_of_epochs(length_S: NDArray[np.int64], order: Order, tokens_per_step: int, epochs: float) -> int:
+    """The fewest steps of `training_steps` that hold `epochs` passes over all sequences.
+
+    Args:
+        length_S: tokens of each sequence.
+        order: in which they come.
+        tokens_per_step: as in StepShape.
+        epochs: passes, above 0.
+    """
+    positions, steps, filled = math.ceil(epochs * len(length_S)), 0, tokens_per_step
+    for start in range(0, positions, _POSITIONS):
+        length_P = length_S[order.take(start, min(_POSITIONS, positions - start))]
+        end_P = filled + np.cumsum(length_P)
+        began, at = 0, 0  # token at which the open step began, first position that it may not hold
+        while (at := max(at, int(np.searchsorted(end_P, began + tokens_per_step, side="right")))) < len(end_P):
+            steps, began, at = steps + 1, int(end_P[at] - length_P[at]), at + 1
+        filled = int(end_P[-1]) - began
+    return max(steps, 1)
 
 
 def microbatches(batch: SequenceBatch, shape: StepShape) -> tuple[MicroBatch, ...]:
@@ -124,13 +147,13 @@ def _step(batch: SequenceBatch, shape: StepShape, cursor: int) -> Step:
     return Step(batches=batches, tokens=len(batch.tokens), rows=sum(b.rows for b in batches), cursor=cursor)
 
 
-def _sequences(source: Source, order: Order, cursor: int) -> Iterator[SequenceBatch]:
+def _sequences(source: Source, order: Order, cursor: int, *, targets: bool) -> Iterator[SequenceBatch]:
     """Single sequences in order, read a block at a time."""
     if len(source) == 0:
         raise UsageError("the store has no training sequences", fix="extract more documents, or hold out fewer")
     block = max(1, min(len(source), _READ_TOKENS * len(source) // max(source.tokens, 1)))
     for start in count(cursor, block):
-        read = source.read(order.take(start, block))
+        read = source.read(order.take(start, block), targets=targets)
         waiting = deque(part(read, index, index + 1) for index in range(len(read)))
         while waiting:
             yield waiting.popleft()

@@ -17,23 +17,24 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stages.training.durable import durable_directory
-from storage.errors import OutOfSpaceError, StorageUnavailableError
+from storage.files import storage_errors
 
 logger = logging.getLogger("topk_distill.checkpoint")
 
 _MANIFEST = "manifest.json"
 _PREFIX = "step-"
+_UNUSABLE = "unusable-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,27 +82,41 @@ class Checkpoints:
             (directory / "progress.json").write_text(json.dumps(asdict(progress)))
             manifest = {"store_digest": self.store_digest, "files": _describe(directory)}
             (directory / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for old in self._newest_first()[self.keep :]:
+        older = [directory for directory in self._newest_first() if _step_of(directory) < progress.step]
+        for old in older[self.keep - 1 :]:
             shutil.rmtree(old, ignore_errors=True)
         return target
 
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-        """Load the newest checkpoint that verifies, warning of each that does not. None left: a fresh `Progress`."""
+        """Load the newest checkpoint that verifies. None left: a fresh `Progress`.
+
+        Each newer one that does not verify is told in a warning and set aside as `unusable-step-...`, so that it never
+        passes for a checkpoint of the steps that come now.
+        """
         for directory in self._newest_first():
             problem = self._problem(directory)
             if problem is None:
                 return _load(directory, model, optimizer)
-            logger.warning("checkpoint %s is damaged (%s): falling back to the one before it", directory, problem)
+            aside = directory.with_name(_UNUSABLE + directory.name)
+            logger.warning(
+                "checkpoint %s is damaged (%s): falling back to the one before it; this one is set aside as %s",
+                directory,
+                problem,
+                aside.name,
+            )
+            with storage_errors(directory):
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(directory, aside)
         return Progress()
 
     def newest_step(self) -> int:
         """Step of the newest checkpoint that verifies, 0 if there is none."""
         valid = (directory for directory in self._newest_first() if self._problem(directory) is None)
         newest = next(valid, None)
-        return 0 if newest is None else int(newest.name.removeprefix(_PREFIX))
+        return 0 if newest is None else _step_of(newest)
 
     def _newest_first(self) -> list[Path]:
-        return sorted(self.folder.glob(f"{_PREFIX}*"), reverse=True)
+        return sorted(self.folder.glob(f"{_PREFIX}{'[0-9]' * 8}"), key=_step_of, reverse=True)
 
     def _problem(self, directory: Path) -> str | None:
         """What is wrong with a checkpoint; None if its manifest verifies."""
@@ -118,6 +133,10 @@ class Checkpoints:
             if stated.get(name) != found.get(name):
                 return f"{name}: {found.get(name, 'missing')}, the manifest says {stated.get(name, 'nothing')}"
         return None
+
+
+def _step_of(directory: Path) -> int:
+    return int(directory.name.removeprefix(_PREFIX))
 
 
 def _load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
@@ -169,15 +188,7 @@ def _restore_random(states: Mapping[str, Tensor]) -> None:
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # the library's own name for what the operating system refuses
-        kind = OutOfSpaceError if "space" in str(error).lower() else StorageUnavailableError
-        raise kind(
-            f"a checkpoint cannot be written: {error}",
-            where=str(path),
-            fix="free some space, then run the same command again: older checkpoints are whole",
-        ) from error
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
 def _describe(directory: Path) -> dict[str, dict[str, object]]:

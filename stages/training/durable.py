@@ -6,11 +6,15 @@ in between leaves a temporary name that `remove_leftovers` clears away.
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from storage.faults import fault_point
 from storage.files import storage_errors
@@ -35,7 +39,8 @@ def durable_directory(target: Path, *, point: str | None = None) -> Iterator[Pat
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
-            yield temporary
+            with _safetensors_errors():
+                yield temporary
             if point is not None:
                 fault_point(f"{point}-write")
             for path in (*temporary.iterdir(), temporary):
@@ -64,6 +69,16 @@ def remove_leftovers(directory: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _safetensors_errors() -> Iterator[None]:
+    """Safetensors words what the operating system refuses as an error of its own: back to OSError."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from stages.training.durable import replace_file
+from storage.errors import UsageError
 from storage.files import storage_errors
 
 
@@ -58,7 +59,11 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, str | int | float | None]]:
-    """All whole lines of a metrics.jsonl."""
+    """All whole lines of a metrics.jsonl.
+
+    Raises:
+        UsageError: a line has no event or no step.
+    """
     return [json.loads(line) for line in _whole_lines(path)]
 
 
@@ -71,10 +76,16 @@ def _whole_lines(path: Path) -> list[bytes]:
     whole: list[bytes] = []
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:
-            complete = line.endswith(b"\n") and isinstance(json.loads(line), dict)
+            record = json.loads(line)
         except ValueError:
-            complete = False
-        if not complete:
             break
+        if not (line.endswith(b"\n") and isinstance(record, dict)):
+            break
+        if not (isinstance(record.get("step"), int) and isinstance(record.get("event"), str)):
+            raise UsageError(
+                f"line {len(whole) + 1} has no event or no step",
+                where=str(path),
+                fix="restore the file, or choose another run directory",
+            )
         whole.append(line)
     return whole

@@ -40,6 +40,9 @@ FREE_FIELDS = frozenset(
     }
 )
 
+# What a run directory holds beside run.json, and plan.json, which makes a directory a store.
+_NAMES = ("config.yaml", "metrics.jsonl", "checkpoints", "model", "plan.json")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finish:
@@ -80,8 +83,9 @@ class RunDirectory:
         """Keep other processes from training in this directory; the lock ends with the process, however it ends.
 
         Raises:
-            UsageError: another process trains here.
+            UsageError: another process trains here, or the directory holds something else than a run.
         """
+        self._require_own()
         with storage_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             lock = open(self.path / ".lock", "w")  # noqa: SIM115  # closed below
@@ -98,26 +102,34 @@ class RunDirectory:
                 remove_leftovers(directory)
             yield
 
-    def begin(self, config: Mapping[str, Any], store: Mapping[str, Any]) -> dict[str, Any]:
-        """Make this directory that run's, or check that it is. Return the configuration that the run began with.
+    def begin(self, config: Mapping[str, Any], store: Mapping[str, Any]) -> None:
+        """Make this directory that run's, or check that it is.
 
         A directory belongs to a run from its first checkpoint on: before that nothing would be lost, so that a
         configuration which failed at once can be mended and tried again.
 
         Args:
             config: of the command, as plain values.
-            store: `digest`, `id` and whatever else is worth recording about the store; `digest` is compared.
+            store: `digest`, `id` and whatever else is worth recording about the store; `digest` is compared, `id`
+                tells another store from the same one with more shards.
 
         Raises:
             IdentityError: the directory belongs to another configuration or store; every differing field is named.
+            UsageError: a file of the run is damaged.
         """
         stored = self._stored_config()
         if stored is None or not (any(self.checkpoints.glob("step-*")) or self.model.exists()):
             replace_file(self.path / "run.json", _json({"store": dict(store), "finished": None}))
             replace_file(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False).encode())
-            return dict(config)
+            return
         lines = _differences("", _semantic(stored), _semantic(config))
         began = self._record()["store"]
+        if began["digest"] != store["digest"] and began.get("id") == store.get("id") is not None:
+            raise IdentityError(
+                "the store has grown since this run began: another set of sequences comes in another order",
+                where=str(self.path),
+                fix="use a new run directory; a run on a sealed store can always be resumed",
+            )
         if began["digest"] != store["digest"]:
             lines.append(f"store digest: {began['digest']} -> {store['digest']}")
         if lines:
@@ -126,7 +138,6 @@ class RunDirectory:
                 where=str(self.path),
                 fix="choose another run directory, or go back to the configuration in its config.yaml",
             )
-        return stored
 
     def finish(self, totals: Finish) -> None:
         """Record that the run is finished: RUN/model is the student after `totals.step` steps."""
@@ -150,22 +161,53 @@ class RunDirectory:
             raise UsageError(
                 f"not YAML: {error}", where=str(path), fix="restore it, or choose another run directory"
             ) from error
-        return dict(stored)
+        if not isinstance(stored, dict):
+            raise UsageError(
+                f"expected a section of keys, found {'nothing' if stored is None else type(stored).__name__}",
+                where=str(path),
+                fix="restore it, or choose another run directory",
+            )
+        return stored
 
     def _record(self) -> dict[str, Any]:
-        path = self.path / "run.json"
-        try:
-            record: dict[str, Any] = json.loads(path.read_bytes())
-        except (FileNotFoundError, ValueError) as error:
+        return read_record(self.path / "run.json")
+
+    def _require_own(self) -> None:
+        """Training replaces files of these names, so they must be a run's: config.yaml is written before them."""
+        missing = [name for name in ("run.json", "config.yaml") if not (self.path / name).exists()]
+        found = [name for name in _NAMES if (self.path / name).exists()]
+        if missing and found:
             raise UsageError(
-                f"the run's record cannot be read: {error}", where=str(path), fix="choose another run directory"
-            ) from error
-        return record
+                f"not a run directory: it has {', '.join(found)}, but no {' and no '.join(missing)}",
+                where=str(self.path),
+                fix="name a directory of its own for the run",
+            )
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """run.json of a run: `store` with at least its `digest`, and `finished`.
+
+    Raises:
+        UsageError: it is missing, or not such a record.
+    """
+    try:
+        record: dict[str, Any] = json.loads(path.read_bytes())
+        if not isinstance(record["store"]["digest"], str):
+            raise ValueError("the store's digest is no text")
+        if record["finished"] is not None:
+            Finish(**record["finished"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UsageError(
+            f"the run's record cannot be read: {error!r}",
+            where=str(path),
+            fix="restore it, or choose another run directory",
+        ) from error
+    return record
 
 
 def _semantic(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that make a run that run, as plain JSON values."""
-    return {key: json.loads(json.dumps(value)) for key, value in config.items() if key not in FREE_FIELDS}
+    return {key: json.loads(json.dumps(value, default=str)) for key, value in config.items() if key not in FREE_FIELDS}
 
 
 def _differences(path: str, stored: Any, wanted: Any) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages.batches.microbatch import MicroBatch
 from stages.batches.steps import Step
@@ -102,8 +102,17 @@ def optimizer_step(
 
 
 @torch.no_grad()
-def validate(learner: Learner, batches: Sequence[MicroBatch]) -> Losses:
-    """The same losses over held-out micro-batches, without dropout and without moving anything."""
+def validate(learner: Learner, batches: Sequence[MicroBatch], *, number: int) -> Losses:
+    """The same losses over held-out micro-batches, without dropout and without moving anything.
+
+    Args:
+        learner: student and loss.
+        batches: held-out micro-batches.
+        number: of the last step done; for messages.
+
+    Raises:
+        NumericsError: the loss is not finite.
+    """
     model = learner.student.model
     rows = sum(batch.rows for batch in batches)
     model.train(mode=False)
@@ -111,13 +120,33 @@ def validate(learner: Learner, batches: Sequence[MicroBatch]) -> Losses:
     for batch in batches:
         sums += torch.stack(learner.parts(batch, rows))
     model.train()
-    return learner.losses(sums)
+    losses = learner.losses(sums)
+    if not math.isfinite(losses.loss):
+        raise _numerics(f"the held-out loss is {losses.loss} after step {number}", number)
+    return losses
+
+
+@torch.no_grad()
+def require_finite_weights(model: nn.Module, number: int) -> None:
+    """Check the weights before they are saved: a step may move them out of range although its gradient was finite.
+
+    Raises:
+        NumericsError: a weight is NaN or infinite after step `number`.
+    """
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise _numerics(f"{name} has a weight that is NaN or infinite after step {number}; it is not saved", number)
 
 
 def _require_finite(name: str, value: float, number: int) -> None:
     if not math.isfinite(value):
-        raise NumericsError(
-            f"the {name} is {value} at step {number}; the weights have not moved",
-            where=f"step {number}",
-            fix="lower optimizer.lr, add schedule.warmup_steps, or set dtype: float32; then run the same command again",
-        )
+        raise _numerics(f"the {name} is {value} at step {number}; the weights have not moved", number)
+
+
+def _numerics(what: str, number: int) -> NumericsError:
+    return NumericsError(
+        what,
+        where=f"step {number}",
+        fix="lower optimizer.lr, add schedule.warmup_steps, or set dtype: float32: in a new run directory if this one "
+        "has a checkpoint, which belongs to the settings it was made with",
+    )

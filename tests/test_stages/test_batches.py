@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from stages.batches.microbatch import to_microbatch
 from stages.batches.order import Order
 from stages.batches.sequences import join, lengths, pack, part
-from stages.batches.steps import Step, StepShape, microbatches, prefetch, training_steps
+from stages.batches.steps import Step, StepShape, microbatches, prefetch, steps_of_epochs, training_steps
 from storage.errors import UsageError
 from storage.reader import StoreReader
 from storage.rows import SequenceBatch
@@ -78,7 +78,7 @@ class InMemory:
     def tokens(self) -> int:
         return len(self.sequences.tokens)
 
-    def read(self, indices: NDArray[np.int64]) -> SequenceBatch:
+    def read(self, indices: NDArray[np.int64], *, targets: bool = True) -> SequenceBatch:
         self.reads.append(len(indices))
         return join([part(self.sequences, index, index + 1) for index in indices.tolist()])
 
@@ -207,6 +207,28 @@ def test_the_size_of_micro_batches_does_not_change_what_a_step_holds() -> None:
     few, many = (steps_of(source, StepShape(tokens_per_step=27, tokens_per_batch=bound), count=5) for bound in (27, 9))
     assert [tokens_of(step) for step in few] == [tokens_of(step) for step in many]
     assert max(len(step.batches) for step in few) == 1 < max(len(step.batches) for step in many)
+
+
+@pytest.mark.parametrize("epochs", [0.4, 1.0, 2.5])
+@pytest.mark.parametrize("sizes", [[8] * 40, [10] * 41, [3, 9, 5, 30, 7, 2, 8, 6]])
+@pytest.mark.parametrize("tokens_per_step", [15, 16, 20, 39])
+def test_steps_of_epochs_are_those_that_see_every_sequence_so_often(
+    epochs: float, sizes: list[int], tokens_per_step: int
+) -> None:
+    source = InMemory(make_sequences(sizes))
+    order = Order(sequences=len(sizes), seed=0, digest="x")
+    count = steps_of_epochs(lengths(source.sequences), order, tokens_per_step, epochs)
+    steps = steps_of(source, StepShape(tokens_per_step=tokens_per_step, tokens_per_batch=50), count=count)
+    cursors = [0, *(step.cursor for step in steps)]
+    assert cursors[-2] < epochs * len(sizes) <= cursors[-1]
+
+
+def test_steps_are_counted_across_blocks_of_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    length_S = np.random.default_rng(0).integers(2, 30, 50)
+    order = Order(sequences=50, seed=0, digest="x")
+    whole = steps_of_epochs(length_S, order, 20, 3.0)
+    monkeypatch.setattr("stages.batches.steps._POSITIONS", 7)
+    assert steps_of_epochs(length_S, order, 20, 3.0) == whole
 
 
 def test_a_store_without_training_sequences_is_refused() -> None:

@@ -1,0 +1,239 @@
+"""What pipeline.train refuses before the first step, and what a damaged or prolonged run does."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from pipeline.cli import main
+from pipeline.config.extract import ExtractConfig
+from pipeline.config.train import TrainConfig
+from pipeline.extract import extract
+from pipeline.train import Finished, Saved, Started, StepDone, train
+from storage.errors import CorruptionError, IdentityError, NumericsError, UsageError
+from storage.reader import StoreReader
+
+MakeConfig = Callable[..., TrainConfig]
+SMALL = {"steps": 1, "tokens_per_step": 128, "dtype": "float32", "device": "cpu", "validation": {"sequences": 4}}
+
+
+@pytest.fixture
+def configure(tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path) -> MakeConfig:
+    """A configuration of one layer and one small step, with changes."""
+
+    def make(**changes: Any) -> TrainConfig:
+        student = {"init": "layers_of_teacher", "path": str(tiny_teacher_dir), "layers": 1}
+        return TrainConfig.model_validate(
+            {"store": tiny_store, "run": tmp_path / "run", "student": student, **SMALL, **changes}
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def exact_store(tiny_extraction: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of heads without samples."""
+    path = tmp_path_factory.mktemp("exact") / "store"
+    target = {"kind": "topk", "k": 8}
+    list(extract(ExtractConfig.model_validate({**tiny_extraction, "target": target, "store": path})))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("loss", "where", "fix"),
+    [
+        ({"temperature": 2.0}, "loss.temperature", "renormalize or renormalize_both"),
+        ({"temperature": 2.0, "tail": "sampled"}, "loss.temperature", "set loss.temperature: 1.0"),
+        ({"temperature": 2.0, "divergence": "jsd"}, "loss.temperature", "loss.tail: renormalize_both"),
+        ({"target_logits_scale": 2.0}, "loss.target_logits_scale", "set loss.target_logits_scale: 1.0"),
+        ({"temperature": 2.0, "tail": "residual_to_label"}, "loss.temperature", ""),
+        ({"temperature": 3.0, "target_logits_scale": 2.0}, "loss.temperature", "set loss.temperature: 2.0"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:tail=.*biased gradient")
+def test_a_temperature_that_the_store_does_not_hold_is_refused(
+    loss: dict[str, Any], where: str, fix: str, configure: MakeConfig
+) -> None:
+    with pytest.raises(UsageError, match=r"the rows hold no|do not hold") as caught:
+        list(train(configure(loss=loss)))
+    assert caught.value.where == where
+    assert fix in (caught.value.fix or "")
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"divergence": "jsd"},
+        {"temperature": 2.0, "target_logits_scale": 2.0},
+        {"temperature": 2.0, "tail": "renormalize"},
+        {"temperature": 2.0, "tail": "renormalize_both", "divergence": "jsd"},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:tail=.*biased gradient")
+def test_what_needs_no_stored_tail_trains(loss: dict[str, Any], configure: MakeConfig) -> None:
+    assert isinstance(list(train(configure(loss=loss)))[-1], Finished)
+
+
+def test_samples_that_the_store_does_not_hold_are_refused(exact_store: Path, configure: MakeConfig) -> None:
+    with pytest.raises(UsageError, match="no tail samples") as caught:
+        list(train(configure(store=exact_store, loss={"tail": "sampled"})))
+    assert caught.value.where == "loss.tail"
+    list(train(configure(store=exact_store)))
+
+
+def test_the_loss_of_the_teacher_is_not_judged_where_it_takes_no_part(configure: MakeConfig) -> None:
+    list(train(configure(loss={"temperature": 2.0}, kd_ratio=0.0)))
+
+
+@pytest.mark.parametrize("heldout", [True, False])
+def test_weights_out_of_range_are_never_saved(heldout: bool, configure: MakeConfig, tmp_path: Path) -> None:
+    every = {"every": 1 if heldout else 100, "sequences": 4}
+    optimizer = {"lr": 1e38, "weight_decay": 1.0}
+    config = configure(optimizer=optimizer, steps=2, checkpoint={"every": 1}, validation=every)
+    with pytest.raises(NumericsError, match="held-out loss is" if heldout else "has a weight that is") as caught:
+        list(train(config))
+    assert caught.value.exit_code == 7
+    assert not (tmp_path / "run" / "model").exists()
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def stop_at(config: TrainConfig, step: int) -> int:
+    """Train until the checkpoint of a step is saved; the step at which this began."""
+    events = train(config)
+    started = next(events)
+    list(takewhile(lambda event: not isinstance(event, Saved) or event.step < step, events))
+    events.close()  # type: ignore[attr-defined]  # a generator
+    assert isinstance(started, Started)
+    return started.step
+
+
+def test_prolonging_is_judged_by_what_was_run_last(configure: MakeConfig) -> None:
+    common = {"schedule": {"kind": "wsd", "decay_steps": 2}, "checkpoint": {"every": 2}}
+    short, long = configure(steps=6, **common), configure(steps=12, **common)
+    assert stop_at(short, 2) == 0
+    assert stop_at(long, 6) == 2
+    assert stop_at(long, 8) == 6
+    with pytest.raises(IdentityError, match="6 steps are fewer than the 8 steps done"):
+        list(train(short))
+
+
+def test_a_decay_that_was_run_is_not_forgotten(configure: MakeConfig) -> None:
+    common = {"schedule": {"kind": "wsd", "decay_steps": 3}, "checkpoint": {"every": 2}}
+    long, short = configure(steps=12, **common), configure(steps=6, **common)
+    assert stop_at(long, 2) == 0
+    assert stop_at(short, 6) == 2
+    with pytest.raises(IdentityError, match="learning rates of the 6 steps done: step 5 had"):
+        list(train(long))
+
+
+def test_a_micro_batch_too_small_is_refused_before_the_first_step(tiny_store: Path, configure: MakeConfig) -> None:
+    longest = int(StoreReader(tiny_store).lengths().max())
+    with pytest.raises(UsageError, match=f"longest sequence has {longest} tokens"):
+        next(train(configure(tokens_per_batch=longest - 1)))
+    list(train(configure(tokens_per_batch=longest)))
+
+
+@pytest.mark.parametrize("tokens_per_step", [64, 100, 150])
+def test_an_epoch_is_an_epoch_and_at_most_one_step(
+    tokens_per_step: int, tiny_extraction: dict[str, Any], configure: MakeConfig, tmp_path: Path
+) -> None:
+    corpus = tmp_path / "long.txt"
+    corpus.write_text("The class statement defines a class object. " * 200)
+    even = {
+        "corpus": [{"source": "text", "path": str(corpus)}],
+        "rendering": {"window": 64},
+        "heldout": {"fraction": 0},
+    }
+    list(extract(ExtractConfig.model_validate({**tiny_extraction, **even, "store": tmp_path / "even"})))
+    reader = StoreReader(tmp_path / "even")
+    assert float((reader.lengths() == 64).mean()) > 0.9
+    config = configure(store=tmp_path / "even", steps=None, epochs=1.0, tokens_per_step=tokens_per_step)
+    trained = sum(event.tokens for event in train(config) if isinstance(event, StepDone))
+    assert reader.tokens <= trained < reader.tokens + tokens_per_step
+
+
+def copied(store: Path, target: Path) -> Path:
+    shutil.copytree(store, target)
+    return target
+
+
+def test_cross_entropy_alone_reads_no_teacher_rows(tiny_store: Path, configure: MakeConfig, tmp_path: Path) -> None:
+    store = copied(tiny_store, tmp_path / "store")
+    for name in ("head_ids", "logprob", "tail_ids", "entropy"):
+        chunks = [path for path in store.glob(f"shards/*/{name}/c/**/*") if path.is_file()]
+        assert chunks
+        for path in chunks:
+            path.write_bytes(b"")
+    plain = configure(kd_ratio=0.0, steps=3)
+    damaged = plain.model_copy(update={"store": store, "run": tmp_path / "damaged"})
+    tokens = [[e.loss for e in train(config) if isinstance(e, StepDone)] for config in (plain, damaged)]
+    assert tokens[0] == tokens[1]
+    with pytest.raises(CorruptionError):
+        list(train(configure(store=store, run=tmp_path / "kd")))
+
+
+def test_a_run_on_a_store_that_has_grown_is_refused(tiny_store: Path, configure: MakeConfig, tmp_path: Path) -> None:
+    store = copied(tiny_store, tmp_path / "store")
+    (store / "sealed.json").unlink()
+    records = {path: path.read_bytes() for path in (store / "commits").iterdir()}
+    held_back = sorted(records)[0]
+    held_back.unlink()
+    config = configure(store=store, allow_partial=True, steps=4, checkpoint={"every": 2})
+    assert stop_at(config, 2) == 0
+    assert stop_at(config, 2) == 2
+    held_back.write_bytes(records[held_back])
+    with pytest.raises(IdentityError, match="the store has grown since this run began"):
+        list(train(config))
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_store: Path, tiny_teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, and beside it its configuration file."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    student = {"init": "layers_of_teacher", "path": str(tiny_teacher_dir), "layers": 1}
+    content = {"store": str(tiny_store), "run": str(run), "student": student, **SMALL}
+    list(train(TrainConfig.model_validate(content)))
+    (run.parent / "train.yaml").write_text(yaml.safe_dump(content))
+    return run
+
+
+def pipeline(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="pipeline")
+
+
+COMMANDS: dict[str, Callable[[Path], Result]] = {
+    "train": lambda run: pipeline("train", run.parent / "train.yaml", "--set", f"run={run}"),
+    "prolong": lambda run: pipeline("train", run.parent / "train.yaml", "--set", f"run={run}", "--set", "steps=2"),
+    "eval": lambda run: pipeline("eval", run),
+    "generate": lambda run: pipeline("generate", run, "The class"),
+    "teacher": lambda run: pipeline("generate", run, "The class", "--teacher"),
+}
+TRUNCATED = "half"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "command"),
+    [
+        *[("run.json", text, command) for text in ("", "{}", "[1]") for command in ("train", "eval", "teacher")],
+        *[("config.yaml", text, "train") for text in ("", "- 1")],
+        ("metrics.jsonl", '{"event": "step"}\n', "prolong"),
+        *[("model/model.safetensors", text, "generate") for text in ("", "x" * 100, TRUNCATED)],
+    ],
+)
+def test_damaged_files_of_a_run_are_the_users_to_mend(
+    name: str, content: str, command: str, finished: Path, tmp_path: Path
+) -> None:
+    run = copied(finished, tmp_path / "run")
+    shutil.copy(finished.parent / "train.yaml", tmp_path)
+    file = run / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if content == TRUNCATED else content.encode())
+    told = COMMANDS[command](run)
+    assert told.exit_code == 2, told.stderr
+    assert str(file if "model" not in name else file.parent) in told.stderr

@@ -1,0 +1,174 @@
+"""What lies in a run directory: rotation of checkpoints, damaged and foreign files, a disk that is full."""
+
+from __future__ import annotations
+
+import errno
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from stages.student.save import CardFacts, save_student
+from stages.training.checkpoint import Checkpoints, Progress
+from stages.training.durable import durable_directory
+from stages.training.metrics import read_metrics
+from stages.training.run import RunDirectory, read_record
+from stages.training.step import require_finite_weights
+from storage.errors import DistillError, IdentityError, NumericsError, OutOfSpaceError, UsageError
+
+CONFIG = {"store": "s", "run": "r", "kd_ratio": 0.7}
+
+
+def save(checkpoints: Checkpoints, *steps: int) -> None:
+    model = nn.Linear(2, 2)
+    for step in steps:
+        checkpoints.save(model, torch.optim.AdamW(model.parameters()), Progress(step=step))
+
+
+def resume(checkpoints: Checkpoints) -> int:
+    model = nn.Linear(2, 2)
+    return checkpoints.resume(model, torch.optim.AdamW(model.parameters())).step
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_checkpoint_outlives_damaged_ones_of_later_steps(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(folder=tmp_path, store_digest="d", keep=1)
+    save(checkpoints, 2)
+    (tmp_path / "step-00000009").mkdir()
+    save(checkpoints, 3)
+    assert "step-00000003" in names(tmp_path)
+    assert "step-00000002" not in names(tmp_path)
+    assert checkpoints.newest_step() == 3
+
+
+def test_resuming_sets_newer_checkpoints_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoints = Checkpoints(folder=tmp_path, store_digest="d", keep=3)
+    save(checkpoints, 2, 4)
+    save(Checkpoints(folder=tmp_path, store_digest="e", keep=3), 6)
+    (tmp_path / "step-00000004" / "model.safetensors").write_bytes(b"")
+    for _ in range(2):
+        assert resume(checkpoints) == 2
+    assert names(tmp_path) == ["step-00000002", "unusable-step-00000004", "unusable-step-00000006"]
+    assert "set aside as unusable-step-00000006" in caplog.text
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes: the operating system refuses as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def save_model(folder: Path) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    facts = CardFacts(
+        teacher="t", store_digest="d", store_id="i", initialisation="x", loss="y", parameters=1, steps=1, tokens=1
+    )
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=512, num_key_value_heads=1, **shape))
+    with file_size_limit(16_384):
+        save_student(model, folder / "model", tokenizer_files={}, facts=facts)
+
+
+def save_checkpoint(folder: Path) -> None:
+    model = nn.Linear(128, 128)
+    with file_size_limit(16_384):
+        Checkpoints(folder=folder, store_digest="d").save(
+            model, torch.optim.AdamW(model.parameters()), Progress(step=1)
+        )
+
+
+@pytest.mark.parametrize("write", [save_model, save_checkpoint])
+def test_weights_that_the_disk_refuses_are_told(write: Callable[[Path], None], tmp_path: Path) -> None:
+    with pytest.raises(DistillError, match="File too large") as caught:
+        write(tmp_path)
+    assert caught.value.exit_code in (5, 6)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.ENOSPC, OutOfSpaceError.exit_code), (errno.EDQUOT, 6), (errno.EIO, 5)]
+)
+def test_what_safetensors_says_of_the_disk_becomes_an_exit_code(number: int, code: int, tmp_path: Path) -> None:
+    with pytest.raises(DistillError) as caught, durable_directory(tmp_path / "model"):
+        raise SafetensorError(f"Error while serializing: I/O error: refused (os error {number})")
+    assert caught.value.exit_code == code
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_told_by_name(value: float) -> None:
+    model = nn.Linear(2, 2)
+    require_finite_weights(model, 3)
+    with torch.no_grad():
+        model.bias[1] = value
+    with pytest.raises(NumericsError, match=r"bias has a weight.*after step 3") as caught:
+        require_finite_weights(model, 3)
+    assert "in a new run directory" in (caught.value.fix or "")
+
+
+@pytest.mark.parametrize("name", ["model", "checkpoints", "metrics.jsonl", "plan.json", "config.yaml"])
+def test_a_directory_of_something_else_is_left_alone(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(UsageError, match="not a run directory"), RunDirectory(path=tmp_path).held():
+        pass
+    assert names(tmp_path) == [name]
+
+
+def test_a_run_that_was_killed_at_its_birth_begins_again(tmp_path: Path) -> None:
+    run = RunDirectory(path=tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    with run.held():
+        run.begin(CONFIG, {"digest": "d"})
+    with run.held():
+        run.begin(CONFIG, {"digest": "d"})
+
+
+def test_a_partial_store_that_has_grown_needs_a_new_run_directory(tmp_path: Path) -> None:
+    run = RunDirectory(path=tmp_path)
+    run.begin(CONFIG, {"digest": "d", "id": "i"})
+    (run.checkpoints / "step-00000001").mkdir(parents=True)
+    with pytest.raises(IdentityError, match="the store has grown since this run began") as caught:
+        run.begin(CONFIG, {"digest": "e", "id": "i"})
+    assert "new run directory" in (caught.value.fix or "")
+    with pytest.raises(IdentityError, match="store digest: d -> e"):
+        run.begin(CONFIG, {"digest": "e", "id": "j"})
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", "no", '{"store": {"digest": "d"}, "finished": {"steps": 1}}', "[" * 10**5]
+)
+def test_a_record_that_is_damaged_is_told(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(UsageError, match="record cannot be read"):
+        read_record(tmp_path / "run.json")
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "3", "a: [", "\x00"])
+def test_a_stored_configuration_that_is_damaged_is_told(text: str, tmp_path: Path) -> None:
+    run = RunDirectory(path=tmp_path)
+    run.begin(CONFIG, {"digest": "d"})
+    (run.checkpoints / "step-00000001").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UsageError) as caught:
+        run.begin(CONFIG, {"digest": "d"})
+    assert caught.value.where == str(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("line", ['{"event": "step"}', '{"step": 1}', '{"event": "step", "step": "1"}'])
+def test_a_line_of_the_curve_that_names_no_step_is_told(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "step", "step": 1}\n' + line + "\n")
+    with pytest.raises(UsageError, match="line 2 has no event or no step"):
+        read_metrics(path)
