@@ -74,7 +74,7 @@ def show_estimate(estimate: Estimate, *, as_json: bool) -> None:
     about = "" if estimate.exact else "about "
     held_out = f" ({estimate.heldout_documents:,} held out)" if estimate.heldout_documents else ""
     if estimate.seconds is None or estimate.tokens_per_second is None:
-        time = "unknown until this teacher has run here once; pipeline plan --rate N assumes a rate"
+        time = "unknown until this teacher has run here with these settings; pipeline plan --rate N assumes a rate"
     else:
         rate = f"{estimate.tokens_per_second:,.0f} tokens/s ({estimate.rate_source})"
         time = f"about {duration_text(estimate.seconds)} at {rate}"
@@ -125,6 +125,7 @@ def show_status(status: Status, *, as_json: bool) -> None:
     ]
     if status.head_mass is not None:
         facts.insert(4, ("kept mass", f"{status.head_mass:.4f} of the teacher's probability is in the exact head"))
+    facts.append(("contents", f"not checked here: pipeline verify {status.path} does"))
     print_facts(facts)
     if status.missing:
         click.echo(f"{counted(status.missing, 'shard')} missing: run the same `pipeline extract` again to go on")

@@ -12,6 +12,8 @@ so that each step can be run again by hand. Interrupt it anywhere: the same comm
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -167,9 +169,8 @@ def demo(
     train_student(directory, settings, KD, timer, quiet=quiet or as_json)
     train_student(directory, settings, CE, timer, quiet=quiet or as_json)
     tell(f"4 of 5: a third, smaller student, {settings.small_layers} layers, while the teacher is out of reach")
-    (directory / "teacher").unlink()
-    train_student(directory, settings, SMALL, timer, quiet=quiet or as_json)
-    link_teacher(directory, teacher)
+    with teacher_out_of_reach(directory, teacher):
+        train_student(directory, settings, SMALL, timer, quiet=quiet or as_json)
     tell("5 of 5: all of them on held-out text, beside the teacher")
     with timed(timer, "evaluate"):
         runs = {name: directory / "runs" / name / "model" for name in (UNTRAINED, CE, KD, SMALL)}
@@ -198,6 +199,16 @@ def link_teacher(directory: Path, teacher: Path) -> None:
         raise UsageError("not a link, and the demo makes a link of that name", where=str(link), fix="move it away")
     link.unlink(missing_ok=True)
     link.symlink_to(teacher.resolve(), target_is_directory=True)
+
+
+@contextmanager
+def teacher_out_of_reach(directory: Path, teacher: Path) -> Iterator[None]:
+    """Take the link away for a while."""
+    (directory / "teacher").unlink()
+    try:
+        yield
+    finally:
+        link_teacher(directory, teacher)
 
 
 def extract_store(directory: Path, settings: DemoSettings, timer: StepTimer, *, quiet: bool) -> Estimate:
@@ -294,13 +305,23 @@ def planned_time(summary: Mapping[str, Any]) -> str:
 
 
 def next_commands(directory: Path, settings: DemoSettings) -> list[str]:
-    """Three commands to try next."""
+    """Three commands to try next, as they can be typed in this shell."""
+    program = program_name()
     return [
-        f"pipeline inspect {directory / 'store'} --sample 3",
-        f'pipeline generate {directory / "runs" / KD} "{settings.prompt}" --teacher',
-        f"pipeline train {directory / 'kd.yaml'} --set run={directory / 'runs' / 'reverse'} "
+        f"{program} inspect {directory / 'store'} --sample 3",
+        f'{program} generate {directory / "runs" / KD} "{settings.prompt}" --teacher',
+        f"{program} train {directory / 'kd.yaml'} --set run={directory / 'runs' / 'reverse'} "
         "--set loss.divergence=reverse_kl",
     ]
+
+
+def program_name() -> str:
+    """Return `pipeline` if the shell finds this environment's, else its path."""
+    own = Path(sys.executable).parent / "pipeline"
+    found = shutil.which("pipeline")
+    if found is not None and Path(found).resolve() == own.resolve():
+        return "pipeline"
+    return str(own.relative_to(Path.cwd())) if own.is_relative_to(Path.cwd()) else str(own)
 
 
 def write_report(

@@ -74,7 +74,9 @@ class Corpus:
         self.sources = tuple(sources)
         self._ends = list(accumulate(len(source) for source in self.sources))
         if len(self) == 0:
-            named = "; ".join(str(dict(source.recorded) or source.identity["kind"]) for source in self.sources)
+            named = "; ".join(
+                ", ".join(source.recorded.get("paths", ())) or str(source.identity["kind"]) for source in self.sources
+            )
             raise UsageError("the corpus is empty: no documents", where=named, fix="point corpus at files with text")
 
     def __len__(self) -> int:

@@ -43,6 +43,7 @@ def durable_directory(target: Path, *, point: str | None = None) -> Iterator[Pat
                 yield temporary
             if point is not None:
                 fault_point(f"{point}-write")
+            _use_ordinary_modes(temporary)
             for path in (*temporary.iterdir(), temporary):
                 _sync(path)
             if point is not None:
@@ -50,6 +51,17 @@ def durable_directory(target: Path, *, point: str | None = None) -> Iterator[Pat
             _put_in_place(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _use_ordinary_modes(directory: Path) -> None:
+    """Let others read the files as they may read any that this process creates: safetensors makes its own private."""
+    probe = directory / f"{_TEMPORARY}mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in directory.iterdir():
+        if path.is_file():
+            path.chmod(mode)
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline.comparison import verdict
-from pipeline.demo import DemoSettings, StepTimer, demo, link_teacher
+from pipeline.demo import DemoSettings, StepTimer, demo, link_teacher, program_name
 from storage.errors import IdentityError, UsageError
 from storage.reader import StoreReader
 from storage.status import status
@@ -85,12 +86,13 @@ def test_the_same_command_goes_on_after_an_interruption(
     finished: tuple[Path, dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Stopped while the teacher is out of reach: it is linked again, and nothing is done twice."""
+    """Stopped while the teacher is out of reach: it is linked again, and no training is done twice."""
     calls = []
 
     def interrupt(name: str) -> None:
         calls.append(name)
         if name == "small":
+            assert not (tmp_path / "teacher").exists()
             raise KeyboardInterrupt
 
     original = DemoSettings.train_config
@@ -104,7 +106,7 @@ def test_the_same_command_goes_on_after_an_interruption(
         with pytest.raises(KeyboardInterrupt):
             demo(tmp_path, teacher=tiny_teacher_dir, settings=settings, quiet=True)
     assert calls == ["kd", "ce", "small"]
-    assert not (tmp_path / "teacher").exists()
+    assert (tmp_path / "teacher").exists()
     before = (tmp_path / "runs" / "kd" / "metrics.jsonl").read_bytes()
     summary = demo(tmp_path, teacher=tiny_teacher_dir, settings=settings, quiet=True)
     assert (tmp_path / "runs" / "kd" / "metrics.jsonl").read_bytes() == before
@@ -147,6 +149,14 @@ def test_verdict_says_lost_when_lost() -> None:
     lines = verdict({"students": {"kd": scores(2.0, 5.0), "ce": scores(1.0, 4.0)}})
     assert "loses on KL (2.000 against 1.000)" in lines[0]
     assert "undecided" in lines[0]
+
+
+def test_commands_to_try_next_can_be_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert Path(program_name()).resolve() == (own / "pipeline").resolve()
+    monkeypatch.setenv("PATH", str(own))
+    assert program_name() == "pipeline"
 
 
 def test_help_names_the_demo() -> None:
