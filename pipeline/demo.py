@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -47,6 +48,7 @@ from storage.status import status
 Event = TypeVar("Event")
 
 UNTRAINED, SMALL = "untrained", "small"
+WIDTH = 110  # columns of the final text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +281,7 @@ def show_summary(
 ) -> None:
     """Write table, verdict, teacher time, answers and what to try next."""
     click.echo()
-    for line in (*table(summary), "", *verdict(summary), ""):
+    for line in (*table(summary), "", *(textwrap.fill(text, WIDTH) for text in verdict(summary)), ""):
         click.echo(line)
     timings, store = summary["timings"], summary["store"]
     click.echo(
@@ -292,7 +294,7 @@ def show_summary(
     )
     click.echo(f"\nprompt: {settings.prompt}")
     for name, text in answers.items():
-        click.echo(f"  {name:8} … {text}")
+        click.echo(f"  {name:8} … {textwrap.shorten(text, WIDTH - 13, placeholder=' …')}")
     click.echo(f"\n{directory / 'report.html'} shows all of it. Try next:")
     for command in next_commands(directory, settings):
         click.echo(f"  {command}")
