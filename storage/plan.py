@@ -30,15 +30,18 @@ class TargetSpec:
     """What is kept of the teacher's distribution at each position.
 
     Attributes:
-        kind: `topk` (exact head only) or `hybrid` (exact head and tail samples).
-        k: entries of the exact head.
-        draws: samples drawn from the tail with replacement (0 for `topk`).
+        kind: `topk` (exact head of k), `topp` (exact head of mass p, at most k), `sampled` (samples only) or `hybrid`
+            (exact head of k, and samples of the tail).
+        k: most entries of an exact head; 0 for `sampled`.
+        p: mass that the head of `topp` reaches unless k ends it first; None for other kinds.
+        draws: samples per row, drawn with replacement from what is outside of the head; 0 for exact kinds.
         seed: key of the counter-based random numbers behind the draws.
-        temperatures: temperatures other than 1 for which tail mass and entropy are stored too. None in version 1.
+        temperatures: temperatures other than 1, rising, for which tail mass and entropy are stored too.
     """
 
-    kind: Literal["topk", "hybrid"]
+    kind: Literal["topk", "topp", "sampled", "hybrid"]
     k: int
+    p: float | None = None
     draws: int = 0
     seed: int = 0
     temperatures: tuple[float, ...] = ()
@@ -87,6 +90,7 @@ class Plan:
         batching: the batch composition rule (bf16 forwards depend on it).
         codecs: codec id with parameters, by array name.
         remap_sha256: sha256 of the remap's values (frequency rank -> token id) as little-endian uint32.
+        derived_from: digest and id of the store that this one was converted from, and how; None if a teacher wrote it.
         recorded: free to differ, never compared.
     """
 
@@ -102,6 +106,7 @@ class Plan:
     batching: Mapping[str, Json]
     codecs: Mapping[str, Mapping[str, Json]]
     remap_sha256: str
+    derived_from: Mapping[str, Json] | None = None
     format_version: int = FORMAT_VERSION
     recorded: Mapping[str, Json] = field(default_factory=dict)
 
