@@ -1,17 +1,20 @@
 """Time and memory of the losses, head matrix product and backward included, beside plain cross-entropy and peers.
 
-    python benchmarks/losses.py                 a brief look: one setting, three rounds, about a minute
-    python benchmarks/losses.py --full          every setting of the table in README, 11 rounds
-    python benchmarks/losses.py --cpu-time      process time instead of wall time, for a machine that is shared
+    python -m benchmarks.losses                 a brief look: one setting, three rounds, about a minute
+    python -m benchmarks.losses --full          every setting, 11 rounds: some hours on two cores
+    python -m benchmarks.losses --full --tokens 1024 --dtype bfloat16 --save benchmarks/results
+                                                some of them, kept as losses.jsonl and losses.md
+    python -m benchmarks.losses --cpu-time      process time instead of wall time, for a machine that is shared
 
 Cases of one setting run interleaved in one process; a number is the median over rounds of the ratio to cross-entropy in
-the same round. Memory is the growth of the resident set's high-water mark in a fresh process per case (Linux).
+the same round. Memory is the growth of the resident set's high-water mark in a fresh process per case (Linux); a case
+that asks for more than half of the machine's memory is left out of the setting, and said so.
 
 Peers run where they can be imported. Put their site-packages on PYTHONPATH; they need none of their dependencies but
 trl, which needs transformers, datasets and accelerate:
 
     pip install --no-deps --target peers nemo-automodel trl liger-kernel torchtune
-    PYTHONPATH=peers python benchmarks/losses.py
+    PYTHONPATH=peers python -m benchmarks.losses
 
 Sparse rows of ours are compared with dense losses of theirs that are handed their teacher logits for nothing.
 """
@@ -19,232 +22,51 @@ Sparse rows of ours are compared with dense losses of theirs that are handed the
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import json
-import math
+import os
+import resource
 import statistics
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from stages.losses import FusedLinearCrossEntropy, FusedLinearKDLoss, KDLoss, SparseTargets, TeacherHead
-
-WIDTH = 576
+from benchmarks.loss_cases import CASES, GOALS, Inputs, Setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
-    """One row of the table."""
+class Result:
+    """One setting measured: medians of ratios to cross-entropy, and peaks in MiB (None where they cannot be had)."""
 
-    tokens: int = 1024
-    vocab: int = 49_152
-    k: int = 40
-    dtype: str = "bfloat16"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """Hidden states and head of both sides, labels, and a sparse teacher of k entries, 8 of them samples."""
-
-    hidden_ND: Tensor
-    weight_VD: Tensor
-    teacher_hidden_ND: Tensor
-    teacher_weight_VD: Tensor
-    labels_N: Tensor
-    targets: SparseTargets
-
-    @classmethod
-    def make(cls, setting: Setting) -> Inputs:
-        """Random numbers of a teacher's usual shape, made without ever holding [tokens, vocab]."""
-        torch.manual_seed(0)
-        dtype = getattr(torch, setting.dtype)
-        tokens, vocab, head = setting.tokens, setting.vocab, setting.k - 8
-        step = vocab // setting.k
-        ids_NE = (torch.randint(vocab, (tokens, 1)) + step * torch.arange(setting.k)) % vocab
-        count_NE = torch.zeros(tokens, setting.k, dtype=torch.int32)
-        count_NE[:, head:] = 1
-        logprob_NE = torch.full((tokens, setting.k), -torch.inf)
-        logprob_NE[:, :head] = torch.randn(tokens, head).log_softmax(-1).sort(-1, descending=True)[0] + math.log(0.86)
-        targets = SparseTargets(
-            ids_NE=ids_NE,
-            logprob_NE=logprob_NE,
-            head_size_N=torch.full((tokens,), head),
-            count_NE=count_NE,
-            draws=8,
-            tail_logit_N=torch.full((tokens,), math.log(0.14 / 0.86)),
-            entropy_N=torch.full((tokens,), 2.5),
-        )
-        return cls(
-            hidden_ND=torch.randn(tokens, WIDTH).to(dtype).requires_grad_(),
-            weight_VD=_weight(vocab, dtype).requires_grad_(),
-            teacher_hidden_ND=torch.randn(tokens, WIDTH).to(dtype),
-            teacher_weight_VD=_weight(vocab, dtype),
-            labels_N=torch.randint(vocab, (tokens,)),
-            targets=targets,
-        )
-
-    def teacher(self) -> TeacherHead:
-        """The teacher as hidden states and head."""
-        return TeacherHead(hidden_ND=self.teacher_hidden_ND, weight_VD=self.teacher_weight_VD)
-
-    def logits(self) -> Tensor:
-        """The student's, whole."""
-        return self.hidden_ND @ self.weight_VD.t()
-
-    def teacher_logits(self) -> Tensor:
-        """The teacher's, whole."""
-        return self.teacher_hidden_ND @ self.teacher_weight_VD.t()
+    setting: Setting
+    rounds: int
+    clock: str
+    threads: int
+    torch: str
+    cross_entropy_seconds: float
+    ratio: dict[str, float]
+    mib: dict[str, float | None]
+    left_out: dict[str, str]
 
 
-def _weight(vocab: int, dtype: torch.dtype) -> Tensor:
-    weight = torch.empty(vocab, WIDTH, dtype=dtype)
-    for start in range(0, vocab, 4096):  # no float32 copy of the whole
-        block = weight[start : start + 4096]
-        block.copy_(torch.randn(len(block), WIDTH) * 0.1)
-    return weight
-
-
-Step = Callable[[], None]
-Case = Callable[[Inputs], Step]
-
-
-def cross_entropy(inputs: Inputs) -> Step:
-    """What everything is measured against: logits in the model's precision, torch's own loss."""
-    return lambda: torch.autograd.backward(F.cross_entropy(inputs.logits(), inputs.labels_N))
-
-
-def three_products(inputs: Inputs) -> Step:
-    """The limit: logits, gradient of hidden, gradient of weight, in chunks, and nothing else."""
-
-    @torch.no_grad()
-    def step() -> None:
-        weight = inputs.weight_VD
-        gradient = torch.zeros_like(weight)
-        for rows in range(0, len(inputs.hidden_ND), 256):
-            hidden = inputs.hidden_ND[rows : rows + 256]
-            logits = hidden @ weight.t()
-            torch.mm(logits, weight)
-            gradient.addmm_(logits.t(), hidden)
-
-    return step
-
-
-def fused(divergence: str, teacher: str = "sparse") -> Case:
-    def case(inputs: Inputs) -> Step:
-        loss = FusedLinearKDLoss(divergence=divergence)
-        targets = inputs.targets if teacher == "sparse" else inputs.teacher()
-        return lambda: loss(inputs.hidden_ND, inputs.weight_VD, targets, inputs.labels_N).loss.backward()
-
-    return case
-
-
-def fused_cross_entropy(inputs: Inputs) -> Step:
-    loss = FusedLinearCrossEntropy(reduction="mean")
-    return lambda: loss(inputs.hidden_ND, inputs.labels_N, inputs.weight_VD).backward()
-
-
-def dense_logits(inputs: Inputs) -> Step:
-    loss = KDLoss()
-    teacher = inputs.teacher_logits()
-    return lambda: loss(inputs.logits(), teacher, inputs.labels_N).backward()
-
-
-def peer(load: Callable[[], Callable[[Tensor, Tensor, Tensor], Tensor]], *, free_teacher: bool) -> Case:
-    def case(inputs: Inputs) -> Step:
-        function = load()
-        given = inputs.teacher_logits() if free_teacher else None
-
-        def step() -> None:
-            teacher = inputs.teacher_logits() if given is None else given
-            torch.autograd.backward(function(inputs.logits(), teacher, inputs.labels_N))
-
-        return step
-
-    return case
-
-
-def liger(inputs: Inputs) -> Step:
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # type: ignore[import-not-found]
-
-    loss = LigerFusedLinearJSDLoss(compiled=False)
-    student, teacher = (inputs.hidden_ND, inputs.weight_VD), (inputs.teacher_hidden_ND, inputs.teacher_weight_VD)
-    return lambda: loss(*student, *teacher, inputs.labels_N).backward()
-
-
-def _file_of(distribution: str, path: str) -> Any:
-    """One file of a distribution as a module, without its package and what that imports."""
-    file = Path(str(importlib.metadata.distribution(distribution).locate_file(path)))
-    spec = importlib.util.spec_from_file_location(file.stem + "_of_" + distribution.replace("-", "_"), file)
-    if spec is None or spec.loader is None or not file.exists():
-        raise ImportError(f"{distribution} has no {path}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def load_nemo() -> Any:
-    return _file_of("nemo-automodel", "nemo_automodel/components/loss/kd_loss.py").KDLoss()
-
-
-def load_torchtune() -> Any:
-    return _file_of("torchtune", "torchtune/modules/loss/kd_losses.py").ForwardKLLoss()
-
-
-def load_trl() -> Any:
-    from trl.experimental.gkd.gkd_trainer import GKDTrainer  # type: ignore[import-not-found]
-
-    function = GKDTrainer.generalized_jsd_loss
-    return lambda student, teacher, labels: function(student[None], teacher[None], labels[None], beta=0.5)
-
-
-CASES: dict[str, Case] = {
-    "cross-entropy": cross_entropy,
-    "three products": three_products,
-    "ours: fused cross-entropy": fused_cross_entropy,
-    "ours: fused sparse forward KL + CE": fused("forward_kl"),
-    "ours: fused sparse reverse KL + CE": fused("reverse_kl"),
-    "ours: fused sparse JSD + CE": fused("jsd"),
-    "ours: fused full forward KL + CE": fused("forward_kl", "head"),
-    "ours: fused full JSD + CE": fused("jsd", "head"),
-    "ours: KDLoss on logits": dense_logits,
-    "nemo KDLoss, teacher free": peer(load_nemo, free_teacher=True),
-    "torchtune forward KL, teacher free": peer(load_torchtune, free_teacher=True),
-    "trl JSD, teacher free": peer(load_trl, free_teacher=True),
-    "nemo KDLoss": peer(load_nemo, free_teacher=False),
-    "torchtune forward KL": peer(load_torchtune, free_teacher=False),
-    "trl JSD": peer(load_trl, free_teacher=False),
-    "liger fused JSD + CE": liger,
-}
-# ours -> the largest ratio of time to cross-entropy that it may take (bfloat16), and the peers that do the same work
-GOALS: dict[str, tuple[float, tuple[str, ...]]] = {
-    "ours: fused sparse forward KL + CE": (1.0, ("nemo KDLoss, teacher free", "torchtune forward KL, teacher free")),
-    "ours: fused sparse reverse KL + CE": (1.3, ()),
-    "ours: fused sparse JSD + CE": (1.3, ("trl JSD, teacher free",)),
-    "ours: fused full forward KL + CE": (1.7, ("nemo KDLoss", "torchtune forward KL")),
-    "ours: fused full JSD + CE": (1.7, ("trl JSD", "liger fused JSD + CE")),
-}
-
-
-def ratios(setting: Setting, names: list[str], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Median over rounds of each case's time divided by cross-entropy's."""
-    inputs, steps = Inputs.make(setting), {}
+def measure(setting: Setting, names: list[str], rounds: int, clock_name: str) -> Result:
+    """Memory of each case in a process of its own, then all of them in turn in this one."""
+    mib: dict[str, float | None] = {}
+    left_out: dict[str, str] = {}
     for name in names:
         try:
-            steps[name] = CASES[name](inputs)
-            steps[name]()
-        except (ImportError, OSError) as reason:
-            print(f"  {name}: left out, {str(reason).strip().splitlines()[0]}", file=sys.stderr)
-            steps.pop(name, None)
+            mib[name] = peak_mib(setting, name)
+        except (MemoryError, ImportError) as reason:
+            left_out[name] = str(reason)
+    inputs = Inputs.make(setting)
+    steps = {name: CASES[name](inputs) for name in mib}
+    for step in steps.values():
+        step()
+    clock = {"process": time.process_time, "wall": time.perf_counter}[clock_name]
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
@@ -253,22 +75,46 @@ def ratios(setting: Setting, names: list[str], rounds: int, clock: Callable[[], 
             step()
             taken[name].append(clock() - start)
     base = taken["cross-entropy"]
-    return {name: statistics.median(a / b for a, b in zip(times, base, strict=True)) for name, times in taken.items()}
+    return Result(
+        setting=setting,
+        rounds=rounds,
+        clock=clock_name,
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        cross_entropy_seconds=statistics.median(base),
+        ratio={n: statistics.median(a / b for a, b in zip(times, base, strict=True)) for n, times in taken.items()},
+        mib=mib,
+        left_out=left_out,
+    )
 
 
 def peak_mib(setting: Setting, name: str) -> float | None:
-    """High-water mark of a fresh process over one step, in MiB beyond its inputs; None where it cannot be had."""
+    """High-water mark of a fresh process over one step, in MiB beyond its inputs; None where it cannot be had.
+
+    Raises:
+        ImportError: the case's library is not there.
+        MemoryError: it wants more than half of the machine's memory.
+    """
     argument = json.dumps({"setting": vars(setting), "case": name})
-    command = [sys.executable, __file__, "--memory-of", argument]
+    command = [sys.executable, "-m", "benchmarks.losses", "--memory-of", argument]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return float(done.stdout) if done.returncode == 0 and done.stdout.strip() else None
+    if done.returncode == 0:
+        return float(done.stdout) if done.stdout.strip() else None
+    reason = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+    if "can't allocate" in done.stderr or "MemoryError" in done.stderr or done.returncode < 0:
+        raise MemoryError("more than half of the machine's memory")
+    raise ImportError(reason)
 
 
 def _memory_of(argument: str) -> None:
     wanted = json.loads(argument)
     setting, case = Setting(**wanted["setting"]), CASES[wanted["case"]]
     case(Inputs.make(Setting(tokens=8, vocab=512, k=16, dtype=setting.dtype)))()  # libraries allocate on first use
+    half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    resource.setrlimit(resource.RLIMIT_DATA, (half, half))
     step = case(Inputs.make(setting))
+    if not Path("/proc/self/clear_refs").exists():
+        return
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = _status("VmRSS")
     step()
@@ -281,38 +127,85 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
 
 
-def report(setting: Setting, rounds: int, clock: Callable[[], float], names: list[str]) -> None:
-    """Prints one setting's table and how it stands to the goals."""
-    print(f"\n{setting.dtype}, {setting.tokens:,} tokens, V={setting.vocab:,}, k={setting.k}")
-    times = ratios(setting, names, rounds, clock)
-    memory = {name: peak_mib(setting, name) for name in times}
-    for name, value in times.items():
-        mib = memory[name]
-        print(f"  {name:<40}{value:6.2f}x  {'' if mib is None else f'{mib:7.0f} MiB'}")
-    for name, (limit, peers) in GOALS.items():
-        if name not in times:
-            continue
-        line = f"  {name}: {times[name]:.2f}x"
-        if setting.dtype == "bfloat16":
-            line += f" (allowed {limit}x: {'met' if times[name] <= limit else 'MISSED'})"
-        line += f", {times['three products']:.2f}x is the limit of three products"
-        rivals = [peer for peer in peers if peer in times]
-        if rivals:
-            best = min(rivals, key=lambda peer: times[peer])
-            line += f"; {times[best] / times[name]:.1f} times faster than {best}"
-            mine, least = memory[name], min((memory[p] or 0.0 for p in rivals), default=0.0)
-            if mine and least:
-                line += f", {least / mine:.1f} times less memory"
-        print(line)
+def table(result: Result) -> list[str]:
+    """A setting's table and how it stands to the goals, as markdown."""
+    setting = result.setting
+    lines = [
+        f"### {setting.dtype}, {setting.tokens:,} tokens, V={setting.vocab:,}, k={setting.k}",
+        "",
+        f"{result.rounds} rounds, {result.clock} time, {result.threads} threads, torch {result.torch}; "
+        f"cross-entropy {result.cross_entropy_seconds:.2f} s.",
+        "",
+        f"| {'case':<38} | time | peak MiB |",
+        "|---|---|---|",
+    ]
+    for name, value in result.ratio.items():
+        mib = result.mib[name]
+        lines.append(f"| {name:<38} | {value:.2f}x | {'-' if mib is None else f'{mib:.0f}'} |")
+    lines += [f"| {name:<38} | left out: {why} | |" for name, why in result.left_out.items()]
+    verdicts = [_verdict(result, name) for name in GOALS if name in result.ratio]
+    return [*lines, "", *[f"* {verdict}" for verdict in verdicts], ""]
+
+
+def _verdict(result: Result, name: str) -> str:
+    """One of our cases against its limit and the best peer that does the same work."""
+    limit, peers = GOALS[name]
+    time_, floor = result.ratio[name], result.ratio["three products"]
+    line = f"{name}: {time_:.2f}x"
+    if result.setting.dtype == "bfloat16":
+        line += f" (allowed {limit}x: {'met' if time_ <= limit else 'MISSED'})"
+    line += f"; the three products alone {floor:.2f}x"
+    rivals = [peer for peer in peers if peer in result.ratio]
+    if rivals:
+        best = min(rivals, key=lambda peer: result.ratio[peer])
+        line += f"; {result.ratio[best] / time_:.1f} times faster than {best}"
+        mine, least = result.mib[name], min((result.mib[peer] or 0.0 for peer in rivals), default=0.0)
+        if mine and least:
+            line += f", {least / mine:.1f} times less memory than the least of the peers"
+    return line
+
+
+def save(result: Result, folder: Path) -> None:
+    """Adds a result to losses.jsonl, in place of an earlier one of its setting, and writes losses.md anew."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "losses.jsonl"
+    kept = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    mine = json.loads(json.dumps(asdict(result)))
+    kept = [*(item for item in kept if item["setting"] != mine["setting"]), mine]
+    log.write_text("".join(json.dumps(item) + "\n" for item in kept))
+    results = [Result(**{**item, "setting": Setting(**item["setting"])}) for item in kept]
+    text = ["# Losses: time and memory", "", "Written by `python -m benchmarks.losses --save`.", ""]
+    (folder / "losses.md").write_text("\n".join(text + [line for item in results for line in table(item)]))
+
+
+def settings_of(arguments: argparse.Namespace) -> list[Setting]:
+    """The brief look, or all settings of a full one that were asked for."""
+    if not arguments.full:
+        return [Setting()]
+    return [
+        Setting(tokens=tokens, vocab=vocab, k=k, dtype=dtype)
+        for dtype in ("bfloat16", "float32")
+        for tokens in (1024, 4096)
+        for vocab in (49_152, 151_936)
+        for k in (40, 64)
+        if arguments.dtype in (None, dtype)
+        and arguments.tokens in (None, tokens)
+        and arguments.vocab in (None, vocab)
+        and arguments.k in (None, k)
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="every setting, 11 rounds")
+    for name, kind in (("dtype", str), ("tokens", int), ("vocab", int), ("k", int)):
+        parser.add_argument(f"--{name}", type=kind, help="with --full: only settings with this")
     parser.add_argument("--cpu-time", action="store_true", help="process time instead of wall time")
     parser.add_argument("--threads", type=int, help="torch threads")
     parser.add_argument("--rounds", type=int, help="repetitions of each case")
     parser.add_argument("--only", help="cases whose name holds this, beside cross-entropy and the three products")
+    parser.add_argument("--skip", help="leaves out cases whose name holds this")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep results as losses.jsonl and losses.md there")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -321,20 +214,16 @@ def main() -> None:
     if arguments.memory_of:
         _memory_of(arguments.memory_of)
         return
-    settings = [Setting()]
-    if arguments.full:
-        settings = [
-            Setting(tokens=tokens, vocab=vocab, k=k, dtype=dtype)
-            for dtype in ("bfloat16", "float32")
-            for vocab in (49_152, 151_936)
-            for tokens in (1024, 4096)
-            for k in (40, 64)
-        ]
-    names = [name for name in CASES if not arguments.only or arguments.only in name or name in list(CASES)[:2]]
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    for setting in settings:
-        report(setting, arguments.rounds or (11 if arguments.full else 3), clock, names)
+    rounds, clock = arguments.rounds or (11 if arguments.full else 3), "process" if arguments.cpu_time else "wall"
+    for setting in settings_of(arguments):
+        # How many entries a row has matters to the sparse cases only.
+        only = arguments.only or ("" if setting.k == 40 else "sparse")
+        names = [name for name in CASES if only in name or name in list(CASES)[:2]]
+        names = [name for name in names if not arguments.skip or arguments.skip not in name]
+        result = measure(setting, names, rounds, clock)
+        print("\n".join(table(result)), flush=True)
+        if arguments.save:
+            save(result, arguments.save)
 
 
 if __name__ == "__main__":
