@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from storage.chunks import ArrayLayout
+from storage.chunks import DTYPES, ArrayLayout
 from storage.codecs import logprob_codec
 from storage.plan import Plan
 
 CHUNK_UNITS = 4096  # tokens or rows per chunk, about
 
 OFFSETS = ("token_offset", "row_offset", "head_offset", "tail_offset")
-SEQUENCE_ARRAYS = (*OFFSETS, "document", "window_start")
+NUMBERS = ("tail_logit", "logsumexp", "entropy", "next_logprob")  # a row has one of each
+BY_TEMPERATURE = ("tail_logit_T", "entropy_T")  # a row has one of each for each temperature
+SEQUENCE_AXES = ("sequence", "sequence_edge")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +32,9 @@ class ArraySpec:
         axis: token, token_byte (8 positions packed into a byte), sequence, sequence_edge (sequences + 1), row, head
             or tail.
         dtype: of the stored values.
-        ranks: length of a second axis, the rank in the head; None for a flat array.
+        ranks: length of a second axis, the rank in the head or the number of the temperature; None for a flat array.
         by_rank: whether it is stored with its axes swapped, rank after rank.
+        second: name of the second axis.
     """
 
     name: str
@@ -39,6 +42,7 @@ class ArraySpec:
     dtype: np.dtype[Any]
     ranks: int | None = None
     by_rank: bool = False
+    second: str = "rank"
 
     def files(self, length: int) -> set[str]:
         """Return the names of its files: metadata, and one object unless it is empty."""
@@ -59,12 +63,13 @@ class ArraySpec:
             chunk=max(1, -(-length // pieces)),
             ranks=self.ranks,
             by_rank=self.by_rank,
+            second=self.second,
         )
 
 
 def smallest_uint(largest: int) -> np.dtype[Any]:
-    """Return the smallest of uint8, uint16 and uint32 that holds `largest`."""
-    return np.dtype(np.min_scalar_type(largest)).newbyteorder("<")
+    """Return the smaller of uint16 and uint32 that holds `largest`: pcodec takes no bytes, and beats zstd on counts."""
+    return np.dtype("<u2" if largest < 2**16 else "<u4")
 
 
 def is_even(plan: Plan, *, rows: int, head: int) -> bool:
@@ -72,7 +77,7 @@ def is_even(plan: Plan, *, rows: int, head: int) -> bool:
 
     Then `head_ids` and `logprob` have two axes, row and rank; else they are flat along the head axis.
     """
-    return rows > 0 and head == rows * plan.target.k
+    return head > 0 and head == rows * plan.target.k
 
 
 def array_specs(plan: Plan, *, end_bytes: bool, even: bool) -> Mapping[str, ArraySpec]:
@@ -84,23 +89,26 @@ def array_specs(plan: Plan, *, end_bytes: bool, even: bool) -> Mapping[str, Arra
         even: whether every head has k entries.
     """
     rank, edge = smallest_uint(plan.vocab_size - 1), np.dtype("<u8")
-    half = np.dtype("<f2")
+    codec = logprob_codec(plan.codecs["logprob"])
     rows: list[tuple[str, str, np.dtype[Any]]] = [
         ("tokens", "token", rank),
         ("has_row", "token_byte", np.dtype("u1")),
         ("token_offset", "sequence_edge", edge),
         ("row_offset", "sequence_edge", edge),
-        ("head_offset", "sequence_edge", edge),
         ("document", "sequence", edge),
         ("window_start", "sequence", np.dtype("<u4")),
-        ("head_size", "row", smallest_uint(plan.target.k)),
-        ("tail_logit", "row", half),
-        ("logsumexp", "row", half),
-        ("entropy", "row", half),
-        ("next_logprob", "row", half),
+        ("logsumexp", "row", codec.row_dtype),
+        ("entropy", "row", codec.row_dtype),
+        ("next_logprob", "row", codec.row_dtype),
     ]
     if end_bytes:
         rows.append(("token_end_byte", "token", np.dtype("<u4")))
+    if plan.target.k > 0:
+        rows += [
+            ("head_offset", "sequence_edge", edge),
+            ("head_size", "row", smallest_uint(plan.target.k)),
+            ("tail_logit", "row", codec.row_dtype),
+        ]
     if plan.target.draws > 0:
         rows += [
             ("tail_offset", "sequence_edge", edge),
@@ -109,11 +117,25 @@ def array_specs(plan: Plan, *, end_bytes: bool, even: bool) -> Mapping[str, Arra
             ("count", "tail", smallest_uint(plan.target.draws)),
         ]
     specs = {name: ArraySpec(name=name, axis=axis, dtype=dtype) for name, axis, dtype in rows}
-    head_axis, ranks = ("row", plan.target.k) if even else ("head", None)
-    codes = logprob_codec(plan.codecs["logprob"]).dtype
-    specs["head_ids"] = ArraySpec(name="head_ids", axis=head_axis, dtype=rank, ranks=ranks)
-    specs["logprob"] = ArraySpec(name="logprob", axis=head_axis, dtype=codes, ranks=ranks, by_rank=even)
+    if plan.target.k > 0:
+        head_axis, ranks = ("row", plan.target.k) if even else ("head", None)
+        specs["head_ids"] = ArraySpec(name="head_ids", axis=head_axis, dtype=rank, ranks=ranks)
+        specs["logprob"] = ArraySpec(name="logprob", axis=head_axis, dtype=codec.dtype, ranks=ranks, by_rank=even)
+    if plan.target.temperatures:
+        for name in BY_TEMPERATURE:
+            ranks = len(plan.target.temperatures)
+            specs[name] = ArraySpec(
+                name=name, axis="row", dtype=codec.row_dtype, ranks=ranks, by_rank=True, second="temperature"
+            )
+    for name, about in plan.columns.items():
+        array = column_array(name)
+        specs[array] = ArraySpec(name=array, axis=about["axis"], dtype=DTYPES[about["dtype"]])
     return specs
+
+
+def column_array(name: str) -> str:
+    """Return the name of the array that holds an added column. No other array has a name like it."""
+    return f"column_{name}"
 
 
 def array_lengths(*, sequences: int, tokens: int, rows: int, head: int, tail: int) -> dict[str, int]:

@@ -1,49 +1,50 @@
-"""A bounded cache of decoded chunks: the reader's only memory of what it has decoded."""
+"""Bounded memory of what was read last: decoded chunks, checked files, metadata of shards.
+
+Beside it a reader holds the remap, and per shard a line of the seal and half a kilobyte once it was used.
+"""
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
 
-from numpy.typing import NDArray
-
-Key = tuple[int, str, int]  # shard, array, chunk
+Value = TypeVar("Value")
 
 
-class ChunkCache:
-    """Keeps the most recently used chunks, up to a number of bytes. Safe to use from several threads.
+class BoundedCache(Generic[Value]):
+    """Keeps the most recently used values, up to a total size. For one thread at a time.
 
     Args:
-        limit: bytes of decoded values kept; 0 keeps none.
+        limit: greatest sum of the sizes of what is kept; 0 keeps nothing.
+        size: returns the size of a value.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, size: Callable[[Value], int]) -> None:
         self._limit = limit
+        self._size_of = size
         self._size = 0
-        self._chunks: OrderedDict[Key, NDArray[Any]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._kept: OrderedDict[Hashable, Value] = OrderedDict()
 
     @property
     def size(self) -> int:
-        """Bytes kept now."""
+        """Sum of the sizes of what is kept now."""
         return self._size
 
-    def get(self, key: Key) -> NDArray[Any] | None:
-        """Return a chunk, or None if it is not kept."""
-        with self._lock:
-            values = self._chunks.get(key)
-            if values is not None:
-                self._chunks.move_to_end(key)
-            return values
+    def get(self, key: Hashable) -> Value | None:
+        """Return a value, or None if it is not kept. It must not be changed."""
+        value = self._kept.get(key)
+        if value is not None:
+            self._kept.move_to_end(key)
+        return value
 
-    def put(self, key: Key, values: NDArray[Any]) -> None:
-        """Keep a chunk, and drop the least recently used ones beyond the limit. It must not be written to."""
-        with self._lock:
-            if key in self._chunks or values.nbytes > self._limit:
-                return
-            self._chunks[key] = values
-            self._size += values.nbytes
-            while self._size > self._limit:
-                _, dropped = self._chunks.popitem(last=False)
-                self._size -= dropped.nbytes
+    def put(self, key: Hashable, value: Value) -> None:
+        """Keep a value under a new key, and drop the least recently used ones beyond the limit."""
+        size = self._size_of(value)
+        if key in self._kept or size > self._limit:
+            return
+        self._kept[key] = value
+        self._size += size
+        while self._size > self._limit:
+            _, dropped = self._kept.popitem(last=False)
+            self._size -= self._size_of(dropped)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -24,7 +25,7 @@ from pcodec import ChunkConfig, PagingSpec, standalone
 
 from storage.plan import Json, canonical_json
 
-PCODEC_LEVEL = 10
+PCODEC_LEVEL = 11
 SMALLEST_PAGE = 512  # rows
 LARGEST_PAGE = 1 << 18  # values, the default of pcodec and numcodecs
 ZSTD_LEVEL = 9
@@ -110,12 +111,13 @@ class ArrayLayout:
     """Shape and chunking of one array: all that varies in its zarr.json.
 
     Attributes:
-        axis: name of its axis, or of the other one than `rank`.
+        axis: name of its axis, or of the first of two.
         dtype: type of its values.
         length: of that axis.
         chunk: positions of that axis in each inner chunk; the last chunk is padded with poison.
-        ranks: length of the axis `rank`, which is never cut; None for a flat array.
+        ranks: length of a second axis, which is never cut; None for a flat array.
         by_rank: whether the array is stored with its axes swapped, rank after rank.
+        second: name of the second axis.
     """
 
     axis: str
@@ -124,6 +126,7 @@ class ArrayLayout:
     chunk: int
     ranks: int | None = None
     by_rank: bool = False
+    second: str = "rank"
 
     @property
     def chunk_shape(self) -> tuple[int, ...]:
@@ -171,7 +174,7 @@ class ArrayLayout:
             "fill_value": "NaN" if self.dtype.kind == "f" else int(poison(self.dtype)),
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
             "attributes": {},
-            "dimension_names": self._shape(self.axis, "rank"),
+            "dimension_names": self._shape(self.axis, self.second),
         }
 
     def _shape(self, length: Json, ranks: Json = None) -> list[Json]:
@@ -186,8 +189,16 @@ class ArrayLayout:
         return canonical_json(self.metadata())
 
     @classmethod
+    @lru_cache(maxsize=1024)  # arrays on the same axis have the same zarr.json
     def from_metadata(
-        cls, data: bytes, *, axis: str, dtype: np.dtype[Any], ranks: int | None = None, by_rank: bool = False
+        cls,
+        data: bytes,
+        *,
+        axis: str,
+        dtype: np.dtype[Any],
+        ranks: int | None = None,
+        by_rank: bool = False,
+        second: str = "rank",
     ) -> ArrayLayout:
         """Read a zarr.json, accepting only what this module would have written for some length and chunk.
 
@@ -203,7 +214,7 @@ class ArrayLayout:
             raise ValueError(f"zarr.json is not an array of this format: {error!r}") from error
         if type(length) is not int or type(chunk) is not int or not 0 < chunk <= max(1, length):
             raise ValueError(f"zarr.json states length {length!r} and chunk {chunk!r}")
-        layout = cls(axis=axis, dtype=dtype, length=length, chunk=chunk, ranks=ranks, by_rank=by_rank)
+        layout = cls(axis=axis, dtype=dtype, length=length, chunk=chunk, ranks=ranks, by_rank=by_rank, second=second)
         if layout.metadata_bytes() != data:
             raise ValueError("zarr.json has codecs or fields that this format does not have")
         return layout
@@ -233,14 +244,16 @@ def encode_array(values: NDArray[Any], layout: ArrayLayout) -> bytes:
 
 
 def decode_inner(data: bytes | memoryview, layout: ArrayLayout) -> NDArray[Any]:
-    """Decode one inner chunk of an array, padding included: [chunk], or [chunk, ranks]. Raises ValueError."""
+    """Decode one inner chunk of an array as it is stored, padding included. Raises ValueError.
+
+    Returns:
+        [chunk], [chunk, ranks], or by rank [ranks, chunk].
+    """
     flat = decode_chunk(data, layout.dtype, math.prod(layout.chunk_shape))
-    if layout.by_rank:
-        return np.ascontiguousarray(flat.reshape(layout.chunk_shape[::-1]).T)
-    return flat.reshape(layout.chunk_shape)
+    return flat.reshape(layout.chunk_shape[::-1] if layout.by_rank else layout.chunk_shape)
 
 
-def decode_index(data: bytes, layout: ArrayLayout, size: int) -> NDArray[np.uint64]:
+def decode_index(data: bytes | memoryview, layout: ArrayLayout, size: int) -> NDArray[np.uint64]:
     """Read the index: offset and size of each chunk, [chunks, 2].
 
     Args:
@@ -251,9 +264,10 @@ def decode_index(data: bytes, layout: ArrayLayout, size: int) -> NDArray[np.uint
     Raises:
         ValueError: the checksum is wrong, or the chunks do not tile the object.
     """
-    if len(data) != layout.index_bytes or _crc(data[:-CRC_BYTES]) != data[-CRC_BYTES:]:
+    body, crc = bytes(data[:-CRC_BYTES]), bytes(data[-CRC_BYTES:])  # copies: a view would keep the whole object alive
+    if len(data) != layout.index_bytes or _crc(body) != crc:
         raise ValueError("crc32c of the chunk index does not agree with its content")
-    index = np.frombuffer(data[:-CRC_BYTES], dtype="<u8").reshape(-1, 2)
+    index = np.frombuffer(body, dtype="<u8").reshape(-1, 2)
     ends = np.cumsum(index[:, 1])
     if not np.array_equal(index[:, 0], ends - index[:, 1]) or int(ends[-1]) + layout.index_bytes != size:
         raise ValueError("the chunk index does not tile the object")

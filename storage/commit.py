@@ -106,6 +106,10 @@ class StoreWriter:
         committed = self.committed()
         return [spec for spec in self._manifest.shards if spec.index not in committed]
 
+    def is_committed(self, shard: ShardSpec) -> bool:
+        """Tell whether a shard has a commit record now, without reading it."""
+        return self._files.exists(record_name(shard.index))
+
     def commit(self, shard: ShardSpec, batch: SequenceBatch) -> CommitRecord:
         """Write a shard and commit it. If it is committed already, what is stored stays and is returned.
 
@@ -120,10 +124,12 @@ class StoreWriter:
         """
         check_batch(self.plan, shard, batch)
         objects = encode_shard(self.plan, shard, batch, self._rank)
-        mine = CommitRecord.of(self.plan.store_id, shard, objects, counts_of(batch))
+        mine = CommitRecord.of(self.plan.store_id, shard, objects, counts_of(self.plan, batch))
         fault_point("encoded")
         stored = self._manifest.record(shard)
-        if stored is None:
+        if stored is not None:
+            self._files.settle(COMMITS)
+        else:
             self._write_directory(mine, objects)
             fault_point("record-write")
             self._files.create(record_name(shard.index), mine.to_json(), point="record")
@@ -146,18 +152,28 @@ class StoreWriter:
         """Seal the store once every shard is committed, and return its digest; None while shards are missing.
 
         Raises:
-            CorruptionError: the seal there does not agree with the records.
+            CorruptionError: the seal there does not agree with the records, or a committed shard is gone.
         """
         if self.missing():
             return None
         seal = Seal.of(self.plan.store_id, self._records.values())
+        self._files.settle(COMMITS)  # a record that another process has just linked may not be durable yet
         stored = self._manifest.seal()
-        if stored is None:
+        if stored is not None:
+            self._files.settle(".")
+        else:
+            self._check_directories()
             self._files.create(SEAL, seal.to_json(), point="seal")
             stored = self._manifest.seal()
         if stored != seal:
             raise damaged_file(self._files.root, SEAL, "it does not agree with the commit records")
         return seal.digest
+
+    def _check_directories(self) -> None:
+        """A repair that was cut off leaves records of shards that it has moved away: such a store is not whole."""
+        for record in self._records.values():
+            if not self._files.exists(record.path):
+                raise damaged_shard(self._files.root, record.spec(), "its directory is missing", name=record.path)
 
     def _write_directory(self, record: CommitRecord, objects: Mapping[str, bytes]) -> None:
         """Step 4: the directory exists, whole and durable, when this returns."""
@@ -196,12 +212,10 @@ class StoreWriter:
 
 
 def _check_arguments(plan: Plan, remap: NDArray[np.uint32], tokenizer_files: Mapping[str, bytes]) -> None:
-    if plan.target.temperatures:
-        raise UsageError(
-            f"temperatures {plan.target.temperatures}: format version {plan.format_version} stores temperature 1 only",
-            where="plan: target.temperatures",
-            fix="leave `temperatures` empty",
-        )
+    try:
+        plan.target.check()
+    except ValueError as error:
+        raise UsageError(f"the plan's target: {error}", where="plan: target") from error
     if len(remap) != plan.vocab_size or not is_permutation(remap) or remap_sha256(remap) != plan.remap_sha256:
         raise UsageError(
             f"the remap of {len(remap)} ids is not the one that the plan names (vocabulary {plan.vocab_size})",
@@ -218,15 +232,18 @@ def _check_arguments(plan: Plan, remap: NDArray[np.uint32], tokenizer_files: Map
 
 
 def _refuse_foreign(files: LocalFiles) -> None:
+    """Refuse a directory that is in use for something else, unless another process has just made a store of it."""
     if files.root.exists() and not files.root.is_dir():
         raise UsageError("the store's path is a file", where=str(files.root), fix="name a directory")
-    if files.entries(COMMITS):
+    records, foreign = files.entries(COMMITS), sorted(files.entries() - _BEFORE_PLAN)
+    if files.read(PLAN) is not None:
+        return
+    if records:
         raise UsageError(
             "plan.json is missing, but there are commit records",
             where=str(files.root),
             fix="bring plan.json back from a copy, or name another directory",
         )
-    foreign = sorted(files.entries() - _BEFORE_PLAN)
     if foreign:
         raise UsageError(
             f"the directory is not empty and not a store: it holds {', '.join(foreign[:3])}",

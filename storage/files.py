@@ -26,6 +26,7 @@ QUARANTINE = "quarantine"
 PARALLEL_SYNCS = 8
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
+_NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOTSUP}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -35,7 +36,7 @@ def sha256(data: bytes) -> str:
 
 
 @contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
+def storage_errors(path: Path | str) -> Iterator[None]:
     """Turn an OSError inside into an error of ours that names `path`.
 
     Raises:
@@ -48,7 +49,7 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise _translated(error, path) from error
 
 
-def _translated(error: OSError, path: Path) -> DistillError:
+def _translated(error: OSError, path: Path | str) -> DistillError:
     reason = error.strerror or str(error)
     if error.errno in _NO_SPACE:
         return OutOfSpaceError(
@@ -97,7 +98,7 @@ class LocalFiles:
 
     def read_stamped(self, name: str) -> tuple[bytes, Stamp] | None:
         """Return the content of a file and its stamp, or None if there is no such file."""
-        path = self.root / name
+        path = f"{self.root}/{name}"  # a Path would take longer to build than the file to open
         with storage_errors(path):
             try:
                 with open(path, "rb") as file:
@@ -106,31 +107,42 @@ class LocalFiles:
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 return None
 
-    def read_range(self, name: str, start: int, size: int, stamp: Stamp) -> bytes | None:
-        """Return `size` bytes from `start`, or None if the file is gone or no longer the one with this stamp."""
-        path = self.root / name
+    def read_range(self, name: str, start: int, size: int, stamp: int) -> bytes | None:
+        """Return `size` bytes from `start`, or None if the file is gone or its stamp no longer has this hash."""
+        path = f"{self.root}/{name}"
         with storage_errors(path):
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except (FileNotFoundError, NotADirectoryError):
                 return None
             try:
-                if Stamp.of(os.fstat(descriptor)) != stamp:
+                if hash(Stamp.of(os.fstat(descriptor))) != stamp:
                     return None
                 return os.pread(descriptor, size, start)
             finally:
                 os.close(descriptor)
 
     def prepare(self, *directories: str) -> None:
-        """Create the root and the named directories in it, durably, where they are missing."""
+        """Create the root and the named directories in it where they are missing, and make all of them durable.
+
+        What is there already is synced too: the process that made it may have died before it could.
+        """
         with storage_errors(self.root):
-            created = [path for path in (self.root, *self.root.parents) if not path.exists()]
-            self.root.mkdir(parents=True, exist_ok=True)
-            for path in created:
+            missing = [path for path in (self.root, *self.root.parents) if not path.exists()]
+            there = missing[-1].parent if missing else self.root
+            _sync_if_possible(there.parent)
+            for path in reversed(missing):
+                _make_directory(path)
                 _sync_directory(path.parent)
             for name in directories:
-                (self.root / name).mkdir(exist_ok=True)
+                _make_directory(self.root / name)
+                _sync_directory(self.root / name)
             _sync_directory(self.root)
+
+    def settle(self, name: str) -> None:
+        """Make durable what any process has created in a directory: it may have died, or sleep, before it could."""
+        with storage_errors(self.root / name):
+            _sync_directory(self.root / name)
 
     def create(self, name: str, data: bytes, *, point: str | None = None) -> bool:
         """Create a file whole, exclusively and durably. Return False if the name is taken.
@@ -228,7 +240,8 @@ class LocalFiles:
         if self.exists(target):
             target += f".{os.urandom(4).hex()}"
         with storage_errors(path):
-            (self.root / QUARANTINE).mkdir(exist_ok=True)
+            _make_directory(self.root / QUARANTINE)
+            _sync_directory(self.root)
             try:
                 os.rename(path, self.root / target)
             except FileNotFoundError:
@@ -248,8 +261,21 @@ class LocalFiles:
             _sync_directory((self.root / name).parent)
             shutil.rmtree(temporary, ignore_errors=True)
 
+    def remove(self, name: str) -> None:
+        """Remove a file or directory that nothing refers to, if it is there."""
+        path = self.root / name
+        with storage_errors(path):
+            try:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    os.unlink(path)
+            except FileNotFoundError:
+                return
+            _sync_directory(path.parent)
+
     def _temporary(self) -> Path:
-        (self.root / TEMPORARY).mkdir(exist_ok=True)
+        _make_directory(self.root / TEMPORARY)
         return self.root / TEMPORARY / f"{os.getpid()}-{os.urandom(6).hex()}"
 
 
@@ -265,19 +291,26 @@ def _write_tree(root: Path, objects: Mapping[str, bytes], point: str) -> None:
     systems join them, and it takes a twentieth of that.
     """
     folders = {root}
-    root.mkdir()
+    os.mkdir(root)
     with ExitStack() as opened:
         descriptors = []
         for name, data in objects.items():
             path = root / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            folders.update(parent for parent in path.parents if parent.is_relative_to(root))
+            for parent in reversed(path.parents):
+                if parent.is_relative_to(root) and parent not in folders:
+                    os.mkdir(parent)
+                    folders.add(parent)
             fault_point(f"{point}-write")
             descriptors.append(_open(path, _CREATE, opened))
             _write(descriptors[-1], data)
         descriptors += [_open(folder, _DIRECTORY, opened) for folder in sorted(folders)]
         with ThreadPoolExecutor(PARALLEL_SYNCS) as pool:
             list(pool.map(os.fsync, descriptors))
+
+
+def _make_directory(path: Path) -> None:
+    with suppress(FileExistsError):
+        os.mkdir(path)
 
 
 def _write_synced(path: Path, data: bytes) -> None:
@@ -290,6 +323,15 @@ def _write_synced(path: Path, data: bytes) -> None:
 def _sync_directory(path: Path) -> None:
     with ExitStack() as opened:
         os.fsync(_open(path, _DIRECTORY, opened))
+
+
+def _sync_if_possible(path: Path) -> None:
+    """Sync a directory that need not be ours; where that cannot be done, no process of ours has written there."""
+    try:
+        _sync_directory(path)
+    except OSError as error:
+        if error.errno not in _NOT_OURS:
+            raise
 
 
 def _open(path: Path, flags: int, opened: ExitStack) -> int:

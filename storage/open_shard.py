@@ -11,14 +11,15 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.arrays import OFFSETS, SEQUENCE_ARRAYS, ArraySpec, array_specs, is_even
-from storage.cache import ChunkCache
+from storage.arrays import OFFSETS, SEQUENCE_AXES, ArraySpec, array_specs, is_even
+from storage.cache import BoundedCache
 from storage.chunks import ArrayLayout, decode_index, decode_inner
-from storage.files import LocalFiles, Stamp, sha256
+from storage.files import LocalFiles, sha256
 from storage.plan import Plan
 from storage.records import CommitRecord
 from storage.shard import GROUP, axis_lengths, read_group
 
+ChunkCache = BoundedCache[Any]  # decoded chunks (arrays), and checked files (memoryviews)
 _AXIS_EDGES = {"row": "row_offset", "head": "head_offset", "tail": "tail_offset", "token": "token_offset"}
 
 
@@ -43,26 +44,42 @@ class Objects(Protocol):
         """Return a whole file."""
         ...
 
-    def part(self, name: str, start: int, size: int) -> bytes:
+    def part(self, name: str, start: int, size: int) -> bytes | memoryview:
         """Return `size` bytes of a file from `start`."""
         ...
+
+
+def no_stamps(record: CommitRecord) -> NDArray[np.int64]:
+    """Return what `CommittedObjects` knows of files none of which was checked: zeros."""
+    return np.zeros(len(record.objects), np.int64)
+
+
+def chunk_cache(limit: int) -> ChunkCache:
+    """Return a cache for open shards that holds up to `limit` bytes."""
+    return BoundedCache(limit, lambda value: int(value.nbytes))
 
 
 class CommittedObjects:
     """The files that a commit record names, each checked for size and sha256 before its first use.
 
-    After that, parts are read alone as long as the file is the one that was checked (inode, size, modification time);
-    chunks carry their own crc32c besides.
+    After that, parts come from the bytes that were checked while the cache holds them, and else are read alone as long
+    as the file is the one that was checked (inode, size, modification time); chunks carry their own crc32c besides.
 
     Args:
         files: of the store.
         record: of the shard.
+        cache: for files that were checked, shared between shards.
+        checked: int64, for each file the hash of its stamp once it was checked, else 0; new ones are noted here.
     """
 
-    def __init__(self, files: LocalFiles, record: CommitRecord) -> None:
+    def __init__(
+        self, files: LocalFiles, record: CommitRecord, cache: ChunkCache, checked: NDArray[np.int64] | None = None
+    ) -> None:
         self._files = files
         self._record = record
-        self._checked: dict[str, Stamp] = {}
+        self._cache = cache
+        self._checked = no_stamps(record) if checked is None else checked
+        self._place = {name: place for place, name in enumerate(record.objects)}
 
     def whole(self, name: str) -> bytes:
         """Read a file and check it against the record."""
@@ -76,17 +93,22 @@ class CommittedObjects:
             raise DamageError(f"{size}; the commit record says {expected.size}", name)
         if sha256(data) != expected.sha256:
             raise DamageError("its sha256 is not the one in the commit record", name)
-        self._checked[name] = stamp
+        self._checked[self._place[name]] = hash(stamp)
         return data
 
-    def part(self, name: str, start: int, size: int) -> bytes:
+    def part(self, name: str, start: int, size: int) -> bytes | memoryview:
         """Read a part of a file; all of it the first time, or when the file has been replaced."""
-        stamp = self._checked.get(name)
-        if stamp is not None:
+        key = (self._record.shard, name)
+        whole: memoryview | None = self._cache.get(key)
+        stamp = int(self._checked[self._place[name]])
+        if whole is None and stamp:
             data = self._files.read_range(f"{self._record.path}/{name}", start, size, stamp)
             if data is not None:
                 return data
-        return self.whole(name)[start : start + size]
+        if whole is None:
+            whole = memoryview(self.whole(name))
+            self._cache.put(key, whole)
+        return whole[start : start + size]
 
 
 class OpenShard:
@@ -130,7 +152,12 @@ class OpenShard:
         name = f"{spec.name}/zarr.json"
         try:
             layout = ArrayLayout.from_metadata(
-                self._objects.whole(name), axis=spec.axis, dtype=spec.dtype, ranks=spec.ranks, by_rank=spec.by_rank
+                self._objects.whole(name),
+                axis=spec.axis,
+                dtype=spec.dtype,
+                ranks=spec.ranks,
+                by_rank=spec.by_rank,
+                second=spec.second,
             )
         except DamageError:
             raise
@@ -148,28 +175,30 @@ class OpenShard:
         return values
 
     def values(self, name: str, start: int, end: int) -> NDArray[Any]:
-        """Return stored values [end - start] or [end - start, ranks] of an array, positions start to end - 1.
+        """Return stored values of an array, positions start to end - 1: [N], [N, ranks], or by rank [ranks, N].
 
         The result may be a view of the cache: do not write to it.
         """
         layout = self.layouts[name]
         if start >= end:
-            return np.zeros((0, *layout.chunk_shape[1:]), layout.dtype)
-        first, last = start // layout.chunk, (end - 1) // layout.chunk
-        parts = [self._chunk(name, number) for number in range(first, last + 1)]
-        joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return joined[start - first * layout.chunk : end - first * layout.chunk]
+            empty = (0, *layout.chunk_shape[1:])
+            return np.zeros(empty[::-1] if layout.by_rank else empty, layout.dtype)
+        parts = []
+        for number in range(start // layout.chunk, -(-end // layout.chunk)):
+            begin, chunk = number * layout.chunk, self._chunk(name, number)
+            cut = slice(max(start - begin, 0), end - begin)
+            parts.append(chunk[:, cut] if layout.by_rank else chunk[cut])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=int(layout.by_rank))
 
     def _chunk(self, name: str, number: int) -> NDArray[Any]:
         key = (self._number, name, number)
-        cached = self._cache.get(key)
-        if cached is not None:
-            return cached
+        kept: NDArray[Any] | None = self._cache.get(key)
+        if kept is not None:
+            return kept
         layout = self.layouts[name]
         path = f"{name}/{layout.key}"
         try:
-            index = self._index(name)
-            offset, size = (int(value) for value in index[number])
+            offset, size = self._index(name)[number].tolist()
             decoded = decode_inner(self._objects.part(path, offset, size), layout)
         except DamageError:
             raise
@@ -202,12 +231,12 @@ class OpenShard:
         for name, spec in self.specs.items():
             if not targets and (spec.axis in ("row", "head", "tail") or name in ("head_offset", "tail_offset")):
                 cut[name] = np.zeros(self._length_without_targets(spec, first, end), spec.dtype)
-            elif name in SEQUENCE_ARRAYS:
+            elif spec.axis in SEQUENCE_AXES:
                 cut[name] = self.values(name, first, end + (spec.axis == "sequence_edge"))
             elif spec.axis == "token_byte":
                 cut[name] = self._bits(name, *self._span("token_offset", first, end))
             else:
-                cut[name] = self.values(name, *self._span(_AXIS_EDGES[spec.axis], first, end)).reshape(-1)
+                cut[name] = self.values(name, *self._span(_AXIS_EDGES[spec.axis], first, end))
         return cut
 
     def _length_without_targets(self, spec: ArraySpec, first: int, end: int) -> int:

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal
 
 from storage.errors import UsageError
@@ -17,6 +21,10 @@ from storage.errors import UsageError
 Json = Any  # a JSON value: dict, list, str, int, float, bool or None
 Split = Literal["train", "heldout"]
 FORMAT_VERSION = 1
+COLUMN_AXES = ("row", "sequence")
+COLUMN_DTYPES = ("uint8", "uint16", "uint32", "uint64", "float16", "float32")
+_COLUMN_NAME = re.compile("[a-z][a-z0-9_]{0,62}")
+LARGEST_DRAWS = 65_535  # a shard holds counts of draws as uint16
 
 
 def canonical_json(value: Json) -> bytes:
@@ -45,6 +53,44 @@ class TargetSpec:
     draws: int = 0
     seed: int = 0
     temperatures: tuple[float, ...] = ()
+
+    def check(self) -> None:
+        """Check that the fields fit the kind. Raises ValueError."""
+        if self.kind == "sampled" and self.k != 0:
+            raise ValueError(f"kind sampled has no exact head, found k: {self.k}; kind hybrid has both")
+        if self.kind != "sampled" and self.k < 1:
+            raise ValueError(f"kind {self.kind} needs k > 0, found k: {self.k}; kind sampled stores no head")
+        if self.kind == "topp" and self.p is None:
+            raise ValueError("kind topp needs p, the mass that its head reaches, such as p: 0.95")
+        if self.kind != "topp" and self.p is not None:
+            raise ValueError(f"p belongs to kind topp, found p: {self.p} with kind {self.kind}")
+        if self.p is not None and not 0.0 < self.p <= 1.0:
+            raise ValueError(f"p must be above 0 and at most 1, found p: {self.p}")
+        if self.kind in ("topk", "topp") and self.draws != 0:
+            raise ValueError(f"kind {self.kind} draws no samples, found draws: {self.draws}; kind hybrid has both")
+        if self.kind in ("sampled", "hybrid") and not 0 < self.draws <= LARGEST_DRAWS:
+            raise ValueError(f"kind {self.kind} needs draws from 1 to {LARGEST_DRAWS}, found draws: {self.draws}")
+        self._check_temperatures()
+
+    def describe(self) -> str:
+        """Say in words what a row holds."""
+        head = {
+            "topk": f"{self.k} exact entries",
+            "topp": f"exact entries up to mass {self.p}, at most {self.k}",
+            "sampled": f"{self.draws} draws of the whole distribution",
+            "hybrid": f"{self.k} exact entries, {self.draws} tail draws",
+        }[self.kind]
+        stored = ", ".join(f"{value:g}" for value in (1.0, *self.temperatures))
+        return f"{self.kind}: {head}" + (f"; temperatures {stored}" if self.temperatures else "")
+
+    def _check_temperatures(self) -> None:
+        values = self.temperatures
+        if self.kind == "sampled" and values:
+            raise ValueError("temperatures say how an exact head and its tail share the mass; kind sampled has no head")
+        if not all(math.isfinite(value) and value > 0.0 and value != 1.0 for value in values):
+            raise ValueError(f"temperatures must be above 0 and other than 1 (always stored), found {list(values)}")
+        if any(right <= left for left, right in pairwise(values)):
+            raise ValueError(f"temperatures must rise, found {list(values)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +137,7 @@ class Plan:
         codecs: codec id with parameters, by array name.
         remap_sha256: sha256 of the remap's values (frequency rank -> token id) as little-endian uint32.
         derived_from: digest and id of the store that this one was converted from, and how; None if a teacher wrote it.
+        columns: values that a conversion added, by name: `{"axis": "row" or "sequence", "dtype": ...}`.
         recorded: free to differ, never compared.
     """
 
@@ -107,6 +154,7 @@ class Plan:
     codecs: Mapping[str, Mapping[str, Json]]
     remap_sha256: str
     derived_from: Mapping[str, Json] | None = None
+    columns: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     recorded: Mapping[str, Json] = field(default_factory=dict)
 
@@ -114,9 +162,11 @@ class Plan:
         """Return the fields that make up the identity, as plain JSON values."""
         values = asdict(self)
         del values["recorded"]
+        if not values["columns"]:
+            del values["columns"]  # a plan without columns says nothing of them
         return json.loads(canonical_json(values))  # type: ignore[no-any-return]
 
-    @property
+    @cached_property
     def store_id(self) -> str:
         """Sha256 (hex) of the canonical JSON of the semantic fields."""
         return hashlib.sha256(canonical_json(self.semantic())).hexdigest()
@@ -152,6 +202,7 @@ class Plan:
         content["heldout"] = HeldoutRule(**content["heldout"])
         content["corpus"] = tuple(content["corpus"])
         plan = cls(**content)
+        check_columns(plan.columns)
         if plan.store_id != stated:
             raise ValueError(f"the store id says {stated}, the content is {plan.store_id}")
         if plan.to_json() != data:
@@ -185,12 +236,21 @@ class Plan:
         return [number for number in numbers if self.heldout.holds_out(number) == wanted]
 
 
+def check_columns(columns: Mapping[str, Mapping[str, str]]) -> None:
+    """Check the names, axes and types of columns. Raises ValueError."""
+    for name, about in columns.items():
+        if not _COLUMN_NAME.fullmatch(name):
+            raise ValueError(f"column {name!r}: a name is a letter, then up to 62 of a-z, 0-9 and _")
+        if about.keys() != {"axis", "dtype"} or about["axis"] not in COLUMN_AXES or about["dtype"] not in COLUMN_DTYPES:
+            raise ValueError(f"column {name}: {dict(about)} is no axis of {COLUMN_AXES} and dtype of {COLUMN_DTYPES}")
+
+
 def difference(stored: Plan, wanted: Plan) -> list[str]:
     """One line per semantic field in which two plans differ: `path: stored -> wanted`."""
     lines: list[str] = []
     for item in fields(Plan):
         if item.name != "recorded":
-            _compare(item.name, stored.semantic()[item.name], wanted.semantic()[item.name], lines)
+            _compare(item.name, stored.semantic().get(item.name), wanted.semantic().get(item.name), lines)
     return lines
 
 

@@ -1,13 +1,14 @@
 """The reader: sequences of a store by number, in any order, and not one damaged row.
 
 Data path: seal -> records -> verified shards -> chunks -> **`SequenceBatch`** -> training. Opening reads the plan, the
-remap, the tokenizer's files and the seal; a shard's record and metadata are read and checked when it is first used, and
-each array's object before its first value is. State is never found by listing a directory.
+remap and the seal; a shard's record and metadata are read and checked when it is first used, each array's object before
+its first value is, and the tokenizer's files when they are asked for. State is never found by listing a directory.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,28 +17,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.arrays import array_specs
-from storage.cache import ChunkCache
+from storage.cache import BoundedCache
 from storage.damage import damaged_shard
+from storage.decode import Slices, decode_batch
 from storage.errors import CorruptionError, UsageError
 from storage.files import LocalFiles, sha256
 from storage.manifest import Manifest, tokenizer_hashes
-from storage.open_shard import CommittedObjects, DamageError, OpenShard
+from storage.open_shard import CommittedObjects, DamageError, OpenShard, chunk_cache, no_stamps
 from storage.plan import Plan, Split
 from storage.records import CommitRecord, Seal, SealedShard, record_name
 from storage.rows import SequenceBatch
-from storage.shard import Slices, decode_batch
 
+Indices = Sequence[int] | NDArray[np.integer]
 CACHE_BYTES = 256 * 2**20
+OPEN_SHARDS = 128  # whose metadata is kept, about 40 kB each
 
 
 class StoreReader:
-    """A store open for reading one of its splits.
+    """A store open for reading one of its splits. Threads may share it: one loads at a time, all decode.
 
     Args:
         path: the store's directory.
         split: `train` or `heldout`; sequences of the other split cannot be reached.
         allow_partial: read an unsealed store as the set of shards that are committed now.
-        cache_bytes: bound on the decoded chunks kept in memory.
+        cache_bytes: bound on what is kept in memory of shards: decoded chunks and checked files.
 
     Attributes:
         plan: of the store.
@@ -63,12 +66,13 @@ class StoreReader:
             raise UsageError(f"split {split!r} is neither 'train' nor 'heldout'")
         self._files = LocalFiles(Path(path))
         self._manifest = Manifest.open(self._files)
-        self._cache = ChunkCache(cache_bytes)
-        self._open: dict[int, OpenShard] = {}
+        self._cache = chunk_cache(cache_bytes)
+        self._loading = threading.Lock()  # held while shards are opened and chunks loaded, not while rows are decoded
+        self._checked: dict[int, NDArray[np.int64]] = {}  # of shards that were used, half a kilobyte each
+        self._open: BoundedCache[OpenShard] = BoundedCache(OPEN_SHARDS, lambda shard: 1)
         self.plan: Plan = self._manifest.plan
         self.split: Split = split
         self.remap: NDArray[np.uint32] = self._manifest.remap()
-        self._tokenizer = {name: self._manifest.tokenizer_file(name) for name in tokenizer_hashes(self.plan)}
         seal = self._sealed(allow_partial)
         self.digest: str = seal.digest
         self.shards: tuple[SealedShard, ...] = tuple(item for item in seal.shards if item.split == split)
@@ -104,20 +108,21 @@ class StoreReader:
         return sum(item.tokens for item in self.shards)
 
     def tokenizer_files(self) -> dict[str, bytes]:
-        """Return the teacher's tokenizer files by name, as they were."""
-        return dict(self._tokenizer)
+        """Return the teacher's tokenizer files by name, as they were; each is checked by its hash here."""
+        return {name: self._manifest.tokenizer_file(name) for name in tokenizer_hashes(self.plan)}
 
     def lengths(self) -> NDArray[np.int64]:
         """Return the tokens of each sequence, int64 [S]. Opens every shard of the split."""
         parts = []
         for item in self.shards:
             try:
-                parts.append(np.diff(self._shard(item).token_offset))
+                with self._loading:
+                    parts.append(np.diff(self._shard(item).token_offset))
             except DamageError as error:
                 raise self._damaged(item, error) from error
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
-    def read(self, indices: Sequence[int] | NDArray[np.integer], *, targets: bool = True) -> SequenceBatch:
+    def read(self, indices: Indices, *, targets: bool = True) -> SequenceBatch:
         """Return sequences by their number in the split, in the order asked.
 
         Args:
@@ -153,7 +158,8 @@ class StoreReader:
 
     def _cut(self, item: SealedShard, first: int, end: int, *, targets: bool) -> Slices:
         try:
-            return self._shard(item).sequences(first, end, targets=targets)
+            with self._loading:
+                return self._shard(item).sequences(first, end, targets=targets)
         except DamageError as error:
             raise self._damaged(item, error) from error
 
@@ -172,8 +178,10 @@ class StoreReader:
         shard = self._open.get(item.shard)
         if shard is None:
             record = self._record(item)
-            shard = OpenShard(self.plan, record, CommittedObjects(self._files, record), self._cache)
-            self._open[item.shard] = shard
+            checked = self._checked.setdefault(item.shard, no_stamps(record))
+            objects = CommittedObjects(self._files, record, self._cache, checked)
+            shard = OpenShard(self.plan, record, objects, self._cache)
+            self._open.put(item.shard, shard)
         return shard
 
     def _record(self, item: SealedShard) -> CommitRecord:

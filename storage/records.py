@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from storage.files import sha256
@@ -109,7 +109,8 @@ class CommitRecord:
 
     def to_json(self) -> bytes:
         """Return the content of the record's file."""
-        return _signed({**asdict(self), "format_version": FORMAT_VERSION})
+        content = {**vars(self), "objects": _listing(self.objects), "counts": vars(self.counts)}
+        return _signed({**content, "format_version": FORMAT_VERSION})
 
     @classmethod
     def from_json(cls, data: bytes) -> CommitRecord:
@@ -123,7 +124,7 @@ class CommitRecord:
         content["counts"] = Counts(**content["counts"])
         record = cls(**content)
         numbers = [item.size for item in record.objects.values()]
-        numbers += [value for name, value in asdict(record.counts).items() if name != "head_mass"]
+        numbers += [value for name, value in vars(record.counts).items() if name != "head_mass"]
         if not all(type(number) is int and number >= 0 for number in [record.shard, *numbers]):
             raise ValueError("sizes and counts must be whole numbers")
         if record.directory != directory_name(record.shard, record.objects):
@@ -133,8 +134,12 @@ class CommitRecord:
 
 def directory_name(shard: int, objects: Mapping[str, StoredObject]) -> str:
     """Return the content-derived name of a shard's directory: `<shard>-<16 hex digits>`."""
-    listing = canonical_json({name: asdict(item) for name, item in objects.items()})
-    return f"{shard:06d}-{sha256(listing)[:DIRECTORY_HASH_DIGITS]}"
+    return f"{shard:06d}-{sha256(canonical_json(_listing(objects)))[:DIRECTORY_HASH_DIGITS]}"
+
+
+def _listing(objects: Mapping[str, StoredObject]) -> dict[str, Json]:
+    # Not `asdict`: it takes ten times as long, for each of a shard's forty files.
+    return {name: {"size": item.size, "sha256": item.sha256} for name, item in objects.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +189,8 @@ class Seal:
 
     def to_json(self) -> bytes:
         """Return the content of the seal's file."""
-        return _signed({**asdict(self), "format_version": FORMAT_VERSION})
+        shards = [vars(item) for item in self.shards]
+        return _signed({"store_id": self.store_id, "shards": shards, "format_version": FORMAT_VERSION})
 
     @property
     def digest(self) -> str:

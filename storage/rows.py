@@ -3,12 +3,14 @@
 Phase 1 fills a `SequenceBatch` per shard and hands it to the writer; the reader hands the same type to phase 2.
 
 Axis legend: T tokens, S sequences, R rows, H head entries, C tail entries (distinct sampled ids), all concatenated
-over the batch; X+1 marks an offset array whose first value is 0 and last value the length of the axis.
+over the batch; P temperatures; X+1 marks an offset array whose first value is 0 and last value the length of the axis.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +39,12 @@ class SequenceBatch:
         entropy: float32 [R], teacher entropy at temperature 1, nats.
         next_logprob: float32 [R], teacher log-probability of the token that follows.
         draws: tail samples per row; 0 for exact kinds.
+        temperatures: the P temperatures other than 1 for which the rows hold the next two, rising.
+        tail_logit_T: float32 [R, P], tail_logit at each temperature; None without temperatures, or if rows were read
+            without targets.
+        entropy_T: float32 [R, P], teacher entropy at each temperature, nats; None likewise.
+        row_columns, sequence_columns: values that a conversion added, by name, [R] and [S]; None without. Zeros in
+            rows that were read without targets.
     """
 
     tokens: NDArray[np.uint32]
@@ -58,7 +66,12 @@ class SequenceBatch:
     logsumexp: NDArray[np.float32]
     entropy: NDArray[np.float32]
     next_logprob: NDArray[np.float32]
-    draws: int = field(default=0)
+    draws: int = 0
+    temperatures: tuple[float, ...] = ()
+    tail_logit_T: NDArray[np.float32] | None = None
+    entropy_T: NDArray[np.float32] | None = None
+    row_columns: Mapping[str, NDArray[Any]] | None = None
+    sequence_columns: Mapping[str, NDArray[Any]] | None = None
 
     def __len__(self) -> int:
         """Return the number of sequences."""

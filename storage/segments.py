@@ -5,6 +5,7 @@ Axis legend: R rows, N entries of all rows concatenated; `size_R` holds the entr
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,6 @@ def row_starts(size_R: NDArray[np.int32]) -> NDArray[np.int64]:
     offset = np.zeros(len(size_R) + 1, dtype=np.int64)
     np.cumsum(size_R, out=offset[1:])
     return offset
-
-
-def constant_size(size_R: NDArray[np.int32]) -> int | None:
-    """Return the size that all rows share, or None if they differ or there is no entry at all."""
-    if len(size_R) == 0 or size_R[0] == 0 or np.any(size_R != size_R[0]):
-        return None
-    return int(size_R[0])
 
 
 def diff_rows(values_N: NDArray[Any], size_R: NDArray[np.int32]) -> NDArray[Any]:
@@ -37,14 +31,32 @@ def diff_rows(values_N: NDArray[Any], size_R: NDArray[np.int32]) -> NDArray[Any]
     return out
 
 
-def cumsum_rows(deltas_N: NDArray[Any], size_R: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Undo `diff_rows`: running sums within each row, int64 [N]."""
-    k = constant_size(size_R)
-    if k is not None:
-        return np.cumsum(deltas_N.reshape(-1, k), axis=1, dtype=np.int64).reshape(-1)
-    total = np.cumsum(deltas_N, dtype=np.int64)
+def cumsum_rows(deltas_N: NDArray[Any], size_R: NDArray[np.int32]) -> NDArray[Any]:
+    """Undo `diff_rows`: running sums within each row [N], as unsigned integers that hold them.
+
+    The running sum over all rows may wrap around; what a row adds to it does not.
+    """
+    narrow = deltas_N.dtype.itemsize <= 2 and size_R.max(initial=0) <= 1 << 16
+    total: NDArray[Any] = np.cumsum(deltas_N, dtype=np.uint32 if narrow else np.uint64)
     if len(total) == 0:
         return total
-    before = np.concatenate([[0], total])[row_starts(size_R)[:-1]]
-    within: NDArray[np.int64] = total - np.repeat(before, size_R)
-    return within
+    filled = size_R > 0
+    start = row_starts(size_R)[:-1][filled]
+    before = total[start - 1]
+    before[:1] = 0
+    total -= np.repeat(before, size_R[filled])
+    return total
+
+
+def sum_ranks(deltas_KR: NDArray[Any]) -> NDArray[Any]:
+    """Undo `diff_rows` for rows that all have K entries, stored rank after rank: [K, R], in the type of the input.
+
+    Raises:
+        ValueError: a sum is beyond the largest number of that type.
+    """
+    sums_KR = deltas_KR.copy()
+    for before, here in pairwise(sums_KR):
+        np.add(before, here, out=here)
+    if np.any(sums_KR[1:] < sums_KR[:-1]):
+        raise ValueError(f"the codes of a row sum beyond {np.iinfo(sums_KR.dtype).max}")
+    return sums_KR

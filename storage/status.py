@@ -9,7 +9,27 @@ from pathlib import Path
 from storage.files import QUARANTINE, TEMPORARY, LocalFiles
 from storage.manifest import Manifest
 from storage.plan import Split
-from storage.records import CommitRecord
+from storage.records import CommitRecord, record_name
+
+NEWEST = 10  # commits that a pace is taken from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How fast the newest shards came, by the times that the file system gives their records.
+
+    It holds for all workers together, and for pauses between runs too.
+
+    Attributes:
+        shards, rows: committed after the oldest of the newest `NEWEST` records.
+        seconds: from that record to the newest.
+        rows_per_second: rows / seconds.
+    """
+
+    shards: int
+    rows: int
+    seconds: float
+    rows_per_second: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +40,8 @@ class Status:
         path: of the store.
         store_id: hash of the plan.
         teacher: its name as recorded, if it is.
-        kind, k, draws: what is stored per row.
+        kind, k, p, draws, temperatures: what is stored per row, as in the plan.
+        contents: the same in words.
         digest: sha256 of the seal; None while it is not sealed.
         shards, committed, missing: number of shards of the plan, committed and not.
         documents: of the plan, before filters.
@@ -29,7 +50,8 @@ class Status:
         bytes: of every file of the store, without temporary and quarantined ones.
         bytes_per_row: bytes / rows, all-in; None without rows.
         shard_bytes_per_row: the same for shards, records and seal alone: what grows with the corpus.
-        head_mass: mean probability that the exact head keeps; None without rows.
+        head_mass: mean probability that the exact head keeps; None without rows or without heads.
+        pace: of a store that is not finished; None if it is, or if there are too few records to tell.
     """
 
     path: str
@@ -37,7 +59,10 @@ class Status:
     teacher: str | None
     kind: str
     k: int
+    p: float | None
     draws: int
+    temperatures: tuple[float, ...]
+    contents: str
     digest: str | None
     shards: int
     committed: int
@@ -51,6 +76,7 @@ class Status:
     bytes_per_row: float | None
     shard_bytes_per_row: float | None
     head_mass: float | None
+    pace: Pace | None
 
 
 def status(path: str | os.PathLike[str]) -> Status:
@@ -72,7 +98,10 @@ def status(path: str | os.PathLike[str]) -> Status:
         teacher=plan.recorded.get("teacher", {}).get("name"),
         kind=plan.target.kind,
         k=plan.target.k,
+        p=plan.target.p,
         draws=plan.target.draws,
+        temperatures=plan.target.temperatures,
+        contents=plan.target.describe(),
         digest=None if seal is None else seal.digest,
         shards=len(manifest.shards),
         committed=len(records),
@@ -85,8 +114,23 @@ def status(path: str | os.PathLike[str]) -> Status:
         bytes=size,
         bytes_per_row=size / rows if rows else None,
         shard_bytes_per_row=growing / rows if rows else None,
-        head_mass=sum(record.counts.head_mass * record.counts.rows for record in records) / rows if rows else None,
+        head_mass=_head_mass(records) if rows and plan.target.k else None,
+        pace=_pace(files, records) if seal is None else None,
     )
+
+
+def _pace(files: LocalFiles, records: list[CommitRecord]) -> Pace | None:
+    found = [(files.read_stamped(record_name(record.shard)), record) for record in records]
+    newest = sorted((item[1].modified, record.counts.rows) for item, record in found if item is not None)[-NEWEST:]
+    seconds = (newest[-1][0] - newest[0][0]) / 1e9 if newest else 0.0
+    if seconds <= 0.0:
+        return None
+    rows = sum(count for _, count in newest[1:])
+    return Pace(shards=len(newest) - 1, rows=rows, seconds=seconds, rows_per_second=rows / seconds)
+
+
+def _head_mass(records: list[CommitRecord]) -> float:
+    return sum(record.counts.head_mass * record.counts.rows for record in records) / _rows(records)
 
 
 def _rows(records: list[CommitRecord], split: Split | None = None) -> int:

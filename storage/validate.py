@@ -2,7 +2,7 @@
 
 Data path: `SequenceBatch` -> **check_batch** -> encode. Every message names the document of the offending row.
 
-Axis legend: T tokens, S sequences, R rows, H head entries, C tail entries.
+Axis legend: T tokens, S sequences, R rows, H head entries, C tail entries; _T alone marks values by temperature.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.arrays import BY_TEMPERATURE
 from storage.errors import NumericsError
 from storage.plan import Plan, ShardSpec
 from storage.rows import SequenceBatch
@@ -40,6 +41,7 @@ def check_batch(plan: Plan, spec: ShardSpec, batch: SequenceBatch) -> None:
         ValueError: shapes, counts, order, ids or documents contradict each other or the plan.
     """
     _check_shapes(batch)
+    _check_columns(plan, batch)
     _check_offsets(batch)
     _check_documents(plan, spec, batch)
     _check_rows(plan, batch)
@@ -63,6 +65,26 @@ def _check_shapes(batch: SequenceBatch) -> None:
                 raise ValueError(f"{name} has shape {shape}; axis {axis} has length {lengths[axis]}")
     if batch.token_end_byte is not None and batch.token_end_byte.shape != batch.tokens.shape:
         raise ValueError(f"token_end_byte has shape {batch.token_end_byte.shape}, tokens {batch.tokens.shape}")
+    for name in BY_TEMPERATURE:
+        wanted = (batch.rows, len(batch.temperatures)) if batch.temperatures else ()
+        found = np.shape(getattr(batch, name))
+        if found != wanted:
+            raise ValueError(f"{name} has shape {found}; expected {wanted} for temperatures {batch.temperatures}")
+
+
+def _check_columns(plan: Plan, batch: SequenceBatch) -> None:
+    """Added columns are those of the plan, of its types, with a value per row or sequence."""
+    for axis, columns, length in (
+        ("row", batch.row_columns or {}, batch.rows),
+        ("sequence", batch.sequence_columns or {}, len(batch)),
+    ):
+        wanted = {name: about["dtype"] for name, about in plan.columns.items() if about["axis"] == axis}
+        found = {name: column.dtype.name for name, column in columns.items()}
+        if found != wanted:
+            raise ValueError(f"the batch has {axis} columns {found}, the plan {wanted}")
+        for name, column in columns.items():
+            if column.shape != (length,):
+                raise ValueError(f"column {name} has shape {column.shape}; there are {length} values of axis {axis}")
 
 
 def _check_offsets(batch: SequenceBatch) -> None:
@@ -117,6 +139,8 @@ def _check_rows(plan: Plan, batch: SequenceBatch) -> None:
         raise ValueError(f"the last token of a sequence has a row{_of_sequence(batch, int(wrong[0]))}")
     if batch.draws != plan.target.draws:
         raise ValueError(f"the batch has {batch.draws} draws per row, the plan {plan.target.draws}")
+    if batch.temperatures != plan.target.temperatures:
+        raise ValueError(f"the batch has temperatures {batch.temperatures}, the plan {plan.target.temperatures}")
     largest = min(plan.target.k, plan.vocab_size)
     _refuse(batch, batch.head_size > largest, f"head_size exceeds k = {largest}")
     drawn = np.bincount(np.repeat(np.arange(batch.rows), batch.tail_size), weights=batch.count, minlength=batch.rows)
@@ -139,6 +163,11 @@ def _check_numbers(batch: SequenceBatch) -> None:
         _refuse(batch, too_large, f"{name} is beyond {LARGEST_HALF:.0f}", NumericsError)
     _refuse(batch, batch.next_logprob > ROUNDING, "next_logprob is positive", NumericsError)
     _refuse(batch, batch.entropy < -ROUNDING, "entropy is negative", NumericsError)
+    if batch.tail_logit_T is not None and batch.entropy_T is not None:
+        for at, tail_logit, entropy in zip(batch.temperatures, batch.tail_logit_T.T, batch.entropy_T.T, strict=True):
+            _refuse(batch, np.isnan(tail_logit), f"tail_logit_T is NaN at temperature {at}", NumericsError)
+            legal = (entropy >= -ROUNDING) & (entropy <= LARGEST_HALF)
+            _refuse(batch, ~legal, f"entropy_T is negative or no number at temperature {at}", NumericsError)
     _refuse_entry(batch, ~np.isfinite(batch.logprob), batch.head_size, "logprob is not finite", NumericsError)
     _refuse_entry(batch, batch.logprob > ROUNDING, batch.head_size, "logprob is positive", NumericsError)
     _check_mass(batch)

@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.cache import ChunkCache
+from storage.decode import decode_batch
 from storage.errors import CorruptionError, DistillError
 from storage.files import QUARANTINE, TEMPORARY, LocalFiles, sha256
 from storage.manifest import Manifest, tokenizer_hashes, tokenizer_name
-from storage.open_shard import CommittedObjects, DamageError, OpenShard
+from storage.open_shard import CommittedObjects, DamageError, OpenShard, chunk_cache
 from storage.plan import ShardSpec
 from storage.records import COMMITS, PLAN, REMAP, SEAL, SHARDS, TOKENIZER, CommitRecord, Seal, record_name
-from storage.shard import counts_of, decode_batch
+from storage.shard import counts_of
 from storage.validate import check_batch
 
 HEAD_MASS_TOLERANCE = 1e-5  # sums may be rounded otherwise on another machine
@@ -168,7 +168,7 @@ def _check_shard(manifest: Manifest, record: CommitRecord, remap: NDArray[np.uin
 def _check_content(
     manifest: Manifest, record: CommitRecord, remap: NDArray[np.uint32] | None, report: Report, *, decode: bool
 ) -> None:
-    objects = CommittedObjects(manifest.files, record)
+    objects = CommittedObjects(manifest.files, record, chunk_cache(0))
     for name in record.objects:
         try:
             objects.whole(name)
@@ -186,10 +186,10 @@ def _check_content(
 
 
 def _check_rows(manifest: Manifest, record: CommitRecord, objects: CommittedObjects, remap: NDArray[np.uint32]) -> None:
-    shard = OpenShard(manifest.plan, record, objects, ChunkCache(0))
+    shard = OpenShard(manifest.plan, record, objects, chunk_cache(0))
     batch = decode_batch(manifest.plan, [shard.sequences(0, record.counts.sequences)], remap)
     check_batch(manifest.plan, record.spec(), batch)
-    found = counts_of(batch)
+    found = counts_of(manifest.plan, batch)
     if abs(found.head_mass - record.counts.head_mass) > HEAD_MASS_TOLERANCE:
         raise ValueError(f"head mass is {found.head_mass}; the commit record says {record.counts.head_mass}")
 

@@ -101,7 +101,14 @@ def to_targets(batch: SequenceBatch) -> SparseTargets:
         draws=batch.draws,
         entropy=batch.entropy,
         next_logprob=batch.next_logprob,
+        tail_logit_by_temperature=_by_temperature(batch, batch.tail_logit_T),
+        entropy_by_temperature=_by_temperature(batch, batch.entropy_T),
     )
+
+
+def _by_temperature(batch: SequenceBatch, values_RP: NDArray[np.float32] | None) -> dict[float, NDArray[np.float32]]:
+    """Columns of an array over rows and temperatures, by temperature."""
+    return {} if values_RP is None else dict(zip(batch.temperatures, values_RP.T, strict=True))
 
 
 def _interleave(batch: SequenceBatch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -18,6 +18,7 @@ from storage.errors import UsageError
 from storage.rows import SequenceBatch
 
 _OFFSETS = ("token_offset", "row_offset", "head_offset", "tail_offset")
+_COLUMNS = ("row_columns", "sequence_columns")  # the parts come from one store, so they have the same ones
 # Which offsets cut an array: by the axis that it lies on.
 _AXIS_OF = {
     "tokens": "token_offset",
@@ -29,6 +30,8 @@ _AXIS_OF = {
     "logsumexp": "row_offset",
     "entropy": "row_offset",
     "next_logprob": "row_offset",
+    "tail_logit_T": "row_offset",
+    "entropy_T": "row_offset",
     "head_ids": "head_offset",
     "logprob": "head_offset",
     "tail_ids": "tail_offset",
@@ -51,6 +54,10 @@ def part(batch: SequenceBatch, first: int, end: int) -> SequenceBatch:
             changes[name] = values[cut[axis][first] : cut[axis][end]]
     changes["document"] = batch.document[first:end]
     changes["window_start"] = batch.window_start[first:end]
+    rows = slice(cut["row_offset"][first], cut["row_offset"][end])
+    for name, span in (("row_columns", rows), ("sequence_columns", slice(first, end))):
+        columns = getattr(batch, name)
+        changes[name] = None if columns is None else {key: values[span] for key, values in columns.items()}
     return replace(batch, **changes)  # type: ignore[arg-type]  # names and types come from the same dataclass
 
 
@@ -58,11 +65,13 @@ def join(parts: Sequence[SequenceBatch]) -> SequenceBatch:
     """All sequences of several batches, in order. `token_end_byte` survives only if every part has it."""
     if len(parts) == 1:
         return parts[0]
-    joined: dict[str, object] = {"draws": max(batch.draws for batch in parts)}
+    joined: dict[str, object] = {"draws": max(batch.draws for batch in parts), "temperatures": parts[0].temperatures}
     for item in fields(SequenceBatch):
         values = [getattr(batch, item.name) for batch in parts]
         if item.name in _OFFSETS:
             joined[item.name] = _chain(values)
+        elif item.name in _COLUMNS and values[0] is not None:
+            joined[item.name] = {name: np.concatenate([columns[name] for columns in values]) for name in values[0]}
         elif item.name not in joined:
             joined[item.name] = None if any(value is None for value in values) else np.concatenate(values)
     return SequenceBatch(**joined)  # type: ignore[arg-type]  # names and types come from the same dataclass

@@ -31,7 +31,7 @@ _POSITIONS = 2**20
 
 
 class Source(Protocol):
-    """What this module needs of a store: `storage.reader.StoreReader` has it."""
+    """Sequences by number: a split of a store (`StoreReader`) or a corpus in memory (`TokenizedCorpus`)."""
 
     def __len__(self) -> int:
         """Number of sequences."""
@@ -39,6 +39,9 @@ class Source(Protocol):
     @property
     def tokens(self) -> int:
         """Number of tokens of all sequences."""
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each sequence, int64 [S]."""
 
     def read(self, indices: NDArray[np.int64], *, targets: bool = True) -> SequenceBatch:
         """The sequences of these indices, in that order; without targets their rows are empty."""
@@ -150,7 +153,7 @@ def _step(batch: SequenceBatch, shape: StepShape, cursor: int) -> Step:
 def _sequences(source: Source, order: Order, cursor: int, *, targets: bool) -> Iterator[SequenceBatch]:
     """Single sequences in order, read a block at a time."""
     if len(source) == 0:
-        raise UsageError("the store has no training sequences", fix="extract more documents, or hold out fewer")
+        raise UsageError("there are no training sequences", fix="take more documents, or hold out fewer")
     block = max(1, min(len(source), _READ_TOKENS * len(source) // max(source.tokens, 1)))
     for start in count(cursor, block):
         read = source.read(order.take(start, block), targets=targets)

@@ -215,8 +215,8 @@ def _at(stored: Mapping[float, Tensor], temperature: float, what: str) -> Tensor
             return value
     have = ", ".join(f"{key:g}" for key in sorted(stored)) or "none"
     raise ValueError(
-        f"teacher temperature {temperature:g}: the rows hold no {what} for it (stored: {have}); "
-        "their plan has no such entry in `temperatures`; use T=1"
+        f"teacher temperature {temperature:g}: the rows hold no {what} for it (stored besides 1: {have}); "
+        "what a store holds is chosen at extraction, by target.temperatures"
     )
 
 

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from stages.targets.assemble import assemble
 from stages.targets.positions import Positions
-from stages.targets.rows import TargetRows, hybrid_rows, topk_rows
+from stages.targets.rows import TargetRows, fixed_rows, mass_rows
 from storage.plan import TargetSpec
 
 __all__ = ["KINDS", "Positions", "TargetRows", "assemble"]
 
 KINDS: Mapping[str, Callable[[Tensor, Positions, TargetSpec], TargetRows]] = {
-    "topk": topk_rows,
-    "hybrid": hybrid_rows,
+    "topk": fixed_rows,
+    "topp": mass_rows,
+    "sampled": fixed_rows,
+    "hybrid": fixed_rows,
 }

@@ -2,7 +2,7 @@
 
 Data path: target rows -> **SequenceBatch** -> StoreWriter. numpy only.
 
-Axis legend: N rows, K head entries, M draws, T tokens and S sequences of the batch, C distinct sampled ids.
+Axis legend: N rows, K candidates of the head, M draws, T tokens and S sequences of the batch, C distinct sampled ids.
 """
 
 from __future__ import annotations
@@ -15,41 +15,47 @@ from numpy.typing import DTypeLike, NDArray
 
 from stages.corpus.tokenize import Sequence
 from stages.targets.rows import TargetRows
+from storage.plan import TargetSpec
 from storage.rows import SequenceBatch
 
 
-def assemble(sequences: Items[Sequence], rows: TargetRows, *, draws: int) -> SequenceBatch:
+def assemble(sequences: Items[Sequence], rows: TargetRows, target: TargetSpec) -> SequenceBatch:
     """Join sequences with their rows, which come in the order of the sequences and of their positions.
 
     Args:
-        draws: samples per row; 0 for kinds without.
+        sequences: of the batch.
+        rows: one per position that wants one.
+        target: what the rows hold.
     """
     rows_S = np.array([int(sequence.has_row.sum()) for sequence in sequences], dtype=np.int64)
     assert int(rows_S.sum()) == len(rows), "one row per wanted position"
     tail_ids_C, count_C, tail_size_N = merge_draws(rows.drawn, empty_N=np.isneginf(rows.tail_logit))
     row_offset = _offsets(rows_S)
-    k = rows.head_ids.shape[1]
+    head_NK = np.arange(rows.head_ids.shape[1]) < rows.head_size[:, None]
     return SequenceBatch(
         tokens=_joined([sequence.tokens for sequence in sequences], np.uint32),
         token_offset=_offsets(np.array([len(sequence) for sequence in sequences], dtype=np.int64)),
         row_offset=row_offset,
-        head_offset=row_offset * k,
+        head_offset=_offsets(rows.head_size)[row_offset],
         tail_offset=_offsets(tail_size_N)[row_offset],
         document=np.array([sequence.document for sequence in sequences], dtype=np.int64),
         window_start=np.array([sequence.window_start for sequence in sequences], dtype=np.int64),
         token_end_byte=_joined([sequence.token_end_byte for sequence in sequences], np.uint32),
         has_row=_joined([sequence.has_row for sequence in sequences], np.bool_),
-        head_size=np.full(len(rows), k, dtype=np.int32),
+        head_size=rows.head_size,
         tail_size=tail_size_N,
-        head_ids=rows.head_ids.reshape(-1),
-        logprob=rows.logprob.reshape(-1),
+        head_ids=rows.head_ids[head_NK],
+        logprob=rows.logprob[head_NK],
         tail_ids=tail_ids_C,
         count=count_C,
         tail_logit=rows.tail_logit,
         logsumexp=rows.logsumexp,
         entropy=rows.entropy,
         next_logprob=rows.next_logprob,
-        draws=draws,
+        draws=target.draws,
+        temperatures=target.temperatures,
+        tail_logit_T=rows.tail_logit_T if target.temperatures else None,
+        entropy_T=rows.entropy_T if target.temperatures else None,
     )
 
 

@@ -2,11 +2,12 @@
 
 Data path: logits chunk -> **target rows** -> SequenceBatch -> store.
 
-Axis legend: N rows, V tokens of the vocabulary, K head entries, M draws.
+Axis legend: N rows, V tokens of the vocabulary, K candidates of the head, M draws, P temperatures.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -24,23 +25,28 @@ from storage.plan import TargetSpec
 
 @dataclass(frozen=True, kw_only=True)
 class TargetRows:
-    """Rows of one kind with a constant number of head entries K and draws M.
+    """Rows of one kind. Heads are padded to a common width K; the number of draws M is constant.
 
     Attributes:
-        head_ids: uint32 [N, K], probability falling.
-        logprob: float32 [N, K].
+        head_ids: uint32 [N, K], probability falling; meaningless from column head_size on.
+        logprob: float32 [N, K], likewise.
+        head_size: int32 [N], entries of each head.
         drawn: uint32 [N, M], sampled tail ids with repetition, rising within a row; meaningless where tail_logit
             is -inf.
         tail_logit, logsumexp, entropy, next_logprob: float32 [N], as in `SequenceBatch`.
+        tail_logit_T, entropy_T: float32 [N, P], the same at each of the P temperatures of the plan.
     """
 
     head_ids: NDArray[np.uint32]
     logprob: NDArray[np.float32]
+    head_size: NDArray[np.int32]
     drawn: NDArray[np.uint32]
     tail_logit: NDArray[np.float32]
     logsumexp: NDArray[np.float32]
     entropy: NDArray[np.float32]
     next_logprob: NDArray[np.float32]
+    tail_logit_T: NDArray[np.float32]
+    entropy_T: NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.entropy)
@@ -53,10 +59,14 @@ class TargetRows:
     def empty(cls, target: TargetSpec) -> TargetRows:
         """Return no rows, in the right shapes."""
         scalars = {name: np.zeros(0, np.float32) for name in ("tail_logit", "logsumexp", "entropy", "next_logprob")}
+        by_temperature = np.zeros((0, len(target.temperatures)), np.float32)
         return cls(
             head_ids=np.zeros((0, target.k), np.uint32),
             logprob=np.zeros((0, target.k), np.float32),
+            head_size=np.zeros(0, np.int32),
             drawn=np.zeros((0, target.draws), np.uint32),
+            tail_logit_T=by_temperature,
+            entropy_T=by_temperature,
             **scalars,
         )
 
@@ -68,17 +78,33 @@ class TargetRows:
         )
 
 
-def topk_rows(logits_NV: Tensor, at: Positions, target: TargetSpec) -> TargetRows:
-    """Return rows that hold the exact head only, from float32 logits, which are overwritten."""
-    return _rows(logits_NV, at, target, draws=0)
+def fixed_rows(logits_NV: Tensor, at: Positions, target: TargetSpec) -> TargetRows:
+    """Return rows with heads of k entries, which may be none, and `draws` samples of what is outside of the head.
+
+    Args:
+        logits_NV: float32, overwritten.
+        at: where the rows belong.
+        target: what is kept.
+    """
+    return _rows(logits_NV, at, target, lambda prob_NK: torch.full(prob_NK.shape[:1], target.k))
 
 
-def hybrid_rows(logits_NV: Tensor, at: Positions, target: TargetSpec) -> TargetRows:
-    """Return rows that hold the exact head and `target.draws` samples of the tail. The logits are overwritten."""
-    return _rows(logits_NV, at, target, draws=target.draws)
+def mass_rows(logits_NV: Tensor, at: Positions, target: TargetSpec) -> TargetRows:
+    """Return rows with the least number of most probable tokens that together have mass p: at least 1, at most k.
+
+    Arguments as for `fixed_rows`.
+    """
+    assert target.p is not None, "the plan of this kind has p"
+    mass = target.p
+
+    def size(prob_NK: Tensor) -> Tensor:
+        return 1 + (prob_NK.cumsum(-1)[:, :-1] < mass).sum(-1)
+
+    return _rows(logits_NV, at, target, size)
 
 
-def _rows(logits_NV: Tensor, at: Positions, target: TargetSpec, *, draws: int) -> TargetRows:
+def _rows(logits_NV: Tensor, at: Positions, target: TargetSpec, head_size: Callable[[Tensor], Tensor]) -> TargetRows:
+    """Rows whose heads have the sizes int64 [N] that `head_size` gives for the k greatest probabilities, float64."""
     vocab_size = logits_NV.shape[1]
     if target.k > vocab_size:
         raise UsageError(
@@ -88,34 +114,67 @@ def _rows(logits_NV: Tensor, at: Positions, target: TargetSpec, *, draws: int) -
         )
     next_N1 = torch.from_numpy(at.next_token).to(logits_NV.device)[:, None]
     next_logit_N = logits_NV.gather(1, next_N1)[:, 0]
-    logit_NK, ids_NK = top_entries(logits_NV, target.k)
+    logit_NK, ids_NK = top_entries(logits_NV, max(target.k, 1))
 
     # Relative to the greatest logit. exp(-1000) is 0 in any precision, and 0 * -1000 is 0 where 0 * -inf is not.
-    shifted_NV = logits_NV.sub_(logit_NK[:, :1]).clamp_(min=-1000.0)
+    shifted_NV = logits_NV.sub_(logit_NK[:, :1]).clamp_(min=-1000.0 * max((1.0, *target.temperatures)))
     prob_NV = torch.softmax(shifted_NV, dim=-1)
     # The greatest probability is at least 1/V and equals exp(0 - logsumexp of the shifted logits).
     log_sum_N = -prob_NV.gather(1, ids_NK[:, :1])[:, 0].log()
     _refuse_nan(log_sum_N, at)
     logsumexp_N = logit_NK[:, 0] + log_sum_N
+
+    prob_NK = prob_NV.gather(1, ids_NK).cpu().double()
+    size_N = head_size(prob_NK)
+    head_NK = torch.arange(ids_NK.shape[1]) < size_N[:, None]
+    outside_NK = ~head_NK.to(ids_NK.device)
+    at_T = [_at_temperature(shifted_NV, t, ids_NK, outside_NK) for t in target.temperatures]
     # A plain sum: a batched dot product would round differently for different numbers of rows.
     entropy_N = log_sum_N - shifted_NV.mul_(prob_NV).sum(-1)
 
-    head_mass_N = prob_NV.gather(1, ids_NK).cpu().double().sum(-1)
-    tail_NGB, mass_NG = tail_blocks(prob_NV.scatter_(1, ids_NK, 0.0))
+    head_mass_N = prob_NK.masked_fill(~head_NK, 0.0).sum(-1)
+    tail_NGB, mass_NG = tail_blocks(_struck_out(prob_NV, ids_NK, outside_NK))
     # Masses below float32's range (1e-38) count as none: -inf, and no draws.
     tail_logit_N = mass_NG[:, -1].log() - head_mass_N.log()
-    uniform_NM = torch.from_numpy(uniforms(target.seed, at.document, at.position, draws))
+    uniform_NM = torch.from_numpy(uniforms(target.seed, at.document, at.position, target.draws))
     drawn_NM = draw(tail_NGB, mass_NG, uniform_NM).sort(-1).values
 
     return TargetRows(
-        head_ids=ids_NK.cpu().numpy().astype(np.uint32),
-        logprob=_float32(logit_NK - logsumexp_N[:, None]),
+        head_ids=ids_NK[:, : target.k].cpu().numpy().astype(np.uint32),
+        logprob=_float32(logit_NK - logsumexp_N[:, None])[:, : target.k],
+        head_size=size_N.numpy().astype(np.int32),
         drawn=drawn_NM.numpy().astype(np.uint32),
         tail_logit=_float32(tail_logit_N),
         logsumexp=_float32(logsumexp_N),
         entropy=_float32(entropy_N),
         next_logprob=_float32(next_logit_N - logsumexp_N),
+        tail_logit_T=_columns([tail_logit_N for tail_logit_N, _ in at_T], len(at)),
+        entropy_T=_columns([entropy_N for _, entropy_N in at_T], len(at)),
     )
+
+
+def _at_temperature(
+    shifted_NV: Tensor, temperature: float, ids_NK: Tensor, outside_NK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return tail_logit [N] and entropy [N] of softmax(shifted / T), each sum over its own terms.
+
+    Args:
+        shifted_NV: logits relative to the greatest of the row.
+        temperature: T.
+        ids_NK: the candidates of the head.
+        outside_NK: those that are not in it.
+    """
+    weight_NV = torch.softmax(shifted_NV / temperature, dim=-1)
+    weight_NK = weight_NV.gather(1, ids_NK)
+    log_sum_N = -weight_NK[:, 0].log()
+    entropy_N = log_sum_N - (weight_NV * shifted_NV).sum(-1) / temperature
+    tail_N = _struck_out(weight_NV, ids_NK, outside_NK).sum(-1)
+    return tail_N.log() - weight_NK.masked_fill(outside_NK, 0.0).sum(-1).log(), entropy_N
+
+
+def _struck_out(prob_NV: Tensor, ids_NK: Tensor, outside_NK: Tensor) -> Tensor:
+    """Set the head's probabilities to 0, in place, and leave those of other candidates."""
+    return prob_NV.scatter_(1, ids_NK, prob_NV.gather(1, ids_NK).mul_(outside_NK))
 
 
 def _refuse_nan(log_sum_N: Tensor, at: Positions) -> None:
@@ -132,3 +191,8 @@ def _refuse_nan(log_sum_N: Tensor, at: Positions) -> None:
 
 def _float32(values: Tensor) -> NDArray[np.float32]:
     return values.float().cpu().numpy()
+
+
+def _columns(values: list[Tensor], rows: int) -> NDArray[np.float32]:
+    """Return one column per tensor [N]: float32 [N, P]."""
+    return np.stack([_float32(value_N) for value_N in values], axis=1) if values else np.zeros((rows, 0), np.float32)

@@ -1,4 +1,4 @@
-"""Codecs for head log-probabilities: what stands between float32 values and the integers in a shard.
+"""Codecs for log-probabilities: what stands between float32 values and the numbers in a shard.
 
 To add one: write a frozen dataclass in a file of this folder that satisfies `LogprobCodec`, list it in `CODECS`, and
 add its golden bytes with `pytest tests/test_storage/test_codecs.py --refresh-goldens`. The tests run over the table.
@@ -22,15 +22,19 @@ from storage.plan import Json, TargetSpec
 class LogprobCodec(Protocol):
     """Turns the log-probabilities of the heads of rows into one array of numbers and back.
 
+    It also rounds what a row has one of (tail mass, entropy, ...), which needs no decoding.
+
     Attributes:
         id: the name written into the plan.
         dtype: type of the stored numbers.
+        row_dtype: type in which the numbers that a row has one of are stored.
         renormalises: whether a reader scales each decoded head to the mass 1 - r that `tail_logit` states. True for
             codecs that round; the error bound below holds before that step.
     """
 
     id: ClassVar[str]
     dtype: ClassVar[np.dtype[np.generic]]
+    row_dtype: ClassVar[np.dtype[np.generic]]
     renormalises: ClassVar[bool]
 
     def encode(self, logprob_H: NDArray[np.float32], head_size_R: NDArray[np.int32]) -> NDArray[np.generic]:
@@ -39,6 +43,14 @@ class LogprobCodec(Protocol):
 
     def decode(self, codes_H: NDArray[np.generic], head_size_R: NDArray[np.int32]) -> NDArray[np.float32]:
         """Return log-probabilities [H], again falling (or equal) within a row."""
+        ...
+
+    def decode_ranks(self, codes_KR: NDArray[np.generic]) -> NDArray[np.float32]:
+        """Return log-probabilities [K, R] of rows that all have K entries, stored rank after rank."""
+        ...
+
+    def round_numbers(self, values: NDArray[np.float32]) -> NDArray[np.generic]:
+        """Return numbers that a row has one of as they are stored, of type `row_dtype`; twice is as once."""
         ...
 
     def error_bound(self, logprob_H: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -13,14 +13,14 @@ from storage.plan import Json
 
 @dataclass(frozen=True)
 class Exact:
-    """Stores log-probabilities unchanged: every bit comes back.
+    """Stores log-probabilities and all other numbers of a row as float32, unchanged: every bit comes back.
 
-    The head is not scaled to 1 - r on reading, for that would change bits; its mass agrees with `tail_logit` to the
-    precision of float16.
+    The head is not scaled to 1 - r on reading, for that would change bits.
     """
 
     id: ClassVar[str] = "exact"
     dtype: ClassVar[np.dtype[np.generic]] = np.dtype("<f4")
+    row_dtype: ClassVar[np.dtype[np.generic]] = np.dtype("<f4")
     renormalises: ClassVar[bool] = False
 
     def encode(self, logprob_H: NDArray[np.float32], head_size_R: NDArray[np.int32]) -> NDArray[np.generic]:
@@ -32,6 +32,14 @@ class Exact:
         """Return the values themselves [H]."""
         del head_size_R
         return codes_H.astype(np.float32)
+
+    def decode_ranks(self, codes_KR: NDArray[np.generic]) -> NDArray[np.float32]:
+        """Return the values themselves [K, R]."""
+        return codes_KR.astype(np.float32)
+
+    def round_numbers(self, values: NDArray[np.float32]) -> NDArray[np.generic]:
+        """Return the values themselves."""
+        return values.astype("<f4")
 
     def error_bound(self, logprob_H: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return zeros [H]."""

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.plan import Json
-from storage.segments import cumsum_rows, diff_rows
+from storage.segments import cumsum_rows, diff_rows, sum_ranks
 
 LARGEST_CODE = np.iinfo(np.uint16).max
 
@@ -36,16 +36,22 @@ class SqrtDelta:
     l < l0; in log p it is at most 0.53 E everywhere (`error_bound` gives it per value). Values below the largest
     code, l < l0 - 65535 E (beyond -8000 nats by default), come back as that.
 
+    The numbers that a row has one of are rounded to multiples of F = row_step, then to float16. Half a step of
+    tail_logit costs a KL of at most F^2/32.
+
     Attributes:
         root_step: D, twice the step in sqrt(p).
         log_step: E, the step in log p for small p, nats.
+        row_step: F, nats.
     """
 
     root_step: float = 0.02
     log_step: float = 0.125
+    row_step: float = 1.0 / 64.0
 
     id: ClassVar[str] = "sqrt-delta"
     dtype: ClassVar[np.dtype[np.generic]] = np.dtype("<u2")
+    row_dtype: ClassVar[np.dtype[np.generic]] = np.dtype("<f2")
     renormalises: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -53,6 +59,8 @@ class SqrtDelta:
             raise ValueError(
                 f"root_step {self.root_step} and log_step {self.log_step} must satisfy 0 < root_step < log_step <= 1"
             )
+        if not 0.0 < self.row_step <= 1.0:
+            raise ValueError(f"row_step {self.row_step} must be above 0 and at most 1")
 
     @property
     def _joint(self) -> tuple[float, float]:
@@ -82,7 +90,19 @@ class SqrtDelta:
         code = cumsum_rows(codes_H, head_size_R)
         if len(code) and int(code.max()) > LARGEST_CODE:
             raise ValueError("the codes of a row sum beyond 65535")
-        return self._table()[code]
+        logprob_H: NDArray[np.float32] = self._table()[code]
+        return logprob_H
+
+    def decode_ranks(self, codes_KR: NDArray[np.generic]) -> NDArray[np.float32]:
+        """Return log-probabilities [K, R] of rows of K entries each. Raises ValueError as `decode` does."""
+        logprob_KR: NDArray[np.float32] = self._table().take(sum_ranks(codes_KR))
+        return logprob_KR
+
+    def round_numbers(self, values: NDArray[np.float32]) -> NDArray[np.generic]:
+        """Return the nearest multiples of the row step, float16. What is beyond float16 becomes infinite."""
+        with np.errstate(over="ignore"):
+            rounded: NDArray[np.generic] = (np.rint(values / self.row_step) * self.row_step).astype("<f2")
+        return rounded
 
     def error_bound(self, logprob_H: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return the promised |l' - l| [H], nats, with a margin of 1e-5 (1 + |l|) for float32."""
@@ -96,5 +116,10 @@ class SqrtDelta:
         return np.maximum(bound, beyond) + 1e-5 * (1.0 + np.abs(value))
 
     def parameters(self) -> dict[str, Json]:
-        """Return the id and both steps."""
-        return {"id": self.id, "root_step": self.root_step, "log_step": self.log_step}
+        """Return the id and the steps."""
+        return {
+            "id": self.id,
+            "root_step": self.root_step,
+            "log_step": self.log_step,
+            "row_step": self.row_step,
+        }

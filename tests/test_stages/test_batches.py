@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
 
@@ -285,3 +285,16 @@ def test_an_error_ahead_is_raised_in_its_turn() -> None:
 
 def test_lengths() -> None:
     assert lengths(make_sequences([4, 2, 3])).tolist() == [4, 2, 3]
+
+
+def test_added_columns_are_cut_and_joined_with_their_rows_and_sequences() -> None:
+    whole = make_sequences([3, 5, 2, 7], overlap=1)
+    rows, sequences = np.arange(whole.rows), np.arange(4)
+    whole = replace(whole, row_columns={"mark": rows}, sequence_columns={"weight": sequences})
+    parts = [part(whole, 0, 1), part(whole, 1, 4)]
+    assert [len(one.row_columns["mark"]) for one in parts if one.row_columns] == [one.rows for one in parts]
+    again = join(parts[::-1])
+    assert again.row_columns is not None
+    assert again.sequence_columns is not None
+    assert again.sequence_columns["weight"].tolist() == [1, 2, 3, 0]
+    assert again.row_columns["mark"].tolist() == [*rows[parts[0].rows :], *rows[: parts[0].rows]]

@@ -16,6 +16,7 @@ from stages.targets.positions import document_order, wanted_mask, wanted_positio
 from storage.plan import TargetSpec
 
 K, M = 3, 4
+TARGET = TargetSpec(kind="hybrid", k=K, draws=M)
 
 
 def sequence(document: int, start: int, has_row: list[int]) -> Sequence:
@@ -39,6 +40,7 @@ def rows_for(sequences: list[Sequence]) -> TargetRows:
     rows = len(at)
     scalar = number.astype(np.float32)
     return TargetRows(
+        head_size=np.full(rows, K, np.int32),
         head_ids=np.tile(np.arange(K, dtype=np.uint32), (rows, 1)),
         logprob=np.tile(np.array([-1.0, -2.0, -3.0], np.float32), (rows, 1)),
         drawn=np.tile(np.array([5, 5, 7, 9], np.uint32), (rows, 1)),
@@ -46,6 +48,8 @@ def rows_for(sequences: list[Sequence]) -> TargetRows:
         logsumexp=scalar,
         entropy=scalar,
         next_logprob=-scalar,
+        tail_logit_T=np.zeros((rows, 0), np.float32),
+        entropy_T=np.zeros((rows, 0), np.float32),
     )
 
 
@@ -78,7 +82,7 @@ def test_wanted_positions_and_mask() -> None:
 @pytest.mark.parametrize("computed", [[0, 1, 2], [1, 0, 2], [2, 1, 0]])
 def test_any_order_of_computation_gives_the_same_batch(computed: list[int]) -> None:
     rows = rows_for([SEQUENCES[index] for index in computed])
-    batch = assemble(SEQUENCES, rows.take(document_order(SEQUENCES, computed)), draws=M)
+    batch = assemble(SEQUENCES, rows.take(document_order(SEQUENCES, computed)), TARGET)
     assert batch.entropy.tolist() == [0, 1, 3, 4, 5, 200]
     assert batch.token_offset.tolist() == [0, 3, 8, 10]
     assert batch.row_offset.tolist() == [0, 2, 5, 6]
@@ -91,7 +95,7 @@ def test_any_order_of_computation_gives_the_same_batch(computed: list[int]) -> N
 
 
 def test_an_empty_shard() -> None:
-    batch = assemble([], TargetRows.empty(TargetSpec(kind="hybrid", k=K, draws=M)), draws=M)
+    batch = assemble([], TargetRows.empty(TARGET), TARGET)
     assert (len(batch), batch.rows, len(batch.tokens)) == (0, 0, 0)
     assert batch.row_offset.tolist() == [0]
     assert batch.head_ids.dtype == np.uint32

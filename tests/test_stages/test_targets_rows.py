@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -32,8 +33,27 @@ def positions(rows: int, vocab_size: int) -> Positions:
     return Positions(document=number // 7, position=number % 7, next_token=(number * 31) % vocab_size)
 
 
-def spec(kind: str = "hybrid", *, k: int = 8, draws: int = 6, seed: int = 3) -> TargetSpec:
-    return TargetSpec(kind=kind, k=k, draws=draws if kind == "hybrid" else 0, seed=seed)  # type: ignore[arg-type]
+def spec(
+    kind: str = "hybrid", *, k: int = 8, draws: int = 6, p: float = 0.6, seed: int = 3, temperatures: tuple = ()
+) -> TargetSpec:
+    """A target of any kind, from what it takes of these."""
+    target = TargetSpec(
+        kind=kind,  # type: ignore[arg-type]
+        k=0 if kind == "sampled" else k,
+        p=p if kind == "topp" else None,
+        draws=draws if kind in ("hybrid", "sampled") else 0,
+        seed=seed,
+        temperatures=temperatures,
+    )
+    target.check()
+    return target
+
+
+def heads_of(probability: NDArray[np.float64], target: TargetSpec) -> NDArray[np.int64]:
+    """Entries of each row's head, from the probabilities in falling order [N, V]."""
+    if target.p is None:
+        return np.full(len(probability), target.k)
+    return np.minimum((np.cumsum(probability, axis=1) < target.p).sum(1) + 1, target.k)
 
 
 def rows_of(logits_NV: Tensor, target: TargetSpec, at: Positions | None = None) -> TargetRows:
@@ -58,38 +78,79 @@ def reference(logits_NV: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float6
 def test_against_float64(kind: str, vocab_size: int, k: int, scale: float) -> None:
     logits_NV = logits_of(40, vocab_size, scale=scale)
     at = positions(40, vocab_size)
-    rows = rows_of(logits_NV, spec(kind, k=k))
+    target = spec(kind, k=k)
+    rows = rows_of(logits_NV, target)
     logprob, logsumexp, entropy = reference(logits_NV)
     order = np.argsort(-logprob, axis=1, kind="stable")
-    np.testing.assert_array_equal(rows.head_ids, order[:, :k])
-    np.testing.assert_allclose(rows.logprob, np.take_along_axis(logprob, order[:, :k], 1), atol=2e-5)
+    ranked = np.take_along_axis(np.exp(logprob), order, 1)
+    size = heads_of(ranked, target)
+    np.testing.assert_array_equal(rows.head_size, size)
+    np.testing.assert_array_equal(rows.head_ids, order[:, : target.k])
+    np.testing.assert_allclose(rows.logprob, np.take_along_axis(logprob, order[:, : target.k], 1), atol=2e-5)
     np.testing.assert_allclose(rows.logsumexp, logsumexp, rtol=1e-6, atol=1e-5)
     np.testing.assert_allclose(rows.entropy, entropy, rtol=1e-5, atol=2e-5)
     np.testing.assert_allclose(rows.next_logprob, logprob[np.arange(40), at.next_token], rtol=1e-6, atol=2e-5)
-    tail = np.take_along_axis(np.exp(logprob), order[:, k:], 1).sum(1)
-    head = np.take_along_axis(np.exp(logprob), order[:, :k], 1).sum(1)
+    in_head = np.arange(vocab_size) < size[:, None]
+    tail, head = (np.where(mask, ranked, 0.0).sum(1) for mask in (~in_head, in_head))
     with np.errstate(divide="ignore"):
         expected = np.where(tail < 1e-38, -np.inf, np.log(tail) - np.log(head))
     np.testing.assert_allclose(rows.tail_logit, expected, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "sampled"])
+@pytest.mark.parametrize("temperature", [0.5, 1.5, 4.0, 50.0])
+def test_other_temperatures_against_float64(kind: str, temperature: float) -> None:
+    """Tail mass and entropy of softmax(z / T), for the head that was chosen at temperature 1."""
+    logits_NV = logits_of(40, 5003)
+    logits_NV[:, ::3] = -torch.inf  # a teacher may forbid tokens, at every temperature
+    at = Positions(document=np.zeros(40, np.int64), position=np.arange(40), next_token=np.ones(40, np.int64))
+    rows = rows_of(logits_NV, spec(kind, temperatures=(0.25, temperature)), at)
+    assert rows.tail_logit_T.shape == rows.entropy_T.shape == (40, 2)
+    logprob, _, entropy = reference(logits_NV / temperature)
+    ranked = np.sort(np.exp(logprob), axis=1)[:, ::-1]
+    in_head = np.arange(5003) < rows.head_size[:, None]
+    tail, head = (np.where(mask, ranked, 0.0).sum(1) for mask in (~in_head, in_head))
+    np.testing.assert_allclose(rows.tail_logit_T[:, 1], np.log(tail) - np.log(head), rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(rows.entropy_T[:, 1], entropy, rtol=1e-5, atol=2e-5)
+    alone = rows_of(logits_NV, spec(kind), at)
+    for item in ("head_ids", "logprob", "drawn", "tail_logit", "entropy"):
+        np.testing.assert_array_equal(getattr(rows, item), getattr(alone, item), err_msg=item)
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 40])
-def test_chunks_do_not_matter(chunk: int) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_do_not_matter(kind: str, chunk: int) -> None:
     logits_NV, at = logits_of(40, 5003), positions(40, 5003)
-    whole = rows_of(logits_NV, spec())
+    target = spec(kind, temperatures=() if kind == "sampled" else (2.0,))
+    whole = rows_of(logits_NV, target)
     cuts = [slice(first, first + chunk) for first in range(0, 40, chunk)]
-    parts = TargetRows.concatenate([rows_of(logits_NV[cut], spec(), at[cut]) for cut in cuts])
-    for name in ("head_ids", "logprob", "drawn", "tail_logit", "logsumexp", "entropy", "next_logprob"):
-        np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name), err_msg=name)
+    parts = TargetRows.concatenate([rows_of(logits_NV[cut], target, at[cut]) for cut in cuts])
+    for item in fields(TargetRows):
+        np.testing.assert_array_equal(getattr(parts, item.name), getattr(whole, item.name), err_msg=item.name)
 
 
+@pytest.mark.parametrize("p", [1e-6, 0.3, 0.9, 1.0])
+def test_the_head_of_topp_is_the_least_that_reaches_its_mass(p: float) -> None:
+    """One entry at least, k at most; without its last entry the mass would be missed."""
+    rows = rows_of(logits_of(200, 900), spec("topp", k=20, p=p))
+    assert set(rows.head_size.tolist()) <= set(range(1, 21))
+    mass = np.exp(rows.logprob.astype(np.float64)).cumsum(1)
+    reached = mass[np.arange(200), rows.head_size - 1]
+    assert np.all((reached >= p - 1e-6) | (rows.head_size == 20))
+    more = rows.head_size > 1
+    assert np.all(mass[more, rows.head_size[more] - 2] < p + 1e-6)
+    np.testing.assert_allclose(1.0 / (1.0 + np.exp(rows.tail_logit.astype(np.float64))), reached, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "sampled"])
 @pytest.mark.parametrize("vocab_size", [200, 5003])
-def test_draws_follow_the_tail(vocab_size: int) -> None:
-    """Chi-square over the tail of one distribution, 200,000 draws; ids are never of the head."""
+def test_draws_follow_the_tail(vocab_size: int, kind: str) -> None:
+    """Chi-square over what is outside of the head, 200,000 draws of one distribution; ids are never of the head."""
     rows, draws, k = 400, 500, 8
     logits_NV = logits_of(1, vocab_size, scale=1.5).expand(rows, -1)
-    found = rows_of(logits_NV, spec(k=k, draws=draws))
+    found = rows_of(logits_NV, spec(kind, k=k, draws=draws))
     assert np.all(np.diff(found.drawn.astype(np.int64), axis=1) >= 0)
+    assert np.all(np.isposinf(found.tail_logit)) == (kind == "sampled")
     counts = np.bincount(found.drawn.reshape(-1), minlength=vocab_size)
     assert counts[found.head_ids[0]].sum() == 0
     p = np.exp(reference(logits_NV[:1])[0][0])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import storage_cases as cases
+from workers import Workers
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +22,22 @@ def sealed(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("sealed") / "store"
     cases.write_store(path)
     return path
+
+
+@pytest.fixture
+def memory(tmp_path) -> Iterator[Path]:
+    """An empty directory, in memory where there is such a file system: studies sync everything a thousand times."""
+    shared = Path("/dev/shm")
+    if not os.access(shared, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=shared, prefix="topk-distill-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator[Workers]:
+    """A program that starts worker processes."""
+    started = Workers()
+    yield started
+    started.close()

@@ -19,6 +19,22 @@ from storage.rows import SequenceBatch
 VOCAB = 300
 TOKENIZER_FILES = {"tokenizer.json": b'{"model": {}}' * 9, "tokenizer_config.json": b"{}"}
 EXACT = {"logprob": {"id": "exact"}}
+TARGETS = {  # every kind, and what makes rows differ in form
+    "hybrid": TargetSpec(kind="hybrid", k=6, draws=4),
+    "topk": TargetSpec(kind="topk", k=6),
+    "topp": TargetSpec(kind="topp", k=9, p=0.7),
+    "sampled": TargetSpec(kind="sampled", k=0, draws=7),
+    "temperatures": TargetSpec(kind="hybrid", k=6, draws=4, temperatures=(0.5, 1.5, 2.0)),
+    "topp_temperature": TargetSpec(kind="topp", k=9, p=0.7, temperatures=(1.5,)),
+}
+
+AXES = {  # of every array of a batch but offsets and what lies on the sequence axis: the offsets that cut it
+    **dict.fromkeys(("tokens", "has_row", "token_end_byte"), "token_offset"),
+    **dict.fromkeys(("head_ids", "logprob"), "head_offset"),
+    **dict.fromkeys(("tail_ids", "count"), "tail_offset"),
+    **dict.fromkeys(("head_size", "tail_size", "tail_logit", "tail_logit_T", "entropy_T"), "row_offset"),
+    **dict.fromkeys(("logsumexp", "entropy", "next_logprob"), "row_offset"),
+}
 
 
 def make_remap(vocab_size: int = VOCAB) -> np.ndarray:
@@ -78,19 +94,28 @@ def batch_of(plan: Plan, windows, rng, *, longest=24, end_bytes=True, ragged=Fal
 
 
 def _rows(plan: Plan, count: int, rng, ragged: bool) -> dict[str, np.ndarray]:
+    """Rows of the plan's kind, from random logits; `ragged` makes every head as long as it likes."""
     logits = rng.normal(size=(count, plan.vocab_size)) * 3.0
     logsumexp = np.log(np.exp(logits).sum(axis=1))
     logprob = logits - logsumexp[:, None]
     order = np.argsort(-logprob, axis=1)
-    size = rng.integers(1, plan.target.k + 1, count) if ragged else np.full(count, plan.target.k)
-    in_head = np.arange(plan.vocab_size) < size[:, None]
     ranked = np.take_along_axis(logprob, order, axis=1)
+    size = np.full(count, plan.target.k)
+    if plan.target.p is not None:
+        size = np.minimum(1 + (np.cumsum(np.exp(ranked), axis=1) < plan.target.p).sum(axis=1), plan.target.k)
+    elif ragged and plan.target.k:
+        size = rng.integers(1, plan.target.k + 1, count)
+    in_head = np.arange(plan.vocab_size) < size[:, None]
     tail_p = np.where(in_head, 0.0, np.exp(ranked))
     tails = [_draw(rng, order[row], tail_p[row], plan.target.draws) for row in range(count)]
     mass = tail_p.sum(axis=1)
     with np.errstate(divide="ignore"):
-        tail_logit = np.log(mass) - np.log1p(-mass)
+        tail_logit = np.where(size > 0, np.log(mass) - np.log1p(-np.minimum(mass, 1.0)), np.inf)
+    at = [_at_temperature(ranked, in_head, temperature) for temperature in plan.target.temperatures]
     return {
+        "temperatures": plan.target.temperatures,
+        "tail_logit_T": np.stack([tail for tail, _ in at], axis=1) if at else None,
+        "entropy_T": np.stack([entropy for _, entropy in at], axis=1) if at else None,
         "head_size": size.astype(np.int32),
         "tail_size": np.array([len(ids) for ids, _ in tails], dtype=np.int32),
         "head_ids": order[in_head].astype(np.uint32),
@@ -102,6 +127,16 @@ def _rows(plan: Plan, count: int, rng, ragged: bool) -> dict[str, np.ndarray]:
         "entropy": -(np.exp(logprob) * logprob).sum(axis=1).astype(np.float32),
         "next_logprob": logprob[:, 0].astype(np.float32),
     }
+
+
+def _at_temperature(ranked, in_head, temperature):
+    """Tail logit and entropy of each row at another temperature, float32."""
+    scaled = ranked / temperature
+    logprob = scaled - np.log(np.exp(scaled).sum(axis=1, keepdims=True))
+    p = np.exp(logprob)
+    with np.errstate(divide="ignore"):
+        tail_logit = np.log(np.where(in_head, 0.0, p).sum(axis=1)) - np.log(np.where(in_head, p, 0.0).sum(axis=1))
+    return tail_logit.astype(np.float32), -(p * logprob).sum(axis=1).astype(np.float32)
 
 
 def _draw(rng, order, tail_p, draws):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import storage_cases as cases
 
-from storage.arrow import record_batches, schema, to_parquet, to_table
+from storage.arrow import record_batches, schema, shard_rows, to_parquet, to_table
 from storage.errors import UsageError
 from storage.reader import StoreReader
 
@@ -67,6 +68,34 @@ def test_a_batch_can_be_given_too():
     table = to_table(batch, first_sequence=7)
     assert table.column("sequence")[0].as_py() >= 7
     assert table.num_rows == batch.rows
+
+
+def test_chosen_sequences_come_in_the_order_asked(sealed):
+    reader = StoreReader(sealed)
+    table = record_batches(reader, sequences=[5, 2, 9], sequences_per_batch=2).read_all()
+    whole = to_table(reader)
+    parts = [whole.filter(pc.field("sequence") == number) for number in (5, 2, 9)]
+    assert table.to_pylist() == pa.concat_tables(parts).to_pylist()
+
+
+def test_a_sequence_of_a_decoded_shard_is_a_slice_without_a_copy(sealed):
+    reader = StoreReader(sealed)
+    whole = to_table(reader)
+    first = 0
+    for position, item in enumerate(reader.shards):
+        rows = shard_rows(reader, position)
+        assert len(rows) == item.sequences
+        addresses = [buffer.address for buffer in rows.rows.column("logprob").buffers() if buffer is not None]
+        for number in range(len(rows)):
+            part = rows[number]
+            assert part.schema == schema()
+            assert part.to_pylist() == whole.filter(pc.field("sequence") == first + number).to_pylist()
+            assert [item.address for item in part.column("logprob").buffers() if item is not None] == addresses
+        first += len(rows)
+    assert first == len(reader)
+    for number in (-1, len(rows)):
+        with pytest.raises(IndexError):
+            rows[number]
 
 
 def test_no_rows(tmp_path):

@@ -11,6 +11,7 @@ from storage_cases import zarr_quietly
 
 from storage.chunks import (
     DTYPES,
+    PCODEC_LEVEL,
     ArrayLayout,
     decode_chunk,
     decode_index,
@@ -33,7 +34,8 @@ def values_of(dtype, shape):
 def decode_array(data, layout):
     index = decode_index(data[-layout.index_bytes :], layout, len(data))
     parts = [decode_inner(data[int(start) : int(start + size)], layout) for start, size in index]
-    return np.concatenate(parts)[: layout.length]
+    joined = np.concatenate(parts, axis=int(layout.by_rank))
+    return (joined.T if layout.by_rank else joined)[: layout.length]
 
 
 def layout_of(name, length, chunk, **ranks):
@@ -74,7 +76,7 @@ def test_zarr_writes_the_same_bytes():
 
         store = zarr.storage.MemoryStore()
         array = zarr.create_array(
-            store, shape=(3000,), chunks=(700,), shards=(3500,), dtype="uint16", serializer=PCodec(level=10),
+            store, shape=(3000,), chunks=(700,), shards=(3500,), dtype="uint16", serializer=PCodec(level=PCODEC_LEVEL),
             compressors=[Crc32cCodec()], fill_value=65535, config={"write_empty_chunks": True},
         )  # fmt: skip
         array[:] = values

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from storage.codecs import CODECS, default_codecs, logprob_codec
 from storage.codecs.sqrt_delta import SqrtDelta
+from storage.decode import scale_heads
 from storage.errors import UsageError
 from storage.plan import TargetSpec
 from storage.segments import cumsum_rows, diff_rows
-from storage.shard import scale_heads
 
 GOLDEN = Path(__file__).parent / "golden" / "codecs.json"
 REFRESH = os.environ.get("TOPK_DISTILL_REFRESH_GOLDENS") == "1"
@@ -52,6 +52,17 @@ class TestEveryCodec:
         sizes = np.full(50, 8, np.int32)
         codes = codec.encode(logprob, sizes)
         np.testing.assert_array_equal(codec.encode(codec.decode(codes, sizes), sizes), codes)
+
+    @settings(max_examples=200, deadline=None)
+    @given(values=st.lists(st.floats(-60000, 60000, width=32) | st.sampled_from([np.inf, -np.inf]), max_size=30))
+    def test_numbers_of_a_row_are_rounded_once(self, name, values):
+        codec, given_R = CODECS[name](), np.array(values, dtype=np.float32)
+        stored_R = codec.round_numbers(given_R)
+        assert stored_R.dtype == codec.row_dtype
+        back_R = stored_R.astype(np.float32)
+        np.testing.assert_array_equal(codec.round_numbers(back_R), stored_R)
+        rounding = {"rtol": 0, "atol": 0} if codec.id == "exact" else {"rtol": 2.0**-11, "atol": codec.row_step / 2}
+        np.testing.assert_allclose(back_R, given_R, **rounding)  # infinities stay what they are
 
     def test_parameters_build_the_same_codec(self, name):
         codec = CODECS[name]()
@@ -105,6 +116,7 @@ def test_any_steps_keep_the_bound(root, ratio, rows):
         {},
         {"id": "sqrt-delta", "root_step": 0.5, "log_step": 0.1},
         {"id": "sqrt-delta", "step": 1.0},
+        {"id": "sqrt-delta", "row_step": 0.0},
         {"id": "exact", "root_step": 0.1},
     ],
 )

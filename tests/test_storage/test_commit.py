@@ -1,8 +1,7 @@
-"""The commit protocol in one process: identity, resumption, errors of the file system, other writers."""
+"""The commit protocol in one process: identity, resumption, other writers. For errors see test_failing_calls.py."""
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import subprocess
@@ -14,54 +13,22 @@ import numpy as np
 import pytest
 import storage_cases as cases
 
-import storage.files
+import storage.commit
 from storage.commit import StoreWriter
 from storage.errors import (
     CorruptionError,
     IdentityError,
     NumericsError,
-    OutOfSpaceError,
     StorageUnavailableError,
     UsageError,
 )
+from storage.files import LocalFiles
 from storage.plan import TargetSpec
 from storage.reader import StoreReader
 from storage.records import CommitRecord, Seal
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-
-
-class FailingOs:
-    """The `os` module of storage.files, with an error at the n-th call (from 1) of one of its functions."""
-
-    def __init__(self, function: str, number: int, code: int) -> None:
-        self.wanted, self.number, self.code = function, number, code
-        self.calls = 0
-        self.synced_after: list[str] = []
-        self.failed: str | None = None
-
-    def __getattr__(self, name):
-        real = getattr(os, name)
-        if name not in (self.wanted, "fsync"):
-            return real
-
-        def counted(*arguments, **options):
-            target = self.target(arguments[0])
-            if name == self.wanted:
-                self.calls += 1
-                if self.calls == self.number:
-                    self.failed = target
-                    raise OSError(self.code, os.strerror(self.code))
-            if name == "fsync" and self.failed is not None:
-                self.synced_after.append(target)
-            return real(*arguments, **options)
-
-        return counted
-
-    @staticmethod
-    def target(argument):
-        return os.readlink(f"/proc/self/fd/{argument}") if isinstance(argument, int) else os.fspath(argument)
 
 
 def test_a_store_is_sealed_and_a_second_run_changes_nothing(tmp_path):
@@ -137,7 +104,8 @@ def test_a_store_that_lost_its_plan_is_not_overwritten(tmp_path):
         {"remap_sha256": "00"},
         {"vocab_size": 299},
         {"tokenizer": {"files": {"tokenizer.json": "00"}}},
-        {"target": TargetSpec(kind="topk", k=4, temperatures=(2.0,))},
+        {"target": TargetSpec(kind="topk", k=4, temperatures=(2.0, 1.5))},
+        {"target": TargetSpec(kind="sampled", k=4, draws=4)},
     ],
 )
 def test_arguments_that_contradict_the_plan_are_refused(tmp_path, change):
@@ -165,6 +133,33 @@ def test_invalid_batches_are_refused_and_not_committed(tmp_path):
         writer.commit(shard, replace(batch, entropy=entropy))
     assert writer.committed() == frozenset()
     assert not list((tmp_path / "store" / "shards").iterdir())
+
+
+def test_a_store_that_another_process_makes_meanwhile_is_taken(tmp_path, sealed, monkeypatch):
+    """It had looked for the plan before the other one made the whole store."""
+    look = storage.commit.read_plan
+
+    def look_then_sleep(files):
+        monkeypatch.setattr(storage.commit, "read_plan", look)
+        found = look(files)
+        cases.write_store(tmp_path / "store")
+        return found
+
+    monkeypatch.setattr(storage.commit, "read_plan", look_then_sleep)
+    assert cases.open_writer(tmp_path / "store", cases.make_plan()).missing() == []
+    assert cases.tree(tmp_path / "store") == cases.tree(sealed)
+
+
+def test_a_seal_needs_its_shards(tmp_path):
+    """A repair that was cut off has moved a directory and the seal away, and not yet the record."""
+    path = tmp_path / "store"
+    cases.write_store(path)
+    (directory,) = (path / "shards").glob("000001-*")
+    LocalFiles(path).quarantine(f"shards/{directory.name}")
+    (path / "sealed.json").unlink()
+    with pytest.raises(CorruptionError, match=r"shard 1 .* its directory is missing"):
+        cases.write_store(path)
+    assert not (path / "sealed.json").exists()
 
 
 def test_what_another_process_committed_stays(tmp_path, caplog):
@@ -230,37 +225,6 @@ def test_a_directory_that_is_there_damaged_is_moved_away(tmp_path, sealed, damag
     cases.write_store(path)
     assert cases.tree(path) == cases.tree(sealed)
     assert "moved to quarantine" in caplog.text
-
-
-CODES = {errno.ENOSPC: OutOfSpaceError, errno.EDQUOT: OutOfSpaceError, errno.EIO: StorageUnavailableError}
-REFUSALS = {errno.EROFS: StorageUnavailableError, errno.EACCES: StorageUnavailableError}
-POINTS = [
-    *((function, number, code) for function in ("write", "fsync") for number in (1, 9, 30, 61) for code in CODES),
-    *((function, number, errno.EIO) for function in ("rename", "link") for number in (1, 2)),
-    *((function, 1, code) for function in ("open", "link", "rename") for code in REFUSALS),
-    *(("open", number, errno.ENOSPC) for number in (5, 50)),
-]
-
-
-@pytest.mark.parametrize(("function", "number", "code"), POINTS)
-def test_an_error_anywhere_loses_nothing(tmp_path, sealed, monkeypatch, function, number, code):
-    path = tmp_path / "store"
-    cases.write_store(path, shards=[0])
-    committed = cases.tree(path)
-    failing = FailingOs(function, number, code)
-    with monkeypatch.context() as patch:
-        patch.setattr(storage.files, "os", failing)
-        with pytest.raises((CODES | REFUSALS)[code]) as caught:
-            cases.write_store(path)
-    assert failing.failed is not None
-    assert caught.value.exit_code == (6 if (CODES | REFUSALS)[code] is OutOfSpaceError else 5)
-    assert str(path) in caught.value.where
-    assert caught.value.fix
-    assert failing.failed not in failing.synced_after, "a failed file was synced again"
-    after = cases.tree(path)
-    assert {name: after[name] for name in committed} == committed
-    cases.write_store(path)
-    assert cases.tree(path) == cases.tree(sealed)
 
 
 def test_a_target_that_cannot_be_created(tmp_path):

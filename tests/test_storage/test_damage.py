@@ -114,7 +114,7 @@ def test_damaged_files_of_the_whole_store(store, sealed, name, damage):
     DAMAGES[damage](store, store / name, name)
     expected = UsageError if damage == "missing" and name in ("plan.json", "sealed.json") else CorruptionError
     with pytest.raises(expected) as caught:
-        StoreReader(store)
+        StoreReader(store).tokenizer_files()
     if expected is CorruptionError:
         assert name in str(caught.value)
         assert [problem.name for problem in verify(store).problems] == [name]
@@ -134,7 +134,7 @@ def test_every_flipped_bit_of_the_store_wide_files_is_found(store, name):
     for bit in range(0, len(good) * 8, max(1, len(good) // 15)):
         flip(store / name, bit)
         with pytest.raises(CorruptionError):
-            StoreReader(store)
+            StoreReader(store).tokenizer_files()
         (store / name).write_bytes(good)
 
 

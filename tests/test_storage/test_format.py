@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ from storage.arrays import CHUNK_UNITS, array_specs
 from storage.chunks import SMALLEST_PAGE
 from storage.codecs import CODECS
 from storage.codecs.sqrt_delta import SqrtDelta
-from storage.plan import FORMAT_VERSION, Plan, TargetSpec
+from storage.plan import FORMAT_VERSION, Plan, TargetSpec, canonical_json
 from storage.reader import StoreReader
 from storage.shard import group_metadata
 
@@ -47,17 +50,26 @@ def test_snippets_run_and_agree_with_the_reader(tmp_path, sealed, monkeypatch, c
     assert f"{batch.head_ids.reshape(-1, k)[:3]}" in printed
 
 
-@pytest.mark.parametrize("target", [TargetSpec(kind="hybrid", k=6, draws=4), TargetSpec(kind="topk", k=6)])
-def test_the_table_of_arrays_is_complete(target):
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("kind", cases.TARGETS)
+def test_the_table_of_arrays_is_complete(kind, codec):
+    target = cases.TARGETS[kind]
+    absent = {"only with k > 0": not target.k, "only with draws": not target.draws}
+    absent["only with temperatures"] = not target.temperatures
     table = TEXT[TEXT.index("| array |") :]
     rows = re.findall(r"^\| (\w+) \| ([\w, ;]+) \| ([\w' ]+) \| (.*) \|$", table[: table.index("\n\n")], re.MULTILINE)
     documented = {
-        name: (axis, dtype) for name, axis, dtype, meaning in rows[1:] if target.draws or "with draws" not in meaning
+        name: (axis, dtype)
+        for name, axis, dtype, meaning in rows[1:]
+        if not any(gone and condition in meaning for condition, gone in absent.items())
     }
-    specs = array_specs(cases.make_plan(target=target), end_bytes=True, even=True)
+    plan = cases.make_plan(target=target, codecs={"logprob": CODECS[codec]().parameters()})
+    specs = array_specs(plan, end_bytes=True, even=True)
     assert documented.keys() == specs.keys()
     for name, (axis, dtype) in documented.items():
         assert specs[name].axis in re.split(r"[,; ]+", axis)
+        if dtype == "real":
+            assert specs[name].dtype.name == ("float32" if codec == "exact" else "float16")
         if re.fullmatch(r"u?int\d+|float\d+", dtype):
             assert specs[name].dtype.name == dtype
 
@@ -70,10 +82,32 @@ def test_plan_fields_and_group_attributes_are_named():
         assert f"`{name}`" in TEXT
 
 
+def test_the_example_of_metadata_is_what_is_written():
+    """Also what it says of 8-bit types and floats."""
+    example = json.loads(re.findall(r"```json\n(.*?)```", TEXT, re.DOTALL)[0])
+    plan = cases.make_plan(target=TargetSpec(kind="topk", k=32), vocab_size=5000)
+    specs = array_specs(plan, end_bytes=True, even=True)
+    assert specs["head_ids"].layout(9000, tokens=9000, rows=9000).metadata_bytes() == canonical_json(example)
+    bits = specs["has_row"].layout(100, tokens=800, rows=700).metadata()["codecs"][0]["configuration"]["codecs"]
+    assert canonical_json(bits[:-1])[1:-1].decode().replace(" ", "") in TEXT.replace(" ", "")
+    assert specs["entropy"].layout(9, tokens=9, rows=9).metadata()["fill_value"] == "NaN"
+
+
+def test_the_table_of_kinds_is_what_a_plan_allows():
+    kinds = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", TEXT, re.MULTILINE)
+    assert {kind for kind, *_ in kinds} == {target.kind for target in cases.TARGETS.values()}
+    for kind, k, p, draws in kinds:
+        for has_k, has_p, has_draws in itertools.product((0, 1), repeat=3):
+            target = TargetSpec(kind=kind, k=5 * has_k, p=0.5 if has_p else None, draws=5 * has_draws)
+            legal = (has_k, has_p, has_draws) == (k != "0", p != "null", draws != "0")
+            with nullcontext() if legal else pytest.raises(ValueError, match=kind):
+                target.check()
+
+
 def test_codecs_and_constants():
     for name in CODECS:
         assert f"`{name}`" in TEXT
-    assert (SqrtDelta().root_step, SqrtDelta().log_step) == (0.02, 0.125)
+    assert (SqrtDelta().root_step, SqrtDelta().log_step, SqrtDelta().row_step) == (0.02, 0.125, 1 / 64)
     assert f"/ {CHUNK_UNITS})" in TEXT
     assert f"{SMALLEST_PAGE} rows" in TEXT
     assert f"version {FORMAT_VERSION}" in TEXT.splitlines()[0]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from storage_cases import zarr_quietly
 
 import storage.arrays
 import storage.open_shard
+import storage.reader
 from storage.errors import CorruptionError, UsageError
 from storage.reader import StoreReader
 from storage.segments import cumsum_rows
@@ -195,3 +198,51 @@ def test_importing_the_reader_is_cheap():
         "assert not {'torch', 'transformers', 'datasets', 'click', 'pydantic'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT)
+
+
+def test_threads_may_share_a_reader(many_chunks, monkeypatch):
+    """With hardly any memory, so that everything is loaded and dropped all the time."""
+    monkeypatch.setattr(storage.reader, "OPEN_SHARDS", 1)
+    shared, alone = StoreReader(many_chunks, cache_bytes=2000), StoreReader(many_chunks)
+    numbers = np.random.default_rng(0).integers(0, len(alone), 200).tolist()
+    with ThreadPoolExecutor(4) as pool:
+        for number, batch in zip(numbers, pool.map(lambda number: shared.read([number]), numbers), strict=True):
+            expected = alone.read([number])
+            np.testing.assert_array_equal(batch.logprob, expected.logprob)
+            np.testing.assert_array_equal(batch.tail_ids, expected.tail_ids)
+
+
+def test_the_metadata_of_few_shards_is_kept(sealed, monkeypatch):
+    monkeypatch.setattr(storage.reader, "OPEN_SHARDS", 2)
+    reader, expected = StoreReader(sealed), StoreReader(sealed)
+    for number in [*range(len(reader)), *reversed(range(len(reader)))]:
+        np.testing.assert_array_equal(reader.read([number]).logprob, expected.read([number]).logprob)
+        assert reader._open.size <= 2
+
+
+def test_a_shard_that_is_opened_again_is_not_hashed_again(sealed, monkeypatch):
+    hashed = []
+    real = storage.open_shard.CommittedObjects.whole
+
+    def whole(self, name):
+        hashed.append((self._record.shard, name))
+        return real(self, name)
+
+    monkeypatch.setattr(storage.open_shard.CommittedObjects, "whole", whole)
+    monkeypatch.setattr(storage.reader, "OPEN_SHARDS", 1)
+    reader = StoreReader(sealed, cache_bytes=0)
+    for number in [*range(len(reader)), *range(len(reader))]:
+        reader.read([number])
+    groups = [name for _, name in hashed if name == "zarr.json"]
+    objects = [found for found in hashed if "/c/" in found[1]]
+    assert len(groups) == 2 * len(reader.shards)
+    assert len(set(objects)) == len(objects) > 60
+
+
+def test_tokenizer_files_are_checked_when_they_are_asked_for(sealed, tmp_path):
+    store = Path(shutil.copytree(sealed, tmp_path / "store"))
+    (store / "tokenizer" / "tokenizer.json.xz").unlink()
+    reader = StoreReader(store)
+    assert len(reader.read([0])) == 1
+    with pytest.raises(CorruptionError, match="tokenizer"):
+        reader.tokenizer_files()

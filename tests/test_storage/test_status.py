@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import storage_cases as cases
@@ -34,6 +36,20 @@ def test_an_unfinished_store(tmp_path):
     found = status(tmp_path / "store")
     assert (found.committed, found.missing, found.digest) == (1, 4, None)
     assert found.bytes < 10**6
+
+
+def test_the_pace_is_that_of_the_newest_commits(tmp_path, sealed):
+    path = tmp_path / "store"
+    cases.write_store(path, shards=[0, 1, 3])
+    for shard, at in ((0, 1000), (3, 1010), (1, 1030)):
+        os.utime(path / "commits" / f"{shard:06d}.json", (at, at))
+    pace, plan = status(path).pace, cases.make_plan()
+    rows = sum(cases.make_batch(plan, plan.shards()[shard]).rows for shard in (1, 3))
+    assert (pace.shards, pace.rows, pace.seconds, pace.rows_per_second) == (2, rows, 30.0, rows / 30)
+    for shard in (0, 1, 3):
+        os.utime(path / "commits" / f"{shard:06d}.json", (5, 5))
+    assert status(path).pace is None, "copied without times: nothing is known"
+    assert status(sealed).pace is None, "it is finished"
 
 
 def test_no_store(tmp_path):

@@ -162,9 +162,9 @@ def test_rows_that_lack_what_a_policy_needs() -> None:
         KDLoss(divergence="jsd")(logits_NV, only_samples, labels_N)
     with pytest.raises(ValueError, match="draws is 0"):
         KDLoss(tail="sampled")(logits_NV, make(5, draws=0)[2], labels_N)
-    with pytest.raises(ValueError, match=r"temperature 3: .*stored: 0\.5, 2\).*`temperatures`"):
+    with pytest.raises(ValueError, match=r"temperature 3: .*stored besides 1: 0\.5, 2\).*target\.temperatures"):
         KDLoss(temperature=3.0)(logits_NV, targets, labels_N)
-    with pytest.raises(ValueError, match=r"stored: none"):
+    with pytest.raises(ValueError, match=r"stored besides 1: none"):
         KDLoss(target_logits_scale=0.5)(logits_NV, SparseTargets.from_logits(torch.randn(N, V), 4), labels_N)
     with pytest.raises(ValueError, match="unknown; known are"):
         KDLoss(tail="sampeld")

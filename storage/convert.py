@@ -1,0 +1,209 @@
+"""Conversion: a store rewritten into a new one, with another codec, another sharding or a smaller head.
+
+Data path: sealed store -> `StoreReader` -> **changed rows** -> `StoreWriter` -> new store. Never in place: the new plan
+says in `derived_from` what it was made from and how, so the new store has an identity of its own. It goes through the
+ordinary commit protocol: killed anywhere, the same call again ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from storage.codecs import logprob_codec
+from storage.columns import ColumnFile
+from storage.commit import StoreWriter
+from storage.errors import UsageError
+from storage.plan import COLUMN_AXES, Json, Plan, ShardSpec, Split
+from storage.reader import StoreReader
+from storage.requantise import settle
+from storage.rows import SequenceBatch
+from storage.smaller_head import smaller_head
+
+SPLITS: tuple[Split, ...] = ("train", "heldout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What is to change; None leaves a thing as it is.
+
+    Attributes:
+        codec: of log-probabilities: id and parameters, as plans hold them.
+        k: entries of the exact head.
+        documents_per_shard: as in plans.
+        columns: columns to add.
+    """
+
+    codec: Mapping[str, Json] | None = None
+    k: int | None = None
+    documents_per_shard: int | None = None
+    columns: tuple[ColumnFile, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """How far a conversion is.
+
+    Attributes:
+        store: the new store.
+        shards, committed: shards of the new store, and how many of them are committed.
+        rows: written by this run.
+        bytes: of the shards written by this run.
+        seconds, seconds_left: since the start of this run, and left at that pace.
+        digest: of the new store; None until it is complete.
+    """
+
+    store: Path
+    shards: int
+    committed: int
+    rows: int
+    bytes: int
+    seconds: float
+    seconds_left: float
+    digest: str | None
+
+
+def convert(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], conversion: Conversion
+) -> Iterator[Converted]:
+    """Write a changed copy of a store; tells after each shard, and last of all the new digest. Must be exhausted.
+
+    Args:
+        source: a sealed store. It is read only, and verified while it is read.
+        target: the new store's directory; a conversion that was cut off goes on there.
+        conversion: what changes.
+
+    Raises:
+        UsageError: the source is not sealed, nothing would change, or the change is impossible.
+        IdentityError: the target holds another store.
+        CorruptionError: the source is damaged.
+        OutOfSpaceError, StorageUnavailableError: the file system refuses; what is committed stays valid.
+    """
+    began = time.perf_counter()
+    readers = {split: StoreReader(source, split=split) for split in SPLITS}
+    origin = readers["train"]
+    if Path(source).resolve() == Path(target).resolve():
+        raise UsageError("a store is never converted in place", where=str(target), fix="name a new directory")
+    plan = converted_plan(origin, conversion)
+    writer = StoreWriter.create(target, plan, remap=origin.remap, tokenizer_files=origin.tokenizer_files())
+    missing = writer.missing()
+    shards, rows, size = len(plan.shards()), 0, 0
+    for done, spec in enumerate(missing, start=1):
+        batch = _converted(readers[spec.split], spec, plan, conversion.columns)
+        size += writer.commit(spec, batch).size
+        rows += batch.rows
+        seconds = time.perf_counter() - began
+        yield Converted(
+            store=Path(target),
+            shards=shards,
+            committed=shards - len(missing) + done,
+            rows=rows,
+            bytes=size,
+            seconds=seconds,
+            seconds_left=seconds / done * (len(missing) - done),
+            digest=None,
+        )
+    digest = writer.seal()
+    seconds = time.perf_counter() - began
+    yield Converted(
+        store=Path(target),
+        shards=shards,
+        committed=len(writer.committed()),
+        rows=rows,
+        bytes=size,
+        seconds=seconds,
+        seconds_left=0.0,
+        digest=digest,
+    )
+
+
+def converted_plan(origin: StoreReader, conversion: Conversion) -> Plan:
+    """Return the plan of the new store. Raises UsageError if nothing would change or the change is impossible."""
+    plan = origin.plan
+    changed: dict[str, Json] = {}
+    if conversion.codec is not None:
+        parameters = logprob_codec(conversion.codec).parameters()  # all of them, and known ones
+        if parameters != plan.codecs["logprob"]:
+            changed["codecs"] = {**plan.codecs, "logprob": parameters}
+    if conversion.k is not None and conversion.k != plan.target.k:
+        _check_k(plan, conversion.k)
+        changed["target"] = replace(plan.target, k=conversion.k)
+    if conversion.documents_per_shard not in (None, plan.documents_per_shard):
+        changed["documents_per_shard"] = conversion.documents_per_shard
+    if conversion.columns:
+        changed["columns"] = {**plan.columns, **_new_columns(plan, conversion)}
+    if not changed:
+        raise UsageError(
+            "nothing would change: the store is like that already",
+            where="pipeline convert",
+            fix="name another codec, a smaller k or another number of documents per shard",
+        )
+    new = replace(plan, **changed)
+    before, after = plan.semantic(), new.semantic()
+    what = {name: {"from": before.get(name), "to": after[name]} for name in sorted(changed)}
+    derived = {"store_id": plan.store_id, "digest": origin.digest, "changed": what}
+    if conversion.columns:
+        derived["column_files"] = {column.name: column.sha256 for column in conversion.columns}
+    return replace(new, derived_from=derived)
+
+
+def _new_columns(plan: Plan, conversion: Conversion) -> dict[str, dict[str, str]]:
+    names = [*plan.columns, *(column.name for column in conversion.columns)]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"there would be two columns {twice}", where="columns", fix="give the new one another name")
+    return {column.name: column.about for column in conversion.columns}
+
+
+def _check_k(plan: Plan, k: int) -> None:
+    if plan.target.kind == "sampled":
+        raise UsageError("rows of samples alone have no head", where="k", fix="leave k out")
+    if not 0 < k < plan.target.k:
+        raise UsageError(
+            f"k: {k} is no smaller head: the store has heads of {plan.target.k}, and beyond that nothing is known",
+            where="k",
+            fix=f"name a k from 1 to {plan.target.k - 1}, or extract anew for a larger head",
+        )
+
+
+def _converted(reader: StoreReader, spec: ShardSpec, plan: Plan, columns: tuple[ColumnFile, ...]) -> SequenceBatch:
+    """Return the content of a shard of the new store."""
+    numbers = _sequences(reader, spec)
+    batch = reader.read(numbers)
+    new = {
+        axis: {item.name: item.values(batch, np.asarray(numbers)) for item in columns if item.axis == axis}
+        for axis in COLUMN_AXES
+    }
+    batch = replace(
+        batch,
+        row_columns={**(batch.row_columns or {}), **new["row"]} or None,
+        sequence_columns={**(batch.sequence_columns or {}), **new["sequence"]} or None,
+    )
+    if plan.target.k < reader.plan.target.k:
+        return smaller_head(batch, plan.target)
+    if plan.codecs["logprob"] == reader.plan.codecs["logprob"]:
+        codec = logprob_codec(plan.codecs["logprob"])
+        return replace(batch, logprob=settle(codec, batch.logprob, batch.head_size, batch.tail_logit))
+    return batch
+
+
+def _sequences(reader: StoreReader, spec: ShardSpec) -> range:
+    """Return the numbers of the sequences of a document range, by looking into the old shards that meet it."""
+    old = reader.plan.shards()
+    counts = np.cumsum([0, *(item.sequences for item in reader.shards)])
+    meet = [
+        number
+        for number, item in enumerate(reader.shards)
+        if old[item.shard].first_document < spec.end_document and spec.first_document < old[item.shard].end_document
+    ]
+    if not meet:
+        return range(0)
+    first, end = int(counts[meet[0]]), int(counts[meet[-1] + 1])
+    documents = reader.read(range(first, end), targets=False).document
+    inside = np.searchsorted(documents, [spec.first_document, spec.end_document])
+    return range(first + int(inside[0]), first + int(inside[1]))

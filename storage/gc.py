@@ -1,0 +1,105 @@
+"""Garbage collection: remove what nothing refers to. The only code that deletes files of a store.
+
+No worker may run meanwhile: what it is writing looks like what a dead one left. What a commit record names is never
+touched, and while the store is damaged nothing is, for then it is not known what its records named.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from storage.claims import Claims
+from storage.errors import CorruptionError, UsageError
+from storage.files import QUARANTINE, TEMPORARY, LocalFiles
+from storage.manifest import Manifest
+from storage.records import SHARDS
+from storage.verify import verify
+
+_SHARD_DIRECTORY = re.compile(r"\d{6,}-[0-9a-f]{16}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Garbage:
+    """One file or directory that nothing refers to.
+
+    Attributes:
+        name: inside the store.
+        reason: what it is.
+        bytes: sum of the sizes of its files.
+    """
+
+    name: str
+    reason: str
+    bytes: int
+
+
+def collect_garbage(path: str | os.PathLike[str], *, apply: bool) -> list[Garbage]:
+    """Find what nothing refers to, and with `apply` remove it. Returns what was found.
+
+    That is: everything in `tmp`, claims included; shard directories that no commit record names; and, once the store is
+    sealed, everything in `quarantine`. (Before, a repaired shard is still compared with its old record there.)
+
+    Args:
+        path: the store's directory.
+        apply: do it; without it, only say what would be done.
+
+    Raises:
+        UsageError: there is no store, or a worker on this machine has claimed one of its shards.
+        CorruptionError: the store is damaged: repair comes first.
+        StorageUnavailableError: the file system refuses.
+    """
+    files = LocalFiles(Path(path))
+    _refuse_damage(files.root)
+    found = _find(files)
+    if apply:
+        _refuse_workers(files.root)
+        for item in found:
+            if item.name.startswith(f"{SHARDS}/"):
+                files.discard_directory(item.name)
+            else:
+                files.remove(item.name)
+    return found
+
+
+def _find(files: LocalFiles) -> list[Garbage]:
+    directories = files.entries(SHARDS)  # before the records: what is committed meanwhile is not garbage
+    manifest = Manifest.open(files)
+    records = [manifest.record(spec) for spec in manifest.shards]
+    named = {record.directory for record in records if record is not None}
+    orphans = {name for name in directories - named if _SHARD_DIRECTORY.fullmatch(name)}
+    found = _garbage(files, SHARDS, orphans, "no commit record names it")
+    found += _garbage(files, TEMPORARY, files.entries(TEMPORARY), "left by a run that was cut off")
+    if manifest.seal() is not None:
+        found += _garbage(files, QUARANTINE, files.entries(QUARANTINE), "a repair moved it out of the way")
+    return found
+
+
+def _garbage(files: LocalFiles, directory: str, names: Iterable[str], reason: str) -> list[Garbage]:
+    sizes = Counter[str]()
+    for name, size in (files.tree(directory) or {}).items():
+        sizes[name.split("/")[0]] += max(size, 0)
+    return [Garbage(name=f"{directory}/{name}", reason=reason, bytes=sizes[name]) for name in sorted(names)]
+
+
+def _refuse_damage(root: Path) -> None:
+    problems = verify(root, quick=True).problems
+    if problems:
+        raise CorruptionError(
+            f"the store is damaged: {problems[0].name}: {problems[0].message}",
+            where=f"{root}, {len(problems)} problems in all",
+            fix=f"run `pipeline repair {root}` first: with damage it is not known what may be removed",
+        )
+
+
+def _refuse_workers(root: Path) -> None:
+    for shard, claim in Claims(root).alive_here().items():
+        raise UsageError(
+            f"process {claim.process} of this machine works on shard {shard}",
+            where=str(root),
+            fix="wait until it ends, or stop it; then run the same command again",
+        )

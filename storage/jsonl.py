@@ -1,0 +1,73 @@
+"""Rows as JSON Lines, one line per sequence: for reading by eye, and for trainers that take top-k logits as JSON.
+
+Data path: `SequenceBatch` -> **one JSON object per sequence** -> a file.
+
+The keys `tokens`, `labels`, `loss_mask`, `topk_logits`, `topk_token_ids` and `log_sum_exp` are the ones that
+NeMo-Aligner's offline distillation reads; the others say where the sequence is from and what is outside of the head.
+
+Axis legend: S sequences, R rows, N positions of a sequence that have a next token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.plan import Json
+from storage.rows import SequenceBatch
+from storage.segments import row_starts
+
+DECIMALS = 4  # of numbers: finer than what quantised log-probabilities and half-precision logsumexp carry
+
+
+def sequence_lines(batch: SequenceBatch, *, numbers: Sequence[int], padding: int) -> Iterator[bytes]:
+    """Return a line of JSON for each sequence, with its line end.
+
+    Every list is as long as `tokens`, the sequence without its last token; `labels` are the tokens that follow.
+    `topk_logits` minus `log_sum_exp` are log-probabilities. `sample_ids` and `sample_counts` are there if the batch has
+    draws. A position without a row has loss_mask 0.
+
+    Args:
+        batch: the sequences.
+        numbers: the number of each [S].
+        padding: entries of 0 that stand at a position without a row, so that lists of lists can be rectangular.
+    """
+    head, tail = row_starts(batch.head_size), row_starts(batch.tail_size)
+    logit = _rounded(batch.logprob + np.repeat(batch.logsumexp, batch.head_size))
+    logsumexp = _rounded(batch.logsumexp)
+    tail_mass = _rounded(np.exp(-np.logaddexp(0.0, -batch.tail_logit.astype(np.float64))))
+    for sequence, number in enumerate(numbers):
+        start, end = batch.token_offset[sequence : sequence + 2]
+        first = int(batch.row_offset[sequence])
+        has_row = batch.has_row[start : end - 1]
+        row = np.where(has_row, first + np.cumsum(has_row) - 1, -1).tolist()
+        line: dict[str, Json] = {
+            "document": int(batch.document[sequence]),
+            "sequence": int(number),
+            "window_start": int(batch.window_start[sequence]),
+            "tokens": batch.tokens[start : end - 1].tolist(),
+            "labels": batch.tokens[start + 1 : end].tolist(),
+            "loss_mask": has_row.astype(int).tolist(),
+            "topk_logits": _lists(logit, head, row, [0.0] * padding),
+            "topk_token_ids": _lists(batch.head_ids.tolist(), head, row, [0] * padding),
+            "log_sum_exp": [logsumexp[at] if at >= 0 else 0.0 for at in row],
+            "tail_mass": [tail_mass[at] if at >= 0 else 0.0 for at in row],
+        }
+        if batch.draws:
+            line["sample_ids"] = _lists(batch.tail_ids.tolist(), tail, row, [])
+            line["sample_counts"] = _lists(batch.count.tolist(), tail, row, [])
+        yield json.dumps(line, allow_nan=False).encode() + b"\n"
+
+
+def _rounded(values: NDArray[Any]) -> list[float]:
+    rounded: list[float] = np.round(values.astype(np.float64), DECIMALS).tolist()
+    return rounded
+
+
+def _lists(values: list[Any], starts_R: NDArray[np.int64], row_N: list[int], absent: list[Any]) -> list[list[Any]]:
+    """Cut the entries of each position's row out of all entries."""
+    return [values[starts_R[at] : starts_R[at + 1]] if at >= 0 else absent for at in row_N]

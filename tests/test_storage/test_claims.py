@@ -1,0 +1,102 @@
+"""Claims keep workers apart and block nothing."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import storage_cases as cases
+
+from storage.claims import Claim, Claims
+
+
+@pytest.fixture
+def store(tmp_path):
+    cases.open_writer(tmp_path / "store", cases.make_plan())
+    return tmp_path / "store"
+
+
+def dead_process() -> int:
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    return done.pid
+
+
+def claim(store, shard, **fields):
+    (store / "tmp" / f"claim-{shard:06d}").write_bytes(Claim(**fields).to_bytes())
+
+
+def turns(store, committed=frozenset()):
+    return Claims(store).turns(cases.make_plan().shards(), lambda spec: spec.index in committed)
+
+
+def order(store):
+    return [spec.index for spec in turns(store)]
+
+
+def test_alone_it_is_the_order_given_and_nothing_is_left(store):
+    assert order(store) == [0, 1, 2, 3, 4]
+    assert not list((store / "tmp").iterdir())
+
+
+def test_two_workers_share_the_shards(store):
+    done = set()
+    workers = [turns(store, done) for _ in range(2)]
+    taken = [[], []]
+    for _ in range(2):
+        working = [next(worker).index for worker in workers]
+        for mine, shard in zip(taken, working, strict=True):
+            mine.append(shard)
+        done.update(working)
+    assert taken == [[0, 2], [1, 3]]
+    assert next(workers[0]).index == 4
+    assert next(workers[1]).index == 4, "claimed, but nothing else is left"
+    done.add(4)
+    assert [list(worker) for worker in workers] == [[], []]
+
+
+def test_a_shard_that_is_committed_between_the_look_and_the_claim_is_left_out(store):
+    asked = []
+
+    def is_committed(spec):
+        asked.append(spec.index)
+        return asked.count(spec.index) > 1
+
+    assert list(Claims(store).turns(cases.make_plan().shards(), is_committed)) == []
+    assert not list((store / "tmp").iterdir())
+
+
+def test_claims_of_other_machines_come_last(store):
+    for shard in (0, 2):
+        claim(store, shard, host="elsewhere", process=1)
+    assert order(store) == [1, 3, 4, 0, 2]
+    assert (store / "tmp" / "claim-000000").exists(), "it is another's"
+
+
+def test_a_claim_of_a_dead_process_of_this_machine_is_void(store):
+    claim(store, 0, host=socket.gethostname(), process=dead_process())
+    assert order(store) == [0, 1, 2, 3, 4]
+    assert not list((store / "tmp").iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"host x", b"12", b"host 99999999999999999999"])
+def test_a_claim_that_says_nothing_blocks_nothing(store, content):
+    (store / "tmp" / "claim-000000").write_bytes(content)
+    assert sorted(order(store)) == [0, 1, 2, 3, 4]
+
+
+def test_a_worker_that_stops_early_takes_its_claim_away(store):
+    worker = turns(store)
+    assert next(worker).index == 0
+    assert list(Claims(store).alive_here()) == [0]
+    worker.close()
+    assert not list((store / "tmp").iterdir())
+
+
+def test_who_is_alive(store):
+    claim(store, 3, host=socket.gethostname(), process=os.getpid())
+    claim(store, 4, host="elsewhere", process=os.getpid())
+    assert Claims(store).alive_here() == {3: Claim.of_this_process()}

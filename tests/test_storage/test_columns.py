@@ -1,0 +1,117 @@
+"""Columns of one's own beside the rows: added by a conversion, read back, exported; wrong files are refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from storage.arrow import to_table
+from storage.columns import ColumnFile
+from storage.convert import Conversion, convert
+from storage.diff import diff
+from storage.errors import IdentityError, UsageError
+from storage.reader import StoreReader
+from storage.verify import verify
+
+KEYS = ["document", "sequence", "position"]
+
+
+def rows_of(store):
+    """The keys of all rows of both splits, in an order of their own."""
+    table = pa.concat_tables([to_table(StoreReader(store, split=split)) for split in ("train", "heldout")]).select(KEYS)
+    return table.take(np.random.default_rng(0).permutation(table.num_rows))
+
+
+def write(path, name, keys, values):
+    pq.write_table(keys.append_column(name, pa.array(values)), path)
+    return ColumnFile(name, path)
+
+
+def run(source, target, *columns, **changes):
+    return list(convert(source, target, Conversion(columns=columns, **changes)))[-1]
+
+
+def number(table):
+    return sum(table[key].to_numpy() * scale for key, scale in zip(KEYS, (10_000, 100, 1), strict=True))
+
+
+@pytest.fixture
+def with_columns(sealed, tmp_path):
+    keys = rows_of(sealed)
+    by_row = write(tmp_path / "row.parquet", "mine", keys, number(keys).astype(np.float32))
+    documents = pa.table({"document": np.arange(99)})
+    by_document = write(tmp_path / "document.parquet", "weight", documents, np.arange(99) * 2)
+    run(sealed, tmp_path / "new", by_row, by_document)
+    return tmp_path / "new"
+
+
+def test_values_come_back_beside_unchanged_rows(sealed, with_columns):
+    assert verify(with_columns).problems == []
+    for split, part in diff(sealed, with_columns).splits.items():
+        assert part.equal
+        reader = StoreReader(with_columns, split=split)
+        batch = reader.read(range(len(reader)))
+        assert batch.row_columns["mine"].dtype == np.float32
+        assert batch.sequence_columns["weight"].tolist() == (batch.document * 2).tolist()
+        table = to_table(reader)
+        assert table["mine"].to_numpy().tolist() == number(table).tolist()
+        assert table["weight"].to_numpy().tolist() == (table["document"].to_numpy() * 2).tolist()
+    plan = reader.plan
+    assert plan.columns == {
+        "mine": {"axis": "row", "dtype": "float32"},
+        "weight": {"axis": "sequence", "dtype": "uint64"},
+    }
+    assert plan.derived_from["column_files"].keys() == {"mine", "weight"}
+    assert "columns" not in StoreReader(sealed).plan.semantic()
+
+
+def test_columns_stay_in_further_conversions_and_in_any_order(with_columns, tmp_path):
+    run(with_columns, tmp_path / "next", k=2, documents_per_shard=10)
+    assert verify(tmp_path / "next").problems == []
+    reader = StoreReader(tmp_path / "next")
+    order = np.random.default_rng(1).permutation(len(reader))
+    batch = reader.read(order)
+    assert batch.sequence_columns["weight"].tolist() == (batch.document * 2).tolist()
+    assert (batch.row_columns["mine"] // 10_000 == np.repeat(batch.document, np.diff(batch.row_offset))).all()
+
+
+def test_another_file_is_another_store(sealed, with_columns, tmp_path):
+    documents = pa.table({"document": np.arange(99)})
+    other = write(tmp_path / "other.parquet", "weight", documents, np.arange(99))
+    with pytest.raises(IdentityError, match="derived_from"):
+        run(sealed, with_columns, other)
+
+
+def refused(sealed, path, keys, values, words, name="mine"):
+    with pytest.raises(UsageError, match=words):
+        run(sealed, path / f"refused {words}", write(path / "column.parquet", name, keys, values))
+
+
+def test_wrong_files(sealed, tmp_path):
+    keys = rows_of(sealed)
+    ones = np.ones(keys.num_rows, np.float32)
+    refused(sealed, tmp_path, keys, ones.astype(np.float64), "type double")
+    refused(sealed, tmp_path, keys, ["text"] * len(ones), "type string")
+    refused(sealed, tmp_path, keys, ones, "a name is a letter", name="../x")
+    refused(sealed, tmp_path, keys, ones, "already", name="entropy")
+    pq.write_table(keys, tmp_path / "keys.parquet")
+    with pytest.raises(UsageError, match="no column 'mine'"):
+        ColumnFile("mine", tmp_path / "keys.parquet")
+    (tmp_path / "text.parquet").write_text("mine")
+    for path in (tmp_path / "text.parquet", tmp_path / "none.parquet"):
+        with pytest.raises(UsageError, match="no Parquet file"):
+            ColumnFile("mine", path)
+    assert not list(tmp_path.glob("refused*")), "nothing was begun"
+
+
+def test_wrong_values(sealed, tmp_path):
+    keys = rows_of(sealed)
+    ones = np.ones(keys.num_rows, np.float32)
+    refused(sealed, tmp_path, keys.slice(1), ones[1:], "1 values are missing, the first for document")
+    refused(
+        sealed, tmp_path / "", pa.concat_tables([keys, keys.slice(0, 1)]), np.ones(len(ones) + 1, np.float32), "twice"
+    )
+    refused(sealed, tmp_path, keys, -ones.astype(np.int32), "negative")
+    refused(sealed, tmp_path, keys, pa.array([None, *ones[1:].tolist()], pa.float32()), "nulls")

@@ -1,0 +1,283 @@
+"""Conversion: a new store with an identity of its own, and rows that are the same, or honest."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import storage_cases as cases
+
+from storage.codecs.sqrt_delta import SqrtDelta
+from storage.convert import Conversion, convert
+from storage.decode import scale_heads
+from storage.diff import diff
+from storage.errors import CorruptionError, IdentityError, UsageError
+from storage.plan import TargetSpec
+from storage.reader import StoreReader
+from storage.smaller_head import smaller_head
+from storage.status import status
+from storage.verify import verify
+
+EXACT = {"id": "exact"}
+TARGETS = {
+    "hybrid": TargetSpec(kind="hybrid", k=6, draws=4),
+    "topk": TargetSpec(kind="topk", k=6),
+    "topp": TargetSpec(kind="topp", k=6, p=0.8),
+    "temperatures": TargetSpec(kind="topk", k=6, temperatures=(0.5, 2.0)),
+}
+
+
+def run(source, target, **changes):
+    return list(convert(source, target, Conversion(**changes)))[-1]
+
+
+def test_another_codec(sealed, tmp_path):
+    told = list(convert(sealed, tmp_path / "new", Conversion(codec=EXACT)))
+    new, old = StoreReader(tmp_path / "new"), StoreReader(sealed)
+    assert [event.committed for event in told] == [1, 2, 3, 4, 5, 5]
+    assert told[-1].digest == new.digest
+    assert told[-1].rows == status(sealed).rows
+    assert new.plan.codecs == {"logprob": EXACT}
+    assert new.plan.store_id != old.plan.store_id
+    assert new.plan.derived_from == {
+        "store_id": old.plan.store_id,
+        "digest": old.digest,
+        "changed": {"codecs": {"from": {"logprob": dict(old.plan.codecs["logprob"])}, "to": {"logprob": EXACT}}},
+    }
+    assert verify(tmp_path / "new").problems == []
+    assert all(part.equal for part in diff(sealed, tmp_path / "new").splits.values()), "decoded values, every bit"
+
+
+def test_the_source_is_not_touched(sealed, tmp_path):
+    shutil.copytree(sealed, tmp_path / "old")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "old").rglob("*")}
+    run(tmp_path / "old", tmp_path / "new", k=2)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "old").rglob("*")} == before
+
+
+@pytest.mark.parametrize("documents", [1, 5, 7, 100])
+def test_another_sharding_keeps_every_row(sealed, tmp_path, documents):
+    run(sealed, tmp_path / "exact", codec=EXACT)
+    run(tmp_path / "exact", tmp_path / "new", documents_per_shard=documents)
+    assert all(part.equal for part in diff(tmp_path / "exact", tmp_path / "new").splits.values())
+    assert verify(tmp_path / "new").problems == []
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_another_sharding_rounds_nothing_twice(tmp_path, ragged):
+    """Values that were quantised and scaled fall beside the codec's points; some would fall to another point."""
+    plan = cases.make_plan(documents=400, documents_per_shard=100)
+    cases.write_store(tmp_path / "old", plan, longest=40, ragged=ragged)
+    reader = StoreReader(tmp_path / "old")
+    batch, codec = reader.read(range(len(reader))), SqrtDelta()
+    assert batch.rows > 4000
+    again = scale_heads(
+        codec.decode(codec.encode(batch.logprob, batch.head_size), batch.head_size), batch.head_size, batch.tail_logit
+    )
+    assert np.abs(again - batch.logprob).max() > 1e-3, "the test would prove nothing"
+    run(tmp_path / "old", tmp_path / "new", documents_per_shard=150)
+    for part in diff(tmp_path / "old", tmp_path / "new").splits.values():
+        assert part.largest_logprob < 1e-6, "the last bit of float32"
+        assert ragged or part.equal
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_a_smaller_head(tmp_path, kind):
+    target = TARGETS[kind]
+    plan = cases.make_plan(target=target, codecs={"logprob": EXACT})
+    cases.write_store(tmp_path / "old", plan, ragged=kind == "topp")
+    run(tmp_path / "old", tmp_path / "new", k=2)
+    assert verify(tmp_path / "new").problems == []
+    old, new = StoreReader(tmp_path / "old"), StoreReader(tmp_path / "new")
+    a, b = (reader.read(range(len(reader))) for reader in (old, new))
+    assert new.plan.target == replace(target, k=2)
+    assert (b.head_size == np.minimum(a.head_size, 2)).all()
+    kept = np.concatenate([np.arange(size) < 2 for size in a.head_size])
+    assert (b.head_ids == a.head_ids[kept]).all()
+    assert (b.logprob == a.logprob[kept]).all()
+    inside = np.bincount(np.repeat(np.arange(b.rows), b.head_size), np.exp(b.logprob.astype(float)), minlength=b.rows)
+    assert 1 / (1 + np.exp(-b.tail_logit.astype(float))) == pytest.approx(1 - inside, abs=2e-3)
+    for name in ("tokens", "has_row", "logsumexp", "entropy", "next_logprob"):
+        assert (getattr(b, name) == getattr(a, name)).all()
+    assert status(tmp_path / "new").head_mass < status(tmp_path / "old").head_mass
+
+
+def distribution(rng, vocab):
+    logits = rng.normal(size=vocab) * 2
+    return np.log(np.exp(logits) / np.exp(logits).sum())
+
+
+def many_rows(rows, *, k, draws, temperatures=()):
+    """One sequence whose rows hold one and the same distribution, each with its own draws; and that distribution."""
+    rng = np.random.default_rng(7)
+    vocab = 30
+    logprob = distribution(rng, vocab)
+    order = np.argsort(-logprob)
+    plan = cases.make_plan(target=TargetSpec(kind="hybrid", k=k, draws=draws), vocab_size=vocab)
+    tail = np.exp(logprob[order[k:]])
+    tails = [np.unique(rng.choice(order[k:], size=draws, p=tail / tail.sum()), return_counts=True) for _ in range(rows)]
+    sizes = np.array([len(ids) for ids, _ in tails], np.int32)
+    empty = cases.batch_of(plan, [], rng)
+    by_temperature = {}
+    if temperatures:
+        scaled = logprob[None, :] / np.array(temperatures)[:, None]
+        p_TV = np.exp(scaled) / np.exp(scaled).sum(axis=1, keepdims=True)
+        r_T = p_TV[:, order[k:]].sum(axis=1)
+        by_temperature = {
+            "temperatures": tuple(temperatures),
+            "tail_logit_T": np.tile(np.log(r_T / (1 - r_T)).astype(np.float32), (rows, 1)),
+            "entropy_T": np.zeros((rows, len(temperatures)), np.float32),
+        }
+    has_row = np.ones(rows + 1, dtype=bool)
+    has_row[-1] = False
+    batch = replace(
+        empty,
+        tokens=np.zeros(rows + 1, np.uint32),
+        token_offset=np.array([0, rows + 1]),
+        row_offset=np.array([0, rows]),
+        head_offset=np.array([0, rows * k]),
+        tail_offset=np.array([0, int(sizes.sum())]),
+        document=np.array([3]),
+        window_start=np.array([0]),
+        token_end_byte=None,
+        has_row=has_row,
+        head_size=np.full(rows, k, np.int32),
+        tail_size=sizes,
+        head_ids=np.tile(order[:k].astype(np.uint32), rows),
+        logprob=np.tile(logprob[order[:k]].astype(np.float32), rows),
+        tail_ids=np.concatenate([ids for ids, _ in tails]).astype(np.uint32),
+        count=np.concatenate([counts for _, counts in tails]).astype(np.uint16),
+        tail_logit=np.full(rows, np.log(tail.sum() / (1 - tail.sum())), np.float32),
+        **{name: np.zeros(rows, np.float32) for name in ("logsumexp", "entropy", "next_logprob")},
+        **by_temperature,
+    )
+    return batch, logprob, order
+
+
+def test_samples_of_the_larger_tail_stay_unbiased():
+    """20,000 rows of 8 draws: the share of each id outside of the new head is its share of the distribution."""
+    rows, draws = 20_000, 8
+    batch, logprob, order = many_rows(rows, k=6, draws=draws)
+    small = smaller_head(batch, TargetSpec(kind="hybrid", k=2, draws=draws))
+    drawn = np.bincount(small.tail_ids, weights=small.count, minlength=30)
+    assert np.bincount(np.repeat(np.arange(rows), small.tail_size), weights=small.count).tolist() == [draws] * rows
+    tail = np.exp(logprob)
+    tail[order[:2]] = 0
+    expected = rows * draws * tail / tail.sum()
+    assert (drawn[order[:2]] == 0).all()
+    outside = order[2:]
+    chi_square = ((drawn - expected) ** 2 / np.maximum(expected, 1e-12))[outside].sum()
+    assert chi_square < 27 + 5 * np.sqrt(2 * 27), "27 degrees of freedom, five standard deviations"
+    # Draws of a row are independent: the number that fell on some ids that left the head has a binomial's variance.
+    row = np.repeat(np.arange(rows), small.tail_size)
+    for some in (order[2:6], order[2:3]):
+        share = tail[some].sum() / tail.sum()
+        chosen = np.isin(small.tail_ids, some)
+        per_row = np.bincount(row[chosen], weights=small.count[chosen], minlength=rows)
+        assert per_row.mean() == pytest.approx(draws * share, rel=0.02)
+        assert per_row.var() == pytest.approx(draws * share * (1 - share), rel=0.05)
+    assert smaller_head(batch, TargetSpec(kind="hybrid", k=2, draws=draws)).count.tobytes() == small.count.tobytes()
+    other = smaller_head(batch, TargetSpec(kind="hybrid", k=2, draws=draws, seed=1))
+    assert other.tail_ids.tobytes() != small.tail_ids.tobytes()
+
+
+def test_mass_outside_is_summed_without_cancellation():
+    """A tail of 1e-9 and a dropped entry of 1e-8: 1 - sum would have no correct digit in float32."""
+    batch, _, _ = many_rows(1, k=2, draws=1)
+    head = np.array([-1.1e-8, np.log(1e-8)], np.float32)
+    batch = replace(batch, logprob=head, tail_logit=np.array([np.log(1e-9)], np.float32))
+    small = smaller_head(batch, TargetSpec(kind="hybrid", k=1, draws=1))
+    assert np.exp(float(small.tail_logit[0])) == pytest.approx(1.1e-8, rel=1e-5)
+
+
+def test_tail_mass_at_other_temperatures():
+    batch, logprob, order = many_rows(3, k=6, draws=2, temperatures=(0.5, 2.0))
+    small = smaller_head(batch, TargetSpec(kind="hybrid", k=2, draws=2, temperatures=(0.5, 2.0)))
+    for column, temperature in enumerate((0.5, 2.0)):
+        p = np.exp(logprob / temperature)
+        r = p[order[2:]].sum() / p.sum()
+        assert small.tail_logit_T[:, column] == pytest.approx(np.log(r / (1 - r)), abs=1e-4)
+
+
+def test_rows_without_a_tail():
+    """A head that held everything: the new tail is what left it, and nothing at all if nothing did."""
+    batch, logprob, order = many_rows(200, k=6, draws=8)
+    inside = logprob[order[:6]] - np.log(np.exp(logprob[order[:6]]).sum())
+    batch = replace(
+        batch,
+        logprob=np.tile(inside.astype(np.float32), 200),
+        tail_logit=np.full(200, -np.inf, np.float32),
+        tail_size=np.zeros(200, np.int32),
+        tail_offset=np.zeros(2, np.int64),
+        tail_ids=np.zeros(0, np.uint32),
+        count=np.zeros(0, np.uint16),
+    )
+    small = smaller_head(batch, TargetSpec(kind="hybrid", k=2, draws=8))
+    assert set(small.tail_ids.tolist()) == set(order[2:6].tolist())
+    assert int(small.count.sum()) == 200 * 8
+    same = smaller_head(batch, TargetSpec(kind="hybrid", k=6, draws=8))
+    assert (len(same.tail_ids), same.tail_size.sum()) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "nothing would change"),
+        ({"k": 6}, "nothing would change"),
+        ({"documents_per_shard": 6}, "nothing would change"),
+        ({"codec": {"id": "sqrt-delta"}}, "nothing would change"),
+        ({"k": 7}, "beyond that nothing is known"),
+        ({"k": 0}, "no smaller head"),
+        ({"codec": {"id": "other"}}, "unknown"),
+        ({"codec": {"id": "sqrt-delta", "root_step": 2.0}}, "root_step"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_nothing_begun(sealed, tmp_path, changes, words):
+    with pytest.raises(UsageError, match=words):
+        run(sealed, tmp_path / "new", **changes)
+    assert not (tmp_path / "new").exists()
+
+
+def test_rows_of_samples_have_no_head(tmp_path):
+    target = TargetSpec(kind="sampled", k=0, draws=4)
+    cases.open_writer(tmp_path / "old", cases.make_plan(target=target, documents=0)).seal()
+    with pytest.raises(UsageError, match="no head"):
+        run(tmp_path / "old", tmp_path / "new", k=2)
+
+
+def test_in_place_unfinished_foreign_and_damaged(sealed, tmp_path):
+    with pytest.raises(UsageError, match="in place"):
+        run(sealed, sealed, k=2)
+    cases.write_store(tmp_path / "part", shards=[0])
+    with pytest.raises(UsageError, match="not finished"):
+        run(tmp_path / "part", tmp_path / "new", k=2)
+    run(sealed, tmp_path / "new", k=2)
+    before = cases.tree(tmp_path / "new")
+    with pytest.raises(IdentityError, match=r"target\.k: 2 -> 3"):
+        run(sealed, tmp_path / "new", k=3)
+    assert cases.tree(tmp_path / "new") == before
+    shutil.copytree(sealed, tmp_path / "damaged")
+    victim = next((tmp_path / "damaged" / "shards").glob("000001-*/entropy/c/0"))
+    victim.write_bytes(victim.read_bytes()[:-1] + b"x")
+    with pytest.raises(CorruptionError, match="entropy"):
+        run(tmp_path / "damaged", tmp_path / "from-damaged", k=2)
+    assert status(tmp_path / "from-damaged").committed == 1, "the shard before the damage"
+
+
+@pytest.mark.parametrize("fault", ["plan-linked:1", "encode:30", "shard-write:90", "record-link:2", "seal-link:1"])
+def test_killed_in_the_middle_it_ends_in_the_same_bytes(sealed, tmp_path, fault):
+    command = [sys.executable, "-m", "pipeline", "convert", str(sealed), str(tmp_path / "new"), "--k", "3"]
+    environment = {**os.environ, "TOPK_DISTILL_FAULT": fault}
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    run(sealed, tmp_path / "uninterrupted", k=3)
+    assert cases.tree(tmp_path / "new") == cases.tree(tmp_path / "uninterrupted")
+    assert verify(tmp_path / "new").problems == []
