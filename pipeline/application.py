@@ -16,7 +16,7 @@ from pipeline.errors import failure_of
 from pipeline.runtime import prepare_libraries, termination_as_interrupt, warnings_in_one_line
 
 DISTRIBUTION = "topk-distill"
-RESUMABLE_COMMANDS = frozenset({"extract", "train", "demo"})
+RESUMABLE_COMMANDS = frozenset({"extract", "train", "convert", "demo"})
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.application import DISTRIBUTION, Application, Session, common_options, distribution_version
+from pipeline.runtime import is_main_process
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Phase
-    from pipeline.export import Format
+    from pipeline.export import FileFormat, Format
     from storage.plan import Split
 
 config_argument = click.argument("config_path", metavar="CONFIG", type=click.Path(path_type=Path))
@@ -160,6 +161,79 @@ def repair(store: Path, yes: bool, as_json: bool) -> None:
 
 @main.command()
 @store_argument
+@click.option("--yes", is_flag=True, help="Do it; without it, only say what would be done.")
+@json_option
+@common_options
+def gc(store: Path, yes: bool, as_json: bool) -> None:
+    """Remove what interrupted runs and repairs left in a store.
+
+    No worker may run meanwhile. What a commit record names is never touched; a damaged store is refused.
+    """
+    from pipeline.console import show_garbage
+    from storage.gc import collect_garbage
+
+    show_garbage(collect_garbage(store, apply=yes), store, applied=yes, as_json=as_json)
+
+
+@main.command()
+@click.argument("first", type=click.Path(path_type=Path))
+@click.argument("second", type=click.Path(path_type=Path))
+@json_option
+@common_options
+def diff(first: Path, second: Path, as_json: bool) -> int:
+    """Compare two stores: plans, then rows. Exit code 0: equal, 1: different.
+
+    Of a store that is not finished, the shards committed so far are compared.
+    """
+    from pipeline.console import show_difference
+    from storage.diff import diff
+
+    return show_difference(diff(first, second), as_json=as_json)
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--codec", metavar="ID[,NAME=VALUE...]", help="Codec of log-probabilities: exact, or sqrt-delta,...")
+@click.option("--k", type=click.IntRange(min=1), metavar="N", help="A smaller exact head.")
+@click.option("--documents-per-shard", type=click.IntRange(min=1), metavar="N", help="Another sharding.")
+@click.option("--add-column", "columns", metavar="NAME=FILE", multiple=True, help="Values from a Parquet file.")
+@json_option
+@common_options
+@click.pass_obj
+def convert(session: Session, /, source: Path, target: Path, as_json: bool, **changes: object) -> None:
+    """Write a changed copy of a finished store. SOURCE is only read.
+
+    After an interruption the same command goes on.
+    """
+    from pipeline.conversion import conversion_of
+    from pipeline.progress import show_convert
+    from storage.convert import convert
+
+    show_convert(convert(source, target, conversion_of(changes)), quiet=session.quiet, as_json=as_json)
+
+
+@main.command()
+@store_argument
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--to", "form", type=click.Choice(["parquet", "arrow", "jsonl"]), help="Default: what OUTPUT ends in.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N sequences.")
+@click.option("--split", type=click.Choice(["train", "heldout"]), default="train", show_default=True)
+@common_options
+def export(store: Path, output: Path, form: FileFormat | None, limit: int | None, split: Split) -> None:
+    """Write rows into one file for other tools.
+
+    parquet and arrow have one line per target row, jsonl one per sequence.
+    """
+    from pipeline.export import export_store, form_of
+    from pipeline.inspect import open_store
+
+    rows = export_store(open_store(store, split), output, form or form_of(output), limit=limit)
+    click.echo(f"{rows:,} rows in {output}", err=True)
+
+
+@main.command()
+@store_argument
 @click.option("--sample", type=click.IntRange(min=1), metavar="N", help="Sequences (text: 3; other forms: all).")
 @click.option("--rows", type=click.IntRange(min=1), default=8, help="Rows shown per sequence, text only.")
 @click.option("--seed", type=int, default=0, help="Chooses the sample.")
@@ -193,16 +267,19 @@ def inspect(
 @common_options
 @click.pass_obj
 def train(session: Session, config_path: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
-    """Train a student from a store. After an interruption the same command goes on."""
+    """Train a student from a store or from a live teacher. After an interruption the same command goes on."""
     from pipeline import console, progress, report, train
     from pipeline.config.loading import load_train
 
     config = load_train(config_path, overrides)
     if dry_run:
-        console.show_training_estimate(train.dry_run(config), as_json=as_json)
+        estimate = train.dry_run(config)
+        if is_main_process():
+            console.show_training_estimate(estimate, as_json=as_json)
     else:
         progress.show_train(train.train(config), quiet=session.quiet, as_json=as_json)
-        click.echo(f"report {report.write_run_report(config.run)}", err=True)
+        if is_main_process():
+            click.echo(f"report {report.write_run_report(config.run)}", err=True)
 
 
 @main.command("eval")

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pipeline.inspect import RowText, SequenceText
     from pipeline.planning import Estimate
     from pipeline.train import Estimate as TrainingEstimate
+    from storage.diff import Difference, SplitDifference
+    from storage.gc import Garbage
     from storage.repair import Action
     from storage.status import Status
     from storage.verify import Report
@@ -72,6 +74,7 @@ def show_estimate(estimate: Estimate, *, as_json: bool) -> None:
         print_json(estimate)
         return
     about = "" if estimate.exact else "about "
+    bound = "at most" if estimate.at_most else "about"
     held_out = f" ({estimate.heldout_documents:,} held out)" if estimate.heldout_documents else ""
     if estimate.seconds is None or estimate.tokens_per_second is None:
         time = "unknown until this teacher has run here with these settings; pipeline plan --rate N assumes a rate"
@@ -82,8 +85,8 @@ def show_estimate(estimate: Estimate, *, as_json: bool) -> None:
         [
             ("teacher", f"{estimate.teacher}, {estimate.dtype} on {estimate.device}"),
             ("corpus", f"{counted(estimate.documents, 'document')}{held_out}, {about}{estimate.tokens:,} tokens"),
-            ("rows", f"{about}{estimate.rows:,} in {counted(estimate.shards, 'shard')}"),
-            ("size", f"about {size_line(estimate.bytes, estimate.bytes_per_row)}"),
+            ("rows", f"{about}{estimate.rows:,} in {counted(estimate.shards, 'shard')}; {estimate.contents}"),
+            ("size", f"{bound} {size_line(estimate.bytes, estimate.bytes_per_row)}"),
             ("time", time),
         ]
     )
@@ -95,15 +98,16 @@ def show_training_estimate(estimate: TrainingEstimate, *, as_json: bool) -> None
         print_json(estimate)
         return
     place = f"{estimate.dtype} on {estimate.device}"
-    print_facts(
-        [
-            ("student", f"{estimate.parameters / 1e6:,.1f}M parameters, {place}"),
-            ("steps", f"{estimate.steps:,}, about {estimate.tokens:,} tokens, {estimate.epochs:.2f} epochs"),
-            ("store", f"{estimate.sequences:,} sequences"),
-            ("memory", f"about {bytes_text(estimate.memory_bytes)}"),
-            ("time", f"about {duration_text(estimate.seconds)}, from one micro-batch measured now"),
-        ]
-    )
+    facts = [
+        ("student", f"{estimate.parameters / 1e6:,.1f}M parameters, {place}"),
+        ("steps", f"{estimate.steps:,}, about {estimate.tokens:,} tokens, {estimate.epochs:.2f} epochs"),
+        ("corpus" if estimate.online else "store", f"{estimate.sequences:,} sequences"),
+        ("memory", f"about {bytes_text(estimate.memory_bytes)}"),
+        ("time", f"about {duration_text(estimate.seconds)}, from one micro-batch measured now"),
+    ]
+    if estimate.teacher_parameters is not None:
+        facts.insert(1, ("teacher", f"{estimate.teacher_parameters / 1e6:,.1f}M parameters, live"))
+    print_facts(facts)
 
 
 def show_status(status: Status, *, as_json: bool) -> None:
@@ -111,20 +115,22 @@ def show_status(status: Status, *, as_json: bool) -> None:
     if as_json:
         print_json(status)
         return
-    kind = f"{status.kind}: {status.k} exact entries" + (f", {status.draws} tail draws" if status.draws else "")
     sealed = f"sealed, digest {status.digest}" if status.digest else "not sealed"
     held_out = f" ({status.heldout_rows:,} held out)" if status.heldout_rows else ""
     corpus = [(status.documents, "document"), (status.sequences, "sequence"), (status.tokens, "token")]
     facts = [
         ("store", status.path),
         ("teacher", status.teacher or "unnamed"),
-        ("rows", f"{status.rows:,}{held_out}, {kind}"),
+        ("rows", f"{status.rows:,}{held_out}, {status.contents}"),
         ("corpus", ", ".join(counted(count, noun) for count, noun in corpus)),
         ("size", size_line(status.bytes, status.bytes_per_row)),
         ("shards", f"{status.committed} of {status.shards} committed, {sealed}"),
     ]
     if status.head_mass is not None:
         facts.insert(4, ("kept mass", f"{status.head_mass:.4f} of the teacher's probability is in the exact head"))
+    if status.pace is not None:
+        newest = f"over the newest {counted(status.pace.shards, 'shard')}, {duration_text(status.pace.seconds)}"
+        facts.append(("pace", f"{status.pace.rows_per_second:,.0f} rows/s {newest}"))
     facts.append(("contents", f"not checked here: pipeline verify {status.path} does"))
     print_facts(facts)
     if status.missing:
@@ -166,12 +172,66 @@ def show_repair(actions: Sequence[Action], store: Path, *, applied: bool, as_jso
         click.echo(f"no worker may run meanwhile; to do it: pipeline repair {store} --yes")
 
 
+def show_garbage(found: Sequence[Garbage], store: Path, *, applied: bool, as_json: bool) -> None:
+    """Write what a garbage collection removed or would remove."""
+    if as_json:
+        print_json({"applied": applied, "garbage": found})
+        return
+    for item in found:
+        click.echo(f"{item.name}: {item.reason}; {bytes_text(item.bytes)}{' removed' if applied else ''}")
+    if not found:
+        click.echo("nothing to remove")
+    elif not applied:
+        total = bytes_text(sum(item.bytes for item in found))
+        click.echo(f"{total} in all; no worker may run meanwhile; to do it: pipeline gc {store} --yes")
+
+
+def show_difference(found: Difference, *, as_json: bool) -> int:
+    """Write how two stores differ, and return the exit code of `diff`: 0 equal, 1 different."""
+    code = 0 if found.equal else 1
+    if as_json:
+        print_json({"equal": found.equal, **to_json(found)})
+        return code
+    for line in found.plan:
+        click.echo(f"plan  {line}")
+    for split, part in found.splits.items():
+        if part.sequences or not part.equal:
+            _show_split_difference(split, part)
+    digests = " and ".join(dict.fromkeys(found.digests))
+    click.echo(f"{'equal' if found.equal else 'different'}, digest {digests}")
+    return code
+
+
+def _show_split_difference(split: str, part: SplitDifference) -> None:
+    for count, which in ((part.only_first, "first"), (part.only_second, "second")):
+        if count:
+            click.echo(f"{split}  {counted(count, 'sequence')} only in the {which} store")
+    compared = f"{part.sequences_different:,} of {counted(part.sequences, 'sequence')}"
+    click.echo(f"{split}  {compared} and {part.rows_different:,} of {counted(part.rows, 'row')} differ")
+    if part.equal:
+        return
+    if part.other_tokens:
+        click.echo(f"{split}  {counted(part.other_tokens, 'sequence')} with other tokens or positions")
+    click.echo(
+        f"{split}  {part.rows_other_head:,} other heads, {part.rows_other_samples:,} other samples;"
+        f" log-probabilities differ by up to {part.largest_logprob:.3g} nats, mean KL {part.mean_kl:.2e} nats"
+    )
+    for item in part.examples:
+        rows = (
+            "other tokens"
+            if item.rows is None
+            else f"{counted(item.rows, 'row')}, up to {item.largest_logprob:.3g} nats"
+        )
+        click.echo(f"  shard {item.shard}, document {item.document}, window at {item.window_start}: {rows}")
+
+
 def show_sequences(sequences: Sequence[SequenceText], total: int) -> None:
     """Write sampled sequences: each row with its context, the token that followed, and the teacher's candidates."""
     for item in sequences:
         start = f" from token {item.window_start}" if item.window_start else ""
         click.secho(f"sequence {item.number} of {total:,}: document {item.document}{start}", bold=True)
-        mean = f"kept mass {item.head_mass:.3f}, entropy {item.entropy:.2f} nats (means)"
+        kept = "" if item.head_mass is None else f"kept mass {item.head_mass:.3f}, "
+        mean = f"{kept}entropy {item.entropy:.2f} nats (means)"
         click.echo(f"{counted(item.tokens, 'token')}, {counted(item.rows, 'row')}, {mean}\n")
         for row in item.shown:
             show_row(row)
@@ -186,10 +246,13 @@ def show_row(row: RowText) -> None:
         click.style(f"{quoted(item.text)} {item.probability:.1%}", fg="cyan" if item.follows else None)
         for item in row.candidates
     ]
-    facts = f"kept {row.head_mass:.3f}  entropy {row.entropy:.2f}  p(next) {row.next_probability:.3g}"
+    kept = "" if row.head_mass is None else f"kept {row.head_mass:.3f}  "
+    facts = f"{kept}entropy {row.entropy:.2f}  p(next) {row.next_probability:.3g}"
     drawn = " ".join(quoted(text) + (f"×{count}" if count > 1 else "") for text, count in row.tail)
-    click.echo(f"{'':7}{'  '.join(shown)}")
-    click.secho(f"{'':7}{facts}" + (f"  tail {drawn}" if drawn else ""), dim=True)
+    if shown:
+        click.echo(f"{'':7}{'  '.join(shown)}")
+    samples = "samples" if row.head_mass is None else "tail"
+    click.secho(f"{'':7}{facts}" + (f"  {samples} {drawn}" if drawn else ""), dim=True)
 
 
 def show_evaluation(evaluation: Evaluation, *, as_json: bool) -> None:

@@ -6,6 +6,7 @@ is mapped onto it: the operating system, memory, interruption, click. What fits 
 | exit code | meaning |
 |---|---|
 | 0 | ok |
+| 1 | `pipeline diff`: the stores differ |
 | 2 | usage or configuration |
 | 3 | identity mismatch: teacher, tokenizer, corpus or plan |
 | 4 | corruption |

@@ -1,6 +1,7 @@
-"""Rows of a store -> an Arrow, Parquet or JSON file, for every tool that is not ours.
+"""Rows of a store -> a Parquet, Arrow or JSON file, for every tool that is not ours.
 
-Data path: store -> `StoreReader` -> `storage.arrow` -> **file or stdout**. One batch is in memory at a time.
+Data path: store -> `StoreReader` -> `storage.arrow`, `storage.jsonl` -> **file or stdout**. One batch is in memory at a
+time, and a file appears under its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -16,12 +17,52 @@ from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
 
-from storage.arrow import record_batches, schema, to_parquet, to_table
+from storage.arrow import SEQUENCES_PER_BATCH, record_batches, to_parquet
 from storage.errors import UsageError
 from storage.files import storage_errors
+from storage.jsonl import sequence_lines
 from storage.reader import StoreReader
 
 Format = Literal["text", "arrow", "parquet", "json"]
+FileFormat = Literal["arrow", "parquet", "jsonl"]
+
+
+def form_of(output: Path) -> FileFormat:
+    """Return the form that a file's name stands for. Raises UsageError if it stands for none."""
+    forms: tuple[FileFormat, ...] = ("parquet", "arrow", "jsonl")
+    for form in forms:
+        if output.suffix == f".{form}":
+            return form
+    raise UsageError(
+        f"the name does not tell the form: {output.name} ends in none of {', '.join(f'.{form}' for form in forms)}",
+        where=str(output),
+        fix="add --to parquet, arrow or jsonl",
+    )
+
+
+def export_store(reader: StoreReader, output: Path, form: FileFormat, *, limit: int | None = None) -> int:
+    """Write a split of a store into a file.
+
+    Args:
+        reader: the store.
+        output: a file that does not exist yet.
+        form: parquet (zstd) and arrow (IPC file) have one line per target row, columns as in `storage.arrow.schema`;
+            jsonl has one line per sequence, as in `storage.jsonl`.
+        limit: only the first so many sequences; None: all.
+
+    Returns:
+        The number of target rows written.
+
+    Raises:
+        UsageError: the file exists.
+        CorruptionError: the store is damaged.
+        OutOfSpaceError, StorageUnavailableError: it cannot be written. No partial file stays behind in any case.
+    """
+    sequences = range(len(reader) if limit is None else min(limit, len(reader)))
+    if form != "jsonl":
+        return export_rows(reader, form, output, sequences=sequences)
+    with _whole_file(output) as file:
+        return sum(_write_sequences(reader, numbers, file) for numbers in _parts(sequences))
 
 
 def export_rows(
@@ -45,7 +86,7 @@ def export_rows(
     """
     if form == "text":
         raise UsageError("text goes to the terminal only", where="--output", fix="add --format json, arrow or parquet")
-    batches = record_batches(reader) if sequences is None else _chosen(reader, sequences)
+    batches = record_batches(reader, sequences=sequences)
     if output is None:
         if form != "json":
             raise UsageError(f"{form} is a binary form", where="--format", fix="name a file with --output FILE")
@@ -55,13 +96,20 @@ def export_rows(
     with _whole_file(output) as file:
         if form == "json":
             return _write_json(batches, file)
-        with pa.ipc.new_file(file, schema()) as writer:
+        with pa.ipc.new_file(file, batches.schema) as writer:
             return sum(_written(writer, batch) for batch in batches)
 
 
-def _chosen(reader: StoreReader, sequences: Sequence[int]) -> Iterator[pa.RecordBatch]:
-    for number in sequences:
-        yield from to_table(reader.read([number]), first_sequence=number).to_batches()
+def _parts(sequences: range) -> Iterator[range]:
+    for first in range(0, len(sequences), SEQUENCES_PER_BATCH):
+        yield sequences[first : first + SEQUENCES_PER_BATCH]
+
+
+def _write_sequences(reader: StoreReader, numbers: range, file: BinaryIO) -> int:
+    batch = reader.read(numbers)
+    same_size = reader.plan.target.kind in ("topk", "hybrid")
+    file.writelines(sequence_lines(batch, numbers=numbers, padding=reader.plan.target.k if same_size else 0))
+    return batch.rows
 
 
 def _written(writer: Any, batch: pa.RecordBatch) -> int:

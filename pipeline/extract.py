@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Items
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +29,11 @@ from stages.targets import KINDS, TargetRows, assemble
 from stages.targets.positions import document_order, wanted_mask, wanted_positions
 from stages.teacher import BACKENDS, Teacher
 from stages.teacher.batching import pad
+from storage.claims import Claims
 from storage.commit import StoreWriter
 from storage.errors import CorruptionError, OutOfSpaceError
 from storage.faults import fault_point
-from storage.plan import ShardSpec, Split
+from storage.plan import ShardSpec, Split, TargetSpec
 from storage.records import PLAN
 from storage.rows import SequenceBatch
 from storage.verify import verify
@@ -59,16 +60,18 @@ class FirstRow:
         context: text that the teacher read.
         following: the token that really follows it.
         candidates: the five most probable next tokens, (text, probability) falling.
-        head_mass: probability that the head of k entries holds at this position.
+        head_mass: probability that the head holds at this position; None for a kind without.
         bytes_per_row: estimate of what a stored row takes.
+        at_most: whether that is a bound, see `planning.Estimate`.
         seconds: since the start of the extraction.
     """
 
     context: str
     following: str
     candidates: tuple[tuple[str, float], ...]
-    head_mass: float
+    head_mass: float | None
     bytes_per_row: float
+    at_most: bool
     seconds: float
 
 
@@ -92,7 +95,10 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardDone:
-    """A shard is committed: what it holds, and how many of `shards` are committed now."""
+    """A shard is committed: what it holds, and how many of `shards` are committed now.
+
+    `head_mass` is the mean probability of its heads; None for a kind without.
+    """
 
     shard: int
     split: Split
@@ -102,7 +108,7 @@ class ShardDone:
     tokens: int
     rows: int
     bytes: int
-    head_mass: float
+    head_mass: float | None
     seconds: float
 
 
@@ -160,7 +166,8 @@ def extract(config: ExtractConfig, *, limit: int | None = None) -> Iterator[Even
         teacher = teacher or load_teacher(planned)
         yield from first_row(planned, teacher, chosen, meter)
         meter.begin_work(expected_rows(planned, chosen))
-        yield from extract_shards(planned, teacher, writer, chosen, meter)
+        with closing(Claims(config.store).turns(todo, writer.is_committed)) as turns:
+            yield from extract_shards(planned, teacher, writer, islice(turns, limit), meter)
     digest = writer.seal()
     check_whole(config.store)
     yield ExtractSummary(
@@ -177,17 +184,17 @@ def extract(config: ExtractConfig, *, limit: int | None = None) -> Iterator[Even
 
 
 def extract_shards(
-    planned: PlannedExtraction, teacher: Teacher, writer: StoreWriter, shards: Items[ShardSpec], meter: _Meter
+    planned: PlannedExtraction, teacher: Teacher, writer: StoreWriter, shards: Iterator[ShardSpec], meter: _Meter
 ) -> Iterator[Progress | ShardDone]:
     """Compute and commit shards one after the other, and keep the rate for `pipeline plan`.
 
-    A shard that another process has committed meanwhile is passed over.
+    A shard that another process commits meanwhile is given up.
     """
     for shard in shards:
-        if shard.index in writer.committed():
-            continue
         began = time.perf_counter()
-        batch = yield from extract_shard(planned, teacher, shard, meter)
+        batch = yield from extract_shard(planned, teacher, shard, meter, done_elsewhere=writer.is_committed)
+        if batch is None:
+            continue
         record = writer.commit(shard, batch)
         meter.new_shards += 1
         write_rate(rate_key(planned.survey), meter.tokens_per_second)
@@ -200,7 +207,7 @@ def extract_shards(
             tokens=len(batch.tokens),
             rows=batch.rows,
             bytes=record.size,
-            head_mass=record.counts.head_mass,
+            head_mass=record.counts.head_mass if planned.plan.target.k else None,
             seconds=time.perf_counter() - began,
         )
 
@@ -240,15 +247,25 @@ def load_teacher(planned: PlannedExtraction) -> Teacher:
 
 
 def extract_shard(
-    planned: PlannedExtraction, teacher: Teacher, shard: ShardSpec, meter: _Meter
-) -> Generator[Progress, None, SequenceBatch]:
-    """Compute everything that a shard holds; yields after each batch, returns the whole."""
+    planned: PlannedExtraction,
+    teacher: Teacher,
+    shard: ShardSpec,
+    meter: _Meter,
+    *,
+    done_elsewhere: Callable[[ShardSpec], bool],
+) -> Generator[Progress, None, SequenceBatch | None]:
+    """Compute everything that a shard holds; yields after each batch, returns the whole.
+
+    Returns None, and stops, once another process has done the shard.
+    """
     found, plan = planned.survey, planned.plan
     documents = found.corpus.documents(plan.documents_of(shard))
     sequences = list(render(documents, found.tokenizer, found.rendering))
     computed: list[int] = []
     blocks = [TargetRows.empty(plan.target)]
     for batch in planned.batching.batches(sequences):
+        if done_elsewhere(shard):
+            return None
         fault_point("teacher-batch")
         chosen = [sequences[index] for index in batch]
         blocks += target_rows(planned, teacher, chosen)
@@ -256,7 +273,7 @@ def extract_shard(
         meter.count(chosen)
         yield meter.progress(shard)
     rows = TargetRows.concatenate(blocks)
-    return assemble(sequences, rows.take(document_order(sequences, computed)), draws=plan.target.draws)
+    return assemble(sequences, rows.take(document_order(sequences, computed)), plan.target)
 
 
 @torch.inference_mode()
@@ -278,7 +295,7 @@ def first_row(
     planned: PlannedExtraction, teacher: Teacher, shards: Items[ShardSpec], meter: _Meter
 ) -> Iterator[FirstRow]:
     """Show what the teacher makes of the first words to come: one short forward, nothing of it is stored."""
-    found, k = planned.survey, planned.plan.target.k
+    found = planned.survey
     numbers = (number for shard in shards for number in planned.plan.documents_of(shard))
     # One document at a time, so that long ones do not delay it.
     sequences = (render(found.corpus.documents([number]), found.tokenizer, found.rendering) for number in numbers)
@@ -296,10 +313,20 @@ def first_row(
         candidates=tuple(
             (str(decode([token])), prob) for token, prob in zip(top.indices.tolist(), top.values.tolist(), strict=True)
         ),
-        head_mass=prob_V.topk(k).values.sum().item(),
+        head_mass=_head_mass(prob_V, planned.plan.target),
         bytes_per_row=bytes_per_row(planned.plan.target),
+        at_most=planned.plan.target.kind == "topp",
         seconds=meter.seconds,
     )
+
+
+def _head_mass(prob_V: torch.Tensor, target: TargetSpec) -> float | None:
+    """Mass of the head of one distribution: of k entries, or of as many of them as reach p."""
+    if target.k == 0:
+        return None
+    mass_K = prob_V.topk(target.k).values.double().cumsum(0)
+    reaches_p = int((mass_K < target.p).sum()) if target.p is not None else target.k
+    return float(mass_K[min(reaches_p, target.k - 1)])
 
 
 def expected_rows(planned: PlannedExtraction, shards: Items[ShardSpec]) -> int:

@@ -47,9 +47,9 @@ class RowText:
         next_text: the token that follows in the corpus.
         next_probability: what the teacher gave it.
         candidates: the most probable tokens, falling.
-        head_mass: probability of the exact head.
+        head_mass: probability of the exact head; None for rows of samples alone.
         entropy: of the teacher's whole distribution, nats.
-        tail: sampled tokens outside the head, decoded, with how often each was drawn.
+        tail: sampled tokens outside the head, decoded, with how often each was drawn; most frequent first.
     """
 
     position: int
@@ -57,7 +57,7 @@ class RowText:
     next_text: str
     next_probability: float
     candidates: tuple[Candidate, ...]
-    head_mass: float
+    head_mass: float | None
     entropy: float
     tail: tuple[tuple[str, int], ...]
 
@@ -72,7 +72,7 @@ class SequenceText:
         window_start: index of its first token in the document.
         tokens: how many it has.
         rows: how many target rows it has.
-        head_mass: mean probability of the exact head over its rows.
+        head_mass: mean probability of the exact head over its rows; None for rows of samples alone.
         entropy: mean entropy, nats.
         text: the whole sequence, decoded.
         shown: neighbouring rows, in order.
@@ -83,7 +83,7 @@ class SequenceText:
     window_start: int
     tokens: int
     rows: int
-    head_mass: float
+    head_mass: float | None
     entropy: float
     text: str
     shown: tuple[RowText, ...]
@@ -169,7 +169,7 @@ def _sequence_text(number: int, batch: SequenceBatch, shown: tuple[RowText, ...]
         window_start=int(batch.window_start[0]),
         tokens=len(batch.tokens),
         rows=batch.rows,
-        head_mass=float(_head_mass(batch).mean()) if batch.rows else 0.0,
+        head_mass=float(np.mean(head_mass)) if (head_mass := _head_mass(batch)) is not None else None,
         entropy=float(batch.entropy.mean()) if batch.rows else 0.0,
         text=text.join(batch.tokens.tolist()),
         shown=shown,
@@ -185,6 +185,8 @@ def row_text(batch: SequenceBatch, row: int, text: TokenText, candidates: int) -
     tail = slice(int(batch.tail_size[:row].sum()), int(batch.tail_size[: row + 1].sum()))
     best = list(zip(batch.head_ids[head].tolist(), batch.logprob[head].tolist(), strict=True))[:candidates]
     drawn = zip(batch.tail_ids[tail].tolist(), batch.count[tail].tolist(), strict=True)
+    frequent = sorted(drawn, key=lambda item: -item[1])
+    head_mass = _head_mass(batch)
     return RowText(
         position=position,
         context=text.join(ids[max(0, position + 1 - CONTEXT) : position + 1]),
@@ -196,12 +198,14 @@ def row_text(batch: SequenceBatch, row: int, text: TokenText, candidates: int) -
             )
             for token, value in best
         ),
-        head_mass=float(_head_mass(batch)[row]),
+        head_mass=None if head_mass is None else float(head_mass[row]),
         entropy=float(batch.entropy[row]),
-        tail=tuple((text.after(ids[position], token), count) for token, count in drawn),
+        tail=tuple((text.after(ids[position], token), count) for token, count in frequent),
     )
 
 
-def _head_mass(batch: SequenceBatch) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """1 - r for r = sigmoid(tail_logit), without cancellation."""
+def _head_mass(batch: SequenceBatch) -> np.ndarray[tuple[int], np.dtype[np.float64]] | None:
+    """1 - r for r = sigmoid(tail_logit), without cancellation; None without rows or without any head."""
+    if len(batch.head_ids) == 0:
+        return None
     return np.exp(-np.logaddexp(0.0, batch.tail_logit.astype(np.float64)))

@@ -27,14 +27,17 @@ from storage.plan import HeldoutRule, Json, Plan, TargetSpec
 from storage.remap import build_remap, remap_sha256
 
 BACKEND = "hf"
-ROWS_PER_SHARD = 20_000
+ROWS_PER_SHARD = 32_000
 LIBRARIES = ("topk-distill", "torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy", "zarr", "pcodec")
 
-# Fitted to shards of real text, V = 49,152: hybrid 12+4 takes 35.7 bytes per row, hybrid 32+8 takes 73.5, of which
-# the samples 1.53 each.
-BYTES_PER_ROW = 10.6
-BYTES_PER_HEAD_ENTRY = 1.58
-BYTES_PER_DRAW = 1.53
+# Fitted to shards of real text, V = 49,152: hybrid 12+4 takes 34.0 bytes per row, hybrid 32+8 takes 72.4, topk 64 takes
+# 112.5, sampled with 50 draws 29.3.
+BYTES_PER_ROW = 5.9
+BYTES_PER_HEAD = 1.3  # its tail mass
+BYTES_PER_HEAD_ENTRY = 1.65
+BYTES_PER_TAIL_DRAW = 1.5
+BYTES_PER_DRAW = 0.47  # of the whole distribution: most repeat an id
+BYTES_PER_TEMPERATURE = 2.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,9 @@ class Estimate:
         tokens, rows: teacher tokens and target rows, training and held-out; extrapolated unless `exact`.
         exact: whether every document was tokenised for this estimate.
         shards: units of work.
+        contents: what a row holds, in words.
         bytes_per_row, bytes: of the store, from measured sizes per entry.
+        at_most: whether that is a bound: how long the heads of topp are, only the teacher can tell.
         tokens_per_second: rate used, None if unknown.
         rate_source: `measured` by an earlier extraction with this teacher here, `given`, or None.
         seconds: None if the rate is unknown.
@@ -71,8 +76,10 @@ class Estimate:
     rows: int
     exact: bool
     shards: int
+    contents: str
     bytes_per_row: float
     bytes: int
+    at_most: bool
     tokens_per_second: float | None
     rate_source: str | None
     seconds: float | None
@@ -116,8 +123,10 @@ def estimate(config: ExtractConfig, *, tokens_per_second: float | None = None) -
         rows=rows,
         exact=found.is_exact,
         shards=len(plan.shards()),
+        contents=plan.target.describe(),
         bytes_per_row=per_row,
         bytes=round(rows * per_row),
+        at_most=plan.target.kind == "topp",
         tokens_per_second=rate,
         rate_source=None if rate is None else source,
         seconds=None if rate is None else tokens / rate,
@@ -128,8 +137,12 @@ def estimate(config: ExtractConfig, *, tokens_per_second: float | None = None) -
 
 
 def bytes_per_row(target: TargetSpec) -> float:
-    """Estimate the bytes that a stored row takes, everything included."""
-    return BYTES_PER_ROW + BYTES_PER_HEAD_ENTRY * target.k + BYTES_PER_DRAW * target.draws
+    """Estimate the bytes that a stored row takes, everything included. Of topp: the most that it can take."""
+    if target.k == 0:
+        return BYTES_PER_ROW + BYTES_PER_DRAW * target.draws
+    head = BYTES_PER_HEAD + BYTES_PER_HEAD_ENTRY * target.k
+    others = BYTES_PER_TAIL_DRAW * target.draws + BYTES_PER_TEMPERATURE * len(target.temperatures)
+    return BYTES_PER_ROW + head + others
 
 
 def rate_key(found: Survey) -> RateKey:
@@ -148,9 +161,7 @@ def _planned(config: ExtractConfig, found: Survey, teacher: dict[str, Json]) -> 
     batching = resolve_batching(
         _number(config.batch_size), _number(config.chunk_size), vocab_size=found.vocab_size, device=found.device
     )
-    target = TargetSpec(
-        kind=config.target.kind, k=config.target.k, draws=config.target.samples, seed=config.target.seed
-    )
+    target = config.target.spec()
     remap = build_remap(found.sample.counts)
     plan = Plan(
         teacher=teacher,

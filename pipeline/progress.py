@@ -24,6 +24,7 @@ from pipeline.runtime import is_main_process
 if TYPE_CHECKING:
     import pipeline.extract
     import pipeline.train
+    import storage.convert
 
 PLAIN_INTERVAL = 10.0  # seconds between lines of progress where there is no terminal
 
@@ -122,6 +123,14 @@ def show_train(events: Iterable[pipeline.train.Event], *, quiet: bool, as_json: 
         click.echo(train_summary(last))
 
 
+def show_convert(events: Iterable[storage.convert.Converted], *, quiet: bool, as_json: bool) -> None:
+    """Run a conversion and tell how far it is. The summary goes to stdout."""
+    last = _run(events, tell_convert, quiet=quiet, as_json=as_json)
+    if not as_json:
+        work = f"{counted(last.rows, 'row')} written in {duration_text(last.seconds)}"
+        click.echo(f"{last.store}: complete, {counted(last.shards, 'shard')}; {work}\ndigest {last.digest}")
+
+
 def _run(events: Iterable[Any], tell: Callable[[Any, Display], None], *, quiet: bool, as_json: bool) -> Any:
     last = None
     with display(quiet=quiet or as_json) as place:
@@ -130,6 +139,13 @@ def _run(events: Iterable[Any], tell: Callable[[Any, Display], None], *, quiet: 
             if as_json and is_main_process():
                 click.echo(json.dumps({"event": type(last).__name__, **to_json(last)}))
     return last
+
+
+def tell_convert(event: storage.convert.Converted, place: Display) -> None:
+    """Tell how far a conversion is."""
+    if event.digest is None:
+        rate = f"{event.rows / max(event.seconds, 1e-9):,.0f} rows/s  {duration_text(event.seconds_left)} left"
+        place.advance(event.committed, event.shards, f"{event.committed} of {event.shards} shards  {rate}")
 
 
 def tell_extract(event: pipeline.extract.Event, place: Display) -> None:
@@ -145,7 +161,8 @@ def tell_extract(event: pipeline.extract.Event, place: Display) -> None:
         place.advance(event.rows, event.rows_total, f"{event.rows:,} rows  {rate}")
     elif isinstance(event, phase.ShardDone):
         held_out = ", held out" if event.split == "heldout" else ""
-        size = f"{event.rows:,} rows, {bytes_text(event.bytes)}, kept mass {event.head_mass:.3f}"
+        kept = "" if event.head_mass is None else f", kept mass {event.head_mass:.3f}"
+        size = f"{event.rows:,} rows, {bytes_text(event.bytes)}{kept}"
         place.line(f"shard {event.shard} committed ({event.committed} of {event.shards}{held_out}): {size}")
 
 
@@ -153,11 +170,13 @@ def first_row_text(event: pipeline.extract.FirstRow) -> str:
     """Write the first thing that the teacher said: real text, its five candidates, kept mass, bytes per row."""
     candidates = "  ".join(f"{quoted(text)} {probability:.1%}" for text, probability in event.candidates)
     context = " ".join(event.context.split())
+    kept = "samples keep it" if event.head_mass is None else f"the head keeps {event.head_mass:.1%} of the probability"
     return (
         f"the teacher reads …{context[-70:]} and expects\n"
         f"    {candidates}\n"
-        f"    it is {quoted(event.following)}; the head keeps {event.head_mass:.1%} of the probability"
-        f" in about {event.bytes_per_row:.0f} bytes per row ({duration_text(event.seconds)} after the start)"
+        f"    it is {quoted(event.following)}; {kept}"
+        f" in {'at most' if event.at_most else 'about'} {event.bytes_per_row:.0f} bytes per row"
+        f" ({duration_text(event.seconds)} after the start)"
     )
 
 

@@ -1,6 +1,6 @@
-"""What a training configuration means on a given store: the objects that the loop in pipeline/train.py works with.
+"""What a training configuration means on given data: the objects that the loop in pipeline/train.py works with.
 
-Data path: TrainConfig and store -> **student, loss, order of tokens, schedule** -> training loop.
+Data path: TrainConfig and TrainingData -> **student, loss, order of tokens, schedule** -> training loop.
 """
 
 from __future__ import annotations
@@ -11,12 +11,17 @@ import numpy as np
 import torch
 
 from pipeline.config.train import TrainConfig
+from pipeline.training_data import TrainingData
 from stages.batches.microbatch import MicroBatch
 from stages.batches.order import Order
 from stages.batches.steps import StepShape, microbatches, steps_of_epochs
 from stages.devices import resolve_device, resolve_dtype
 from stages.losses import FusedLinearKDLoss, KDLossConfig, SparseTargets, build_loss_config
+from stages.losses.objective import Objective
 from stages.losses.tail import prepare_teacher, resolve_tail
+from stages.online.teacher import LiveTeacher
+from stages.parallel.model import cut_model
+from stages.parallel.processes import ALONE, Processes
 from stages.student.attention import use_packed_attention
 from stages.student.identity import check_tokenizer, check_vocabulary
 from stages.student.model import Student
@@ -28,15 +33,19 @@ from stages.training.run import RunDirectory
 from stages.training.schedule import Schedule
 from stages.training.step import Learner
 from storage.errors import IdentityError, UsageError
+from storage.plan import TargetSpec
 from storage.reader import StoreReader
 
 
-def build_learner(config: TrainConfig, reader: StoreReader) -> Learner:
-    """The student on its device, checked against the store, and the loss.
+def build_learner(config: TrainConfig, data: TrainingData, processes: Processes = ALONE) -> Learner:
+    """The student on its device, checked against the data, the loss, and the live teacher of an online run.
+
+    Several processes get a part of each model.
 
     Raises:
-        UsageError: no such student, device, dtype or loss, or one that does not fit the store.
-        IdentityError: the student's tokenizer is not the store's.
+        UsageError: no such student, device, dtype or loss, or one that does not fit the data.
+        IdentityError: the student's tokenizer is not the teacher's.
+        NumericsError, OutOfSpaceError: the live teacher's logits are not finite, or it does not fit into memory.
     """
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
@@ -45,16 +54,42 @@ def build_learner(config: TrainConfig, reader: StoreReader) -> Learner:
             "float16 has too little range for gradients", where="dtype", fix="set dtype: bfloat16, float32 or auto"
         )
     source = StudentSource(**config.student.model_dump())
-    same = check_tokenizer(source, reader.tokenizer_files())
+    same = check_tokenizer(source, data.tokenizer_files)
     model = build_student(source, seed=config.seed)
-    check_vocabulary(model, reader.plan.vocab_size, same_tokenizer=same)
+    check_vocabulary(model, data.vocab_size, same_tokenizer=same)
     model.to(device)  # type: ignore[arg-type]  # transformers types this method for its own decorator
     use_packed_attention(model, config.attention)
+    if processes.mesh is not None:
+        cut_model(model, processes.mesh)
     student = Student.of(model, dtype)
-    loss = _loss(config, student, reader.plan.vocab_size)
-    if config.kd_ratio > 0.0:
-        _check_loss_fits(loss, reader)
-    return Learner(student=student, loss=loss, kd_ratio=config.kd_ratio)
+    loss = _loss(config, student, data.vocab_size)
+    if config.kd_ratio > 0.0 and data.store is not None:
+        _check_loss_fits(loss, data.store)
+    teacher = _live_teacher(config, data, loss, device)
+    if processes.mesh is not None and teacher is not None:
+        teacher = teacher.cut(processes.mesh, len(student.weight_VD))
+    return Learner(student=student, loss=loss, kd_ratio=config.kd_ratio, teacher=teacher)
+
+
+def _live_teacher(
+    config: TrainConfig, data: TrainingData, loss: FusedLinearKDLoss, device: torch.device
+) -> LiveTeacher | None:
+    """The teacher of an online run on its device; None where stored rows, or nothing, stand in for it."""
+    if data.teacher is None or config.teacher_model is None:
+        return None
+    if loss.objective.tail is not None:
+        raise UsageError(
+            f"tail {loss.objective.tail!r} is for stored rows: a live teacher has its whole vocabulary",
+            where="loss.tail",
+            fix="leave loss.tail out",
+        )
+    return LiveTeacher.load(
+        data.teacher,
+        vocab_size=data.vocab_size,
+        device=device,
+        dtype=resolve_dtype(config.teacher_model.dtype, device),
+        attention=config.teacher_model.attention,
+    )
 
 
 def _loss(config: TrainConfig, student: Student, vocab_size: int) -> FusedLinearKDLoss:
@@ -63,7 +98,7 @@ def _loss(config: TrainConfig, student: Student, vocab_size: int) -> FusedLinear
     chosen = build_loss_config(fields.pop("name", "KDLoss"), **fields)
     if not isinstance(chosen, KDLossConfig):
         raise UsageError(
-            f"a store trains with KDLoss, not with {type(chosen).__name__}",
+            f"training mixes cross-entropy with KDLoss, not with {type(chosen).__name__}",
             where="loss.name",
             fix="set loss.name: KDLoss; kd_ratio: 0 is cross-entropy alone",
         )
@@ -78,7 +113,7 @@ def _loss(config: TrainConfig, student: Student, vocab_size: int) -> FusedLinear
 
 
 def _check_loss_fits(loss: FusedLinearKDLoss, reader: StoreReader) -> None:
-    """Try the loss on one row with what the store's rows hold: format 1 has values at T=1 only.
+    """Try the loss on one row with what the store's rows hold.
 
     Raises:
         UsageError: the rows lack what temperature and tail policy need.
@@ -91,48 +126,59 @@ def _check_loss_fits(loss: FusedLinearKDLoss, reader: StoreReader) -> None:
         head_size=np.array([head]),
         logprob=np.full(head, -1.0),
         count=np.full(tail, target.draws),
-        tail_logit=np.zeros(1),
+        tail_logit=np.full(1, 0.0 if head else np.inf),
         draws=target.draws,
         entropy=np.ones(1),
         next_logprob=np.zeros(1),
+        tail_logit_by_temperature={at: np.full(1, -1.0) for at in target.temperatures},
+        entropy_by_temperature={at: np.ones(1) for at in target.temperatures},
     )
     temperature = objective.temperature / objective.target_logits_scale
     policy = resolve_tail(objective.tail, objective.divergence, row, temperature)
     try:
         prepare_teacher(row, policy, temperature, torch.zeros(1, dtype=torch.int64), torch.float32)
     except ValueError as error:
-        if temperature == 1.0:
-            where, fix = "loss.tail", "leave loss.tail out: the best policy that the store's rows allow is taken"
-        else:
-            scaled = objective.temperature == 1.0
-            where = "loss.target_logits_scale" if scaled else "loss.temperature"
-            right = 1.0 if scaled else objective.target_logits_scale
-            bare = ("renormalize", "renormalize_both") if objective.divergence.linear else ("renormalize_both",)
-            fix = f"set {where}: {right}, or loss.tail: {' or '.join(bare)}, which needs no stored tail"
+        where, fix = _loss_advice(target, objective)
         raise UsageError(f"the store's rows do not fit the loss: {error}", where=where, fix=fix) from error
 
 
-def step_shape(config: TrainConfig, reader: StoreReader, device: torch.device) -> StepShape:
-    """How much a step and a micro-batch hold; a micro-batch always holds the store's longest sequence.
+def _loss_advice(target: TargetSpec, objective: Objective) -> tuple[str, str]:
+    """Say which key of the configuration asks for what the rows lack, and what to do."""
+    scale, temperature = objective.target_logits_scale, objective.temperature
+    if target.k == 0:
+        where = "loss.tail" if objective.divergence.linear and temperature == scale else "loss.temperature"
+        where = where if objective.divergence.linear else "loss.divergence"
+        allowed = "divergence: forward_kl, temperature: 1.0 and tail: sampled, which are the defaults"
+        return where, f"keep {allowed}, or train on a store with an exact head, such as target.kind: hybrid"
+    if temperature == scale:
+        return "loss.tail", "leave loss.tail out: the best policy that the store's rows allow is taken"
+    where = "loss.target_logits_scale" if temperature == 1.0 else "loss.temperature"
+    stored = [1.0, *target.temperatures]
+    right = [1.0 / at if temperature == 1.0 else scale * at for at in stored]
+    bare = ("renormalize", "renormalize_both") if objective.divergence.linear else ("renormalize_both",)
+    values = " or ".join(str(value) for value in right)
+    return where, f"set {where}: {values}, or loss.tail: {' or '.join(bare)}, which needs no stored tail"
+
+
+def step_shape(config: TrainConfig, data: TrainingData, device: torch.device) -> StepShape:
+    """How much a step and a micro-batch hold; a micro-batch always holds the longest training sequence.
 
     Raises:
         UsageError: the configured one does not.
     """
-    window = int(reader.plan.rendering.get("window") or 0)
-    if config.tokens_per_batch != "auto" and config.tokens_per_batch < window:
-        longest = int(reader.lengths().max(initial=0))
+    if config.tokens_per_batch != "auto" and config.tokens_per_batch < data.window:
+        longest = int(data.train.lengths().max(initial=0))
         if longest > config.tokens_per_batch:
             raise UsageError(
-                f"the store's longest sequence has {longest} tokens, "
-                f"a micro-batch holds at most {config.tokens_per_batch}",
+                f"the longest sequence has {longest} tokens, a micro-batch holds at most {config.tokens_per_batch}",
                 where="tokens_per_batch",
                 fix=f"set tokens_per_batch to at least {longest}",
             )
-    fitting = max(min(config.tokens_per_step, 2_048 if device.type == "cpu" else 16_384), window)
+    fitting = max(min(config.tokens_per_step, 2_048 if device.type == "cpu" else 16_384), data.window)
     return StepShape(
         tokens_per_step=config.tokens_per_step,
         tokens_per_batch=fitting if config.tokens_per_batch == "auto" else config.tokens_per_batch,
-        with_targets=config.kd_ratio > 0.0,
+        with_targets=config.kd_ratio > 0.0 and not data.online,
     )
 
 
@@ -143,22 +189,22 @@ def chunk_rows(config: TrainConfig, device: torch.device) -> int:
     return 256 if device.type == "cpu" else 2_048
 
 
-def schedule_of(config: TrainConfig, reader: StoreReader) -> Schedule:
+def schedule_of(config: TrainConfig, data: TrainingData) -> Schedule:
     """The learning rate over all steps; epochs are turned into steps."""
-    return Schedule(steps=_steps(config, reader), **config.schedule.model_dump())
+    return Schedule(steps=_steps(config, data), **config.schedule.model_dump())
 
 
-def order_of(config: TrainConfig, reader: StoreReader) -> Order:
-    """The order in which training sees the store's sequences."""
-    return Order(sequences=len(reader), seed=config.seed, digest=reader.digest)
+def order_of(config: TrainConfig, data: TrainingData) -> Order:
+    """The order in which training sees the sequences."""
+    return Order(sequences=len(data.train), seed=config.seed, digest=data.order_digest)
 
 
-def _steps(config: TrainConfig, reader: StoreReader) -> int:
+def _steps(config: TrainConfig, data: TrainingData) -> int:
     """Optimizer steps; of epochs, exactly as many as it takes to see every sequence that often."""
     if config.steps is not None:
         return config.steps
     assert config.epochs is not None, "the configuration has one of steps and epochs"
-    return steps_of_epochs(reader.lengths(), order_of(config, reader), config.tokens_per_step, config.epochs)
+    return steps_of_epochs(data.train.lengths(), order_of(config, data), config.tokens_per_step, config.epochs)
 
 
 def check_learning_rates(config: TrainConfig, schedule: Schedule, run: RunDirectory, done: int) -> None:
@@ -192,29 +238,17 @@ def check_learning_rates(config: TrainConfig, schedule: Schedule, run: RunDirect
             )
 
 
-def heldout_batches(config: TrainConfig, shape: StepShape) -> tuple[MicroBatch, ...]:
-    """Evenly spaced held-out sequences, packed; none if the store holds none out."""
-    heldout = StoreReader(config.store, split="heldout", allow_partial=config.allow_partial)
-    count = min(config.validation.sequences, len(heldout))
+def heldout_batches(config: TrainConfig, data: TrainingData, shape: StepShape) -> tuple[MicroBatch, ...]:
+    """Evenly spaced held-out sequences, packed; none if nothing is held out."""
+    count = min(config.validation.sequences, len(data.heldout))
     if count == 0:
         return ()
-    read = heldout.read(np.arange(count) * len(heldout) // count, targets=shape.with_targets)
+    read = data.heldout.read(np.arange(count) * len(data.heldout) // count, targets=shape.with_targets)
     batches = microbatches(read, shape)
     return tuple(batch for batch in batches if batch.rows)
 
 
-def store_facts(config: TrainConfig, reader: StoreReader) -> dict[str, object]:
-    """What the run records about its store: digest and id, where it was, and the teacher."""
-    recorded = reader.plan.recorded.get("teacher", {})
-    return {
-        "digest": reader.digest,
-        "id": reader.plan.store_id,
-        "path": str(Path(config.store).absolute()),
-        "teacher": recorded,
-    }
-
-
-def card_facts(config: TrainConfig, reader: StoreReader, student: Student, progress: Progress) -> CardFacts:
+def card_facts(config: TrainConfig, data: TrainingData, student: Student, progress: Progress) -> CardFacts:
     """What the model card says about the finished student."""
     fields = ", ".join(f"{key}={value}" for key, value in config.loss.items() if key != "name")
     divergence = f"{config.kd_ratio:g} * {config.loss.get('name', 'KDLoss')}({fields})"
@@ -222,18 +256,12 @@ def card_facts(config: TrainConfig, reader: StoreReader, student: Student, progr
     shares = [divergence] * (config.kd_ratio > 0.0) + [cross_entropy] * (config.kd_ratio < 1.0)
     layers = "" if config.student.layers is None else f", layers {config.student.layers}"
     return CardFacts(
-        teacher=_teacher_name(reader),
-        store_digest=reader.digest,
-        store_id=reader.plan.store_id,
+        teacher=data.teacher_name,
+        store_digest=data.digest,
+        store_id=None if data.store is None else data.store.plan.store_id,
         initialisation=f"{config.student.init} of `{Path(config.student.path).name}`{layers}",
         loss=" + ".join(shares),
         parameters=student.parameters,
         steps=progress.step,
         tokens=progress.tokens,
     )
-
-
-def _teacher_name(reader: StoreReader) -> str:
-    """As the user knows it; of a local directory only its own name, which says nothing about this machine."""
-    name = str(reader.plan.recorded.get("teacher", {}).get("name", "an unnamed teacher"))
-    return Path(name).name if Path(name).is_absolute() else name

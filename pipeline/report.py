@@ -79,7 +79,7 @@ def write_run_report(run: Path) -> Path:
         .get_template("run.html.j2")
         .render(
             title=run.resolve().name,
-            subtitle=f"Student from {config['student']['path']}, trained on {config['store']}.",
+            subtitle=f"Student from {config['student']['path']}, trained on {_learned_from(config)}.",
             headline=_run_headline(curves),
             curves=loss_plots({"": curves}, {"": 0}, ("loss", "ce", "kd")),
             optimisation=optimisation_plots(curves),
@@ -179,7 +179,7 @@ def _run_facts(config: Mapping[str, Any], curves: Curves) -> list[tuple[str, str
     fields = ", ".join(f"{key}={value}" for key, value in loss.items() if key != "name")
     share = config["kd_ratio"]
     return [
-        ("store", str(config["store"])),
+        ("store" if config["store"] else "corpus and teacher", _learned_from(config)),
         ("student", f"{config['student']['init']} of {config['student']['path']}"),
         ("loss", f"{share:g} × {loss.get('name', 'KDLoss')}({fields}) + {1 - share:g} × cross-entropy"),
         ("optimizer", f"AdamW, peak learning rate {config['optimizer']['lr']:g}, {config['schedule']['kind']}"),
@@ -187,6 +187,14 @@ def _run_facts(config: Mapping[str, Any], curves: Curves) -> list[tuple[str, str
         ("rows", f"{sum(line['rows'] for line in curves.steps):,}"),
         ("seed", str(config["seed"])),
     ]
+
+
+def _learned_from(config: Mapping[str, Any]) -> str:
+    """The store, or corpus and live teacher, of a run's configuration."""
+    if config["store"]:
+        return str(config["store"])
+    sources = ", ".join(str(source["path"] or source["source"]) for source in config["corpus"])
+    return f"{sources} with the live teacher {config['teacher_model']['path']}"
 
 
 def _comparison_headline(summary: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -19,12 +19,19 @@ def find_store(runs: Sequence[Path]) -> Path:
     """Return the store that the runs learned from, as the first one that knows it says.
 
     Raises:
-        UsageError: none of them is a run, or its record is damaged.
+        UsageError: none of them is a run, its record is damaged, or it learned from a live teacher.
     """
     for run in runs:
         record = run / "run.json"
         if record.is_file():
-            return Path(str(read_record(record)["store"].get("path", "")))
+            learned_from = read_record(record)["store"]
+            if "path" not in learned_from:
+                raise UsageError(
+                    "the run learned from a live teacher: it has no store with held-out rows",
+                    where=str(run),
+                    fix="extract held-out documents with the same teacher, and name that store with --store PATH",
+                )
+            return Path(str(learned_from["path"]))
     raise UsageError(
         "none of these is a training run, so the store is not known",
         where=", ".join(str(run) for run in runs),

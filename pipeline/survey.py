@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.config.extract import ExtractConfig
-from stages.corpus import Corpus, SourceSpec, open_corpus
-from stages.corpus.tokenize import Rendering, render, resolve_special
-from stages.corpus.tokenizer import load_tokenizer, real_tokens
+from pipeline.reading import open_reading
+from stages.corpus import Corpus
+from stages.corpus.tokenize import Rendering, render
 from stages.devices import resolve_device, resolve_dtype
-from stages.teacher import ModelDirectory, find_model, load_config
+from stages.teacher import ModelDirectory
 from storage.errors import UsageError
 
 SAMPLE_TOKENS = 200_000
@@ -75,56 +75,22 @@ def survey(config: ExtractConfig, *, weights: bool = False) -> Survey:
     Raises:
         UsageError: anything that the configuration names is missing or unfit, or no document gives a row.
     """
-    corpus = open_corpus(SourceSpec(**source.model_dump()) for source in config.corpus)
-    model = find_model(config.teacher.path, config.teacher.revision, weights=weights)
-    model_config = load_config(model)
-    tokenizer = load_tokenizer(model.directory)
-    vocab_size = min(real_tokens(tokenizer), model_config.get_text_config().vocab_size)
-    if config.target.k > vocab_size:
+    reading = open_reading(config.corpus, config.rendering, config.teacher, weights=weights)
+    vocab_size = reading.vocab_size
+    k = config.target.spec().k
+    if k > vocab_size:
         raise UsageError(
-            f"k = {config.target.k} is more than the vocabulary of {vocab_size} tokens",
+            f"k = {k} is more than the vocabulary of {vocab_size} tokens",
             where="target.k",
             fix=f"set target.k to at most {vocab_size}",
         )
-    _check_window(config.rendering.window, model_config)
-    bos, eos = resolve_special(tokenizer, config.rendering.bos, eos=config.rendering.eos)
-    rendering = Rendering(
-        window=config.rendering.window,
-        overlap=config.rendering.overlap,
-        min_tokens=config.rendering.min_tokens,
-        bos=bos,
-        eos=eos,
-        vocab_size=vocab_size,
-    )
     device = resolve_device(config.device)
     return Survey(
-        corpus=corpus,
-        model=model,
-        model_config=model_config,
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        rendering=rendering,
-        sample=take_sample(corpus, tokenizer, rendering),
+        **vars(reading),
+        sample=take_sample(reading.corpus, reading.tokenizer, reading.rendering),
         device=device,
         dtype=resolve_dtype(config.teacher.dtype, device),
     )
-
-
-def _check_window(window: int, model_config: PretrainedConfig) -> None:
-    """Refuse windows longer than the teacher's positions: beyond them it fails, or its distributions are worthless.
-
-    Raises:
-        UsageError: names window, limit and the fix.
-    """
-    text = model_config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions"):
-        limit = getattr(text, name, None)
-        if isinstance(limit, int) and 0 < limit < window:  # a model without a limit has none, None or -1 here
-            raise UsageError(
-                f"window = {window} is more than the {limit} positions that the teacher knows ({name})",
-                where="rendering.window",
-                fix=f"set rendering.window to at most {limit}",
-            )
 
 
 def take_sample(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> Sample:

@@ -1,7 +1,8 @@
-"""Phase 2: a student learns from a store of teacher distributions.
+"""Phase 2: a student learns from a store of teacher distributions, or from a live teacher on the same batches.
 
 Reading order: `train` is the whole phase. What its steps are made of lies in stages/batches (which tokens), stages/
-student (which model), stages/losses (what is minimised) and stages/training (how weights move and are saved).
+student (which model), stages/losses (what is minimised) and stages/training (how weights move and are saved). Whether
+rows come from a store or from a live teacher is settled in pipeline/training_data.py and asked nowhere else.
 
 The same configuration again resumes from the newest valid checkpoint; a finished run says so and does nothing.
 """
@@ -10,13 +11,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from itertools import islice
 
 import torch
 
 from pipeline.config.train import TrainConfig
+from pipeline.processes import processes_of
 from pipeline.recipe import (
     build_learner,
     card_facts,
@@ -26,21 +28,21 @@ from pipeline.recipe import (
     order_of,
     schedule_of,
     step_shape,
-    store_facts,
 )
+from pipeline.training_data import TrainingData, open_training_data
 from stages.batches.microbatch import MicroBatch
 from stages.batches.steps import prefetch, training_steps
 from stages.devices import dtype_name
+from stages.parallel.processes import Processes
 from stages.student.model import Student
 from stages.student.save import save_student
 from stages.training.checkpoint import Checkpoints, Progress
 from stages.training.memory import memory_bytes
-from stages.training.metrics import MetricsLog
+from stages.training.metrics import MetricsLog, NoMetricsLog
 from stages.training.optimizer import AdamWSettings, build_optimizer
 from stages.training.run import Finish, RunDirectory
 from stages.training.schedule import Schedule
 from stages.training.step import Learner, optimizer_step, require_finite_weights, validate
-from storage.reader import StoreReader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,41 +115,58 @@ def train(config: TrainConfig) -> Iterator[Event]:
     """Train a student, yielding an event for all that happens.
 
     Raises:
-        UsageError: no store, no such student, sequences longer than a micro-batch.
-        IdentityError: the student's tokenizer is not the store's, or the run directory belongs to another run.
+        UsageError: no store, corpus, teacher or student of that name, sequences longer than a micro-batch, or another
+            number of processes than `distributed` says.
+        IdentityError: the student's tokenizer is not the teacher's, or the run directory belongs to another run.
         CorruptionError: the store is damaged.
         NumericsError: loss, gradient or weights are not finite; the newest checkpoint is untouched.
         OutOfSpaceError, StorageUnavailableError: a checkpoint, the curve or the model cannot be written.
     """
-    reader = StoreReader(config.store, allow_partial=config.allow_partial)
     run = RunDirectory(path=config.run)
-    with run.held():
-        schedule = schedule_of(config, reader)
-        run.begin(config.model_dump(mode="json"), store_facts(config, reader))
-        done = run.finished()
-        if done is not None and done.step == schedule.steps:
+    with processes_of(config) as processes, ExitStack() as held:
+        data = open_training_data(config)
+        processes.require_same(data.digest, "what they learn from")
+        schedule = schedule_of(config, data)
+        checkpoints = Checkpoints(
+            folder=run.checkpoints, store_digest=data.digest, keep=config.checkpoint.keep, processes=processes
+        )
+        processes.on_main(lambda: held.enter_context(run.held()))
+        done = processes.on_main(lambda: _begin(config, data, run, checkpoints, schedule))
+        if done is not None:
             yield Finished(**asdict(done), model=str(run.model), already=True)
             return
-        checkpoints = Checkpoints(folder=run.checkpoints, store_digest=reader.digest, keep=config.checkpoint.keep)
-        check_learning_rates(config, schedule, run, checkpoints.newest_step())
-        yield from _train(config, reader, run, checkpoints, schedule)
+        yield from _train(config, data, run, checkpoints, schedule)
+
+
+def _begin(
+    config: TrainConfig, data: TrainingData, run: RunDirectory, checkpoints: Checkpoints, schedule: Schedule
+) -> Finish | None:
+    """Make the run directory this run's, or check that it is; its totals if it is finished."""
+    run.begin(config.model_dump(mode="json"), data.record)
+    done = run.finished()
+    if done is not None and done.step == schedule.steps:
+        return done
+    check_learning_rates(config, schedule, run, checkpoints.newest_step())
+    return None
 
 
 def _train(
-    config: TrainConfig, reader: StoreReader, run: RunDirectory, checkpoints: Checkpoints, schedule: Schedule
+    config: TrainConfig, data: TrainingData, run: RunDirectory, checkpoints: Checkpoints, schedule: Schedule
 ) -> Iterator[Event]:
     torch.manual_seed(config.seed)
-    learner = build_learner(config, reader)
+    processes = checkpoints.processes
+    learner = build_learner(config, data, processes)
     student = learner.student
     optimizer = build_optimizer(student.model, AdamWSettings(**config.optimizer.model_dump()))
     progress = checkpoints.resume(student.model, optimizer)
-    shape = step_shape(config, reader, student.device)
-    heldout = heldout_batches(config, shape)
-    order = order_of(config, reader)
-    steps = islice(training_steps(reader, order, shape, cursor=progress.cursor), schedule.steps - progress.step)
-    yield _started(config, reader, student, schedule, progress)
+    shape = step_shape(config, data, student.device)
+    heldout = heldout_batches(config, data, shape)
+    order = order_of(config, data)
+    steps = islice(training_steps(data.train, order, shape, cursor=progress.cursor), schedule.steps - progress.step)
+    yield _started(config, data, student, schedule, progress)
 
-    with MetricsLog(run.metrics, last_step=progress.step) as metrics, closing(prefetch(steps)) as ready:
+    log = MetricsLog(run.metrics, last_step=progress.step) if processes.main else NoMetricsLog()
+    with log as metrics, closing(prefetch(steps)) as ready:
         began = time.perf_counter()
         for step in ready:
             number = progress.step + 1
@@ -190,9 +209,10 @@ def _train(
             began = time.perf_counter()  # the next step's time includes waiting for its data
 
     require_finite_weights(student.model, progress.step)
-    facts = card_facts(config, reader, student, progress)
-    save_student(student.model, run.model, tokenizer_files=reader.tokenizer_files(), facts=facts)
-    run.finish(Finish(step=progress.step, tokens=progress.tokens, seconds=progress.seconds))
+    facts = card_facts(config, data, student, progress)
+    save_student(student.model, run.model, tokenizer_files=data.tokenizer_files, facts=facts, processes=processes)
+    totals = Finish(step=progress.step, tokens=progress.tokens, seconds=progress.seconds)
+    processes.on_main(lambda: run.finish(totals))
     yield Finished(
         step=progress.step, tokens=progress.tokens, seconds=progress.seconds, model=str(run.model), already=False
     )
@@ -200,8 +220,9 @@ def _train(
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a run would take. `memory_bytes` counts weights, gradients, moments, one micro-batch and one chunk of
-    logits; `seconds` comes from one micro-batch measured here and now, without validation and checkpoints."""
+    """What a run would take. `memory_bytes` counts weights, gradients, moments, one micro-batch, one chunk of logits
+    and a live teacher; `seconds` comes from one micro-batch measured here and now, without validation and checkpoints.
+    `online`: sequences come from a corpus; `teacher_parameters` is None without a live teacher."""
 
     parameters: int
     steps: int
@@ -212,33 +233,42 @@ class Estimate:
     seconds: float
     device: str
     dtype: str
+    online: bool
+    teacher_parameters: int | None
 
 
 def dry_run(config: TrainConfig) -> Estimate:
-    """Build the student, measure one micro-batch, write nothing.
+    """Build student and live teacher, measure one micro-batch, write nothing. Memory is that of this process.
 
     Raises:
         UsageError, IdentityError, CorruptionError: as `train`.
     """
-    reader = StoreReader(config.store, allow_partial=config.allow_partial)
-    schedule = schedule_of(config, reader)
-    learner = build_learner(config, reader)
+    with processes_of(config) as processes:
+        return _estimate(config, processes)
+
+
+def _estimate(config: TrainConfig, processes: Processes) -> Estimate:
+    data = open_training_data(config)
+    schedule = schedule_of(config, data)
+    learner = build_learner(config, data, processes)
     student = learner.student
-    shape = step_shape(config, reader, student.device)
-    order = order_of(config, reader)
-    step = next(training_steps(reader, order, shape))
+    shape = step_shape(config, data, student.device)
+    order = order_of(config, data)
+    step = next(training_steps(data.train, order, shape))
     seconds = min(_timed(learner, step.batches[0]) for _ in range(2)) / step.batches[0].tokens
     tokens = schedule.steps * step.tokens
     return Estimate(
         parameters=student.parameters,
         steps=schedule.steps,
         tokens=tokens,
-        epochs=tokens / reader.tokens,
-        sequences=len(reader),
-        memory_bytes=memory_bytes(student, shape.tokens_per_batch, chunk_rows(config, student.device)),
+        epochs=tokens / data.train.tokens,
+        sequences=len(data.train),
+        memory_bytes=memory_bytes(learner, shape.tokens_per_batch, chunk_rows(config, student.device)),
         seconds=seconds * tokens,
         device=str(student.device),
         dtype=dtype_name(student.dtype),
+        online=data.online,
+        teacher_parameters=None if learner.teacher is None else learner.teacher.parameters,
     )
 
 
@@ -250,7 +280,7 @@ def _validate(learner: Learner, heldout: tuple[MicroBatch, ...], number: int) ->
 
 
 def _started(
-    config: TrainConfig, reader: StoreReader, student: Student, schedule: Schedule, progress: Progress
+    config: TrainConfig, data: TrainingData, student: Student, schedule: Schedule, progress: Progress
 ) -> Started:
     return Started(
         run=str(config.run),
@@ -258,7 +288,7 @@ def _started(
         steps=schedule.steps,
         step=progress.step,
         tokens=schedule.steps * config.tokens_per_step,
-        sequences=len(reader),
+        sequences=len(data.train),
         device=str(student.device),
         dtype=dtype_name(student.dtype),
     )

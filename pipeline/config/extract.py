@@ -8,14 +8,17 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config.base import Model
+from storage.plan import LARGEST_DRAWS, TargetSpec
 
 Auto = Literal["auto"]
 Whole = Annotated[int, Field(strict=True)]  # strict: `true` is no number
 NotNegative = Annotated[int, Field(ge=0, strict=True)]
+Draws = Annotated[int, Field(ge=0, le=LARGEST_DRAWS, strict=True)]
 Positive = Annotated[int, Field(gt=0, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**64, strict=True)]  # the draws take it as one uint64
-Draws = Annotated[int, Field(ge=0, le=65_535, strict=True)]  # a shard holds counts of draws as uint16
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DEFAULT_K = 32
+DEFAULT_DRAWS = {"hybrid": 8, "sampled": 50}
 
 
 class TeacherConfig(Model):
@@ -41,6 +44,9 @@ class SourceConfig(Model):
     """File, glob pattern, dataset name or dataset directory (not for topics)."""
     field: str = "text"
     """Column that holds the text (jsonl, parquet, dataset)."""
+    prompt_field: str | None = None
+    """Column that holds a prompt (jsonl, parquet, dataset). It is put before the text as it is, read by the teacher,
+    and gets no target rows: the student learns the text alone."""
     name: str | None = None
     """Configuration name of a dataset."""
     split: str = "train"
@@ -52,6 +58,8 @@ class SourceConfig(Model):
     def _path_given(self) -> SourceConfig:
         if (self.path is None) != (self.source == "topics"):
             raise ValueError(f"source {self.source!r} {'takes no' if self.source == 'topics' else 'needs a'} path")
+        if self.prompt_field is not None and self.source in ("text", "topics"):
+            raise ValueError(f"source {self.source!r} has no fields, so it takes no prompt_field")
         return self
 
 
@@ -79,29 +87,39 @@ class RenderingConfig(Model):
 class TargetConfig(Model):
     """What is kept of the teacher's distribution at each position."""
 
-    kind: Literal["hybrid", "topk"] = "hybrid"
-    """hybrid: exact head plus samples of the tail, an unbiased target. topk: exact head only."""
-    k: Positive = 32
-    """Entries of the exact head."""
+    kind: Literal["hybrid", "sampled", "topk", "topp"] = "hybrid"
+    """hybrid: exact head of k entries plus samples of the tail, an unbiased target. sampled: samples of the whole
+    distribution, unbiased and lean, for forward KL at temperature 1. topk: exact head of k entries only. topp: exact
+    head of the fewest entries that reach probability p, at most k."""
+    k: Positive | None = None
+    """Entries of the exact head (topp: at most). Default: 32; sampled has none."""
+    p: float | None = None
+    """Probability that the head of topp reaches, unless k entries end it before."""
     draws: Draws | None = None
-    """Samples drawn from the tail per row, at most 65535. Default: 8 for hybrid, 0 for topk."""
+    """Samples drawn per row from what is outside of the head, at most 65535. Default: 8 for hybrid, 50 for sampled."""
     seed: Seed = 0
     """Seed of the draws, from 0 to 2**64 - 1. They depend on it, document and position, not on batching or workers."""
 
+    temperatures: tuple[float, ...] = ()
+    """Temperatures other than 1 to train at, such as [1.5, 2.0]: tail mass and entropy are stored for each. Not for
+    sampled."""
+
     @model_validator(mode="after")
-    def _draws_fit_kind(self) -> TargetConfig:
-        if self.kind == "topk" and self.draws:
-            raise ValueError(f"kind topk draws no samples, found draws: {self.draws}")
-        if self.kind == "hybrid" and self.draws == 0:
-            raise ValueError("kind hybrid needs draws > 0; kind topk stores a head without samples")
+    def _fields_fit_kind(self) -> TargetConfig:
+        self.spec().check()
         return self
 
-    @property
-    def samples(self) -> int:
-        """Draws per row with the default filled in."""
-        if self.draws is not None:
-            return self.draws
-        return 8 if self.kind == "hybrid" else 0
+    def spec(self) -> TargetSpec:
+        """Return the same for a plan, with the defaults filled in."""
+        default_k = 0 if self.kind == "sampled" else DEFAULT_K
+        return TargetSpec(
+            kind=self.kind,
+            k=default_k if self.k is None else self.k,
+            p=self.p,
+            draws=DEFAULT_DRAWS.get(self.kind, 0) if self.draws is None else self.draws,
+            seed=self.seed,
+            temperatures=self.temperatures,
+        )
 
 
 class HeldoutConfig(Model):
@@ -129,7 +147,7 @@ class ExtractConfig(Model):
     heldout: HeldoutConfig = HeldoutConfig()
     """What is set aside."""
     documents_per_shard: Positive | Auto = "auto"
-    """Documents per shard, the unit of work that an interruption can lose. auto: about 20,000 target rows."""
+    """Documents per shard, the unit of work that an interruption can lose. auto: about 32,000 target rows."""
     batch_size: Positive | Auto = "auto"
     """Sequences per teacher forward. auto: about 4,096 tokens on CPU, 16,384 on an accelerator."""
     chunk_size: Positive | Auto = "auto"

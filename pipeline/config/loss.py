@@ -14,8 +14,8 @@ LOSS = "KDLoss"
 # Fields of KDLoss that a training run takes from elsewhere, and from where.
 SET_ELSEWHERE = {
     "chunk_size": "the key chunk_size",
-    "ignore_index": "the rows of the store",
-    "vocab_size": "the plan of the store",
+    "ignore_index": "the positions that have a row",
+    "vocab_size": "the teacher's tokenizer",
     "tp_group": "the process group",
     "fp32_upcast": "the fused form, which always sums rows in float32",
 }

@@ -1,4 +1,4 @@
-"""Configuration of phase 2: which student learns from which store, and how."""
+"""Configuration of phase 2: which student learns from which store or live teacher, and how."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config.base import Model
-from pipeline.config.extract import Auto, Dtype, NotNegative, Positive
+from pipeline.config.extract import (
+    Auto,
+    Dtype,
+    HeldoutConfig,
+    NotNegative,
+    Positive,
+    RenderingConfig,
+    SourceConfig,
+    TeacherConfig,
+)
 
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -75,19 +84,34 @@ class CheckpointConfig(Model):
 
 
 class ValidationConfig(Model):
-    """Loss on the store's held-out rows during training. No teacher is needed for it."""
+    """Loss on held-out rows during training. With a store no teacher is needed for it."""
 
     every: Positive = 200
     """Steps between validations (one more runs at the end)."""
     sequences: Positive = 64
-    """Held-out sequences used; fewer if the store has fewer. A store without held-out documents is not validated."""
+    """Held-out sequences used; fewer if there are fewer. Where nothing is held out, nothing is validated."""
+
+
+class DistributedConfig(Model):
+    """How many processes share the work; torchrun starts them."""
+
+    tp: Positive = 1
+    """Tensor parallelism: processes among which student and live teacher are cut."""
 
 
 class TrainConfig(Model):
-    """`pipeline train`: a student learns from a store of teacher distributions."""
+    """`pipeline train`: a student learns from a store of teacher distributions, or from a live teacher."""
 
-    store: Path
-    """Directory of the store."""
+    store: Path | None = None
+    """Directory of the store. Exactly one of store and teacher_model."""
+    teacher_model: TeacherConfig | None = None
+    """Online run: a live teacher that reads every batch with the student, over the full vocabulary."""
+    corpus: Annotated[tuple[SourceConfig, ...], Field(min_length=1)] | None = None
+    """Online run: what both read. Its token ids are kept in memory."""
+    rendering: RenderingConfig | None = None
+    """Online run: how documents become token windows. Default: as in an extraction."""
+    heldout: HeldoutConfig | None = None
+    """Online run: documents set aside for validation. Default: none."""
     run: Path
     """Run directory: config.yaml, metrics.jsonl, checkpoints/, model/."""
     student: StudentConfig
@@ -99,7 +123,7 @@ class TrainConfig(Model):
     steps: Positive | None = None
     """Optimizer steps. Exactly one of steps and epochs."""
     epochs: Annotated[float, Field(gt=0.0)] | None = None
-    """Passes over the store."""
+    """Passes over the training sequences."""
     tokens_per_step: Positive = 16384
     """Tokens per optimizer step, over all micro-batches."""
     tokens_per_batch: Positive | Auto = "auto"
@@ -124,9 +148,25 @@ class TrainConfig(Model):
     """Attention implementation."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
+    distributed: DistributedConfig = DistributedConfig()
+    """Several processes: torchrun --nproc-per-node N -m pipeline train CONFIG."""
     allow_partial: bool = False
     """Train on the committed shards of an unfinished store. The set is recorded in the run: once the store has grown,
     the run cannot be resumed, and a new run directory is needed."""
+
+    @model_validator(mode="after")
+    def _one_teacher(self) -> TrainConfig:
+        if (self.store is None) == (self.teacher_model is None):
+            raise ValueError("give exactly one of store (a teacher's stored rows) and teacher_model (a live teacher)")
+        own = {"corpus": self.corpus, "rendering": self.rendering, "heldout": self.heldout}
+        foreign = [key for key, value in own.items() if value is not None]
+        if self.store is not None and foreign:
+            raise ValueError(f"{' and '.join(foreign)} belong to teacher_model; a store brings its own")
+        if self.teacher_model is not None and self.corpus is None:
+            raise ValueError("teacher_model needs a corpus to read")
+        if self.teacher_model is not None and self.allow_partial:
+            raise ValueError("allow_partial belongs to store")
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:

@@ -9,11 +9,12 @@ and list it in `SOURCES`. The tests run over the table.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from stages.corpus.dataset import open_dataset
 from stages.corpus.jsonl import open_jsonl
 from stages.corpus.parquet import open_parquet
-from stages.corpus.source import Corpus, Document, Source, SourceSpec
+from stages.corpus.source import Corpus, Document, Prompted, Source, SourceSpec
 from stages.corpus.text import open_text
 from stages.corpus.topics import open_topics
 from storage.errors import UsageError
@@ -39,5 +40,9 @@ def open_corpus(specs: Iterable[SourceSpec]) -> Corpus:
     for spec in specs:
         if spec.source not in SOURCES:
             raise UsageError(f"unknown source {spec.source!r}", where="corpus.source", fix=f"use {', '.join(SOURCES)}")
-        sources.append(SOURCES[spec.source](spec))
+        source = SOURCES[spec.source](spec)
+        if spec.prompt_field is not None:
+            prompts = SOURCES[spec.source](replace(spec, field=spec.prompt_field))
+            source = Prompted(prompts=prompts, texts=source)
+        sources.append(source)
     return Corpus(sources)

@@ -28,14 +28,16 @@ class SourceSpec:
     name: str | None = None
     split: str = "train"
     revision: str | None = None
+    prompt_field: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One item of the corpus: its number and its text."""
+    """One item of the corpus: its number, its text, and how many characters of that are a prompt."""
 
     number: int
     text: str
+    prompt: int = 0
 
 
 class Source(Protocol):
@@ -63,6 +65,40 @@ class Source(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prompted:
+    """A source whose documents are a prompt and what follows it, from two fields, joined as they are.
+
+    Attributes:
+        prompts, texts: the same source, opened for one field and for the other.
+    """
+
+    prompts: Source
+    texts: Source
+
+    @property
+    def identity(self) -> Mapping[str, Json]:
+        """What makes the content; see `Source`."""
+        return {**self.texts.identity, "prompt_field": self.prompts.identity["field"]}
+
+    @property
+    def recorded(self) -> Mapping[str, Json]:
+        """What may differ for the same content; see `Source`."""
+        return self.texts.recorded
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def read(self, first: int, end: int) -> list[str]:
+        """Return prompt and text joined, for first <= index < end."""
+        pairs = zip(self.prompts.read(first, end), self.texts.read(first, end), strict=True)
+        return [prompt + text for prompt, text in pairs]
+
+    def prompt_lengths(self, first: int, end: int) -> list[int]:
+        """Return the characters of each prompt."""
+        return [len(prompt) for prompt in self.prompts.read(first, end)]
+
+
 class Corpus:
     """Sources in order.
 
@@ -86,9 +122,12 @@ class Corpus:
         """Yield the documents with these rising numbers, reading neighbours together."""
         for source_index, wanted in self._runs(numbers):
             first = self._ends[source_index] - len(self.sources[source_index])
-            texts = self.sources[source_index].read(wanted[0] - first, wanted[-1] + 1 - first)
+            source, span = self.sources[source_index], (wanted[0] - first, wanted[-1] + 1 - first)
+            texts = source.read(*span)
+            prompts = source.prompt_lengths(*span) if isinstance(source, Prompted) else [0] * len(texts)
             for number in wanted:
-                yield Document(number=number, text=texts[number - wanted[0]])
+                index = number - wanted[0]
+                yield Document(number=number, text=texts[index], prompt=prompts[index])
 
     def _runs(self, numbers: Iterable[int]) -> Iterator[tuple[int, list[int]]]:
         """Split rising numbers into runs within one source that span at most READ_AHEAD documents."""

@@ -60,8 +60,8 @@ class Sequence:
         window_start: index in the document's tokens of the first token here.
         tokens: uint32 [T].
         token_end_byte: uint32 [T], bytes of the document's text that tokens up to this one cover in whole characters.
-        has_row: bool [T], positions whose next token gets a target row here: it lies in this window, and no earlier
-            window has predicted it.
+        has_row: bool [T], positions whose next token gets a target row here: it lies in this window, no earlier
+            window has predicted it, and it is not part of the prompt.
     """
 
     document: int
@@ -101,7 +101,7 @@ def render(
     Raises:
         UsageError: the tokenizer gives an id that the teacher has no embedding for.
     """
-    for document, tokens_T, end_byte_T in tokenize(documents, tokenizer, rendering):
+    for document, tokens_T, end_byte_T, prompt in tokenize(documents, tokenizer, rendering):
         if len(tokens_T) and int(tokens_T.max()) >= rendering.vocab_size:
             raise UsageError(
                 f"token id {int(tokens_T.max())} is beyond the teacher's {rendering.vocab_size} embeddings",
@@ -112,7 +112,7 @@ def render(
             continue
         for start, end, first_row in windows(len(tokens_T), rendering.window, rendering.overlap):
             has_row_T = np.zeros(end - start, dtype=np.bool_)
-            has_row_T[first_row - start : -1] = True
+            has_row_T[max(first_row, prompt - 1) - start : -1] = True
             if end - start >= rendering.min_tokens and has_row_T.any():
                 yield Sequence(
                     document=document.number,
@@ -142,10 +142,11 @@ def windows(tokens: int, window: int, overlap: int) -> Iterator[tuple[int, int, 
 
 def tokenize(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, rendering: Rendering
-) -> Iterator[tuple[Document, NDArray[np.uint32], NDArray[np.uint32]]]:
-    """Yield each document with its token ids uint32 [T] and token_end_byte uint32 [T], begin and end tokens included.
+) -> Iterator[tuple[Document, NDArray[np.uint32], NDArray[np.uint32], int]]:
+    """Yield each document with its token ids uint32 [T], token_end_byte uint32 [T], and how many tokens are prompt.
 
-    The begin token ends at byte 0, the end token at the last byte of the text.
+    Begin and end tokens are included; the begin token ends at byte 0, the end token at the last byte of the text. A
+    token that reaches beyond the prompt is not part of it.
     """
     stream = iter(documents)
     while batch := list(islice(stream, DOCUMENTS_PER_CALL)):
@@ -159,12 +160,14 @@ def tokenize(
         )
         for document, ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             byte_of_C = character_bytes(document.text)
-            ends = end_bytes(np.array(offsets, dtype=np.int64).reshape(-1, 2), byte_of_C)
+            offsets_T2 = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+            ends = end_bytes(offsets_T2, byte_of_C)
             head = [] if rendering.bos is None else [rendering.bos]
             tail = [] if rendering.eos is None else [rendering.eos]
             tokens_T = np.array([*head, *ids, *tail], dtype=np.uint32)
             end_byte_T = np.concatenate([[0] * len(head), ends, [byte_of_C[-1]] * len(tail)]).astype(np.uint32)
-            yield document, tokens_T, end_byte_T
+            prompt = int((offsets_T2[:, 1] <= document.prompt).sum()) if document.prompt else 0
+            yield document, tokens_T, end_byte_T, len(head) + prompt
 
 
 def character_bytes(text: str) -> NDArray[np.int64]:

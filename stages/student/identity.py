@@ -1,7 +1,7 @@
-"""Does this student speak the store's language? The same token -> id map, and a head that is as wide or padded.
+"""Does this student speak the teacher's language? The same token -> id map, and a head that is as wide or padded.
 
-Data path: store's tokenizer and student -> **check** -> training. Roles of special tokens and chat templates are not
-compared: a base student may learn from an instruct teacher.
+Data path: tokenizer of store or live teacher, and student -> **check** -> training. Roles of special tokens and chat
+templates are not compared: a base student may learn from an instruct teacher.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ logger = logging.getLogger("topk_distill.student")
 _PADDING_SHARE = 0.05
 
 
-def check_tokenizer(source: StudentSource, store_files: Mapping[str, bytes]) -> bool:
-    """Compare the student's own tokenizer with the store's. Return False if it has none, which only a student that is
+def check_tokenizer(source: StudentSource, teacher_files: Mapping[str, bytes]) -> bool:
+    """Compare the student's own tokenizer with the teacher's. Return False if it has none, which only a student that is
     made from a configuration may.
 
     Args:
         source: where the student comes from.
-        store_files: the store's tokenizer files by name.
+        teacher_files: the teacher's tokenizer files by name.
 
     Raises:
         IdentityError: the first id at which they differ, with both tokens.
@@ -40,13 +40,13 @@ def check_tokenizer(source: StudentSource, store_files: Mapping[str, bytes]) -> 
     if directory is None:
         return False
     with tempfile.TemporaryDirectory(prefix="topk-distill-tokenizer-") as stored:
-        write_tokenizer(store_files, Path(stored))
+        write_tokenizer(teacher_files, Path(stored))
         difference = first_difference(load_tokenizer(Path(stored)), load_tokenizer(directory))
     if difference is not None:
         raise IdentityError(
-            f"the student's tokenizer is not the store's: {difference}",
-            where=f"student.path: {source.path} (the first is the store's)",
-            fix="use a student with the teacher's tokenizer, or a store from a teacher with the student's",
+            f"the student's tokenizer is not the teacher's: {difference}",
+            where=f"student.path: {source.path} (the first is the teacher's)",
+            fix="use a student with the teacher's tokenizer, or a teacher (and a store of it) with the student's",
         )
     return True
 
@@ -58,7 +58,7 @@ def check_vocabulary(model: PreTrainedModel, vocab_size: int, *, same_tokenizer:
 
     Args:
         model: the student.
-        vocab_size: real tokens of the store.
+        vocab_size: real tokens of the teacher.
         same_tokenizer: the student's own tokenizer was compared, so that further rows are known to be padding.
 
     Raises:
@@ -67,7 +67,7 @@ def check_vocabulary(model: PreTrainedModel, vocab_size: int, *, same_tokenizer:
     rows = min(model.config.get_text_config().vocab_size, head_layer(model).weight.shape[0])
     if rows < vocab_size or (not same_tokenizer and rows > vocab_size * (1.0 + _PADDING_SHARE)):
         raise UsageError(
-            f"the student's vocabulary has {rows} rows, the store's {vocab_size} tokens",
+            f"the student's vocabulary has {rows} rows, the teacher's {vocab_size} tokens",
             where="student",
             fix=f"choose a student of this vocabulary, or set student.overrides.vocab_size={vocab_size} (from_config)",
         )

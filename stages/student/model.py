@@ -31,6 +31,13 @@ def head_layer(model: PreTrainedModel) -> nn.Linear:
     return layer
 
 
+def packed_hidden(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
+    """Final hidden states at the target rows of a packed micro-batch, hidden_ND."""
+    output = model.base_model(input_ids=batch.tokens_1T, position_ids=batch.positions_1T, use_cache=False)
+    hidden_TD: Tensor = output.last_hidden_state[0]
+    return hidden_TD[batch.rows_N]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Student:
     """A model with float32 weights whose forward runs in `dtype`.
@@ -73,6 +80,5 @@ class Student:
     def hidden(self, batch: MicroBatch) -> Tensor:
         """Final hidden states at the target rows, hidden_ND in `dtype`. No attention mask: see MicroBatch."""
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            output = self.model.base_model(input_ids=batch.tokens_1T, position_ids=batch.positions_1T, use_cache=False)
-        hidden_TD: Tensor = output.last_hidden_state[0]
-        return hidden_TD[batch.rows_N].to(self.dtype)
+            hidden_ND = packed_hidden(self.model, batch)
+        return hidden_ND.to(self.dtype)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from stages.parallel.processes import ALONE, Processes
+from stages.parallel.tensors import whole
 from stages.student.identity import write_tokenizer
 from stages.teacher.quiet import quiet
 from stages.training.durable import durable_directory
@@ -22,8 +24,8 @@ class CardFacts:
 
     Attributes:
         teacher: its name, as the store records it.
-        store_digest: of the store that the student learned from.
-        store_id: of the plan.
+        store_digest: of the store that the student learned from; without a store, of corpus and live teacher.
+        store_id: of the plan; None: it learned from a live teacher.
         initialisation: where the first weights came from.
         loss: in words, such as `0.7 * KDLoss(divergence=forward_kl) + 0.3 * cross-entropy`.
         parameters: number of weights.
@@ -33,7 +35,7 @@ class CardFacts:
 
     teacher: str
     store_digest: str
-    store_id: str
+    store_id: str | None
     initialisation: str
     loss: str
     parameters: int
@@ -42,7 +44,12 @@ class CardFacts:
 
 
 def save_student(
-    model: PreTrainedModel, directory: Path, *, tokenizer_files: Mapping[str, bytes], facts: CardFacts
+    model: PreTrainedModel,
+    directory: Path,
+    *,
+    tokenizer_files: Mapping[str, bytes],
+    facts: CardFacts,
+    processes: Processes = ALONE,
 ) -> None:
     """Write the model directory whole and durably, in place of an older one.
 
@@ -51,16 +58,28 @@ def save_student(
         directory: RUN/model.
         tokenizer_files: the store's tokenizer files by name.
         facts: for the model card.
+        processes: that share the model; all of them call, the main one writes.
     """
-    with durable_directory(directory) as temporary:
-        with quiet():
-            model.save_pretrained(temporary)
-        write_tokenizer(tokenizer_files, temporary)
-        (temporary / "README.md").write_text(model_card(facts), encoding="utf-8")
+    weights = whole(model.state_dict(), keep=processes.main)
+
+    def write() -> None:
+        with durable_directory(directory) as temporary:
+            with quiet():
+                model.save_pretrained(temporary, state_dict=weights)
+            write_tokenizer(tokenizer_files, temporary)
+            (temporary / "README.md").write_text(model_card(facts), encoding="utf-8")
+
+    processes.on_main(write)
 
 
 def model_card(facts: CardFacts) -> str:
     """The text of README.md. It holds nothing that changes from one equal run to the next."""
+    if facts.store_id is None:
+        means = "the live teacher's next-token distributions over its whole vocabulary"
+        data = f"corpus and teacher | digest `{facts.store_digest}`"
+    else:
+        means = "a store of the teacher's sparse next-token distributions"
+        data = f"store | id `{facts.store_id}`, digest `{facts.store_digest}`"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -71,18 +90,18 @@ tags:
 
 # A student distilled from {facts.teacher}
 
-Trained with topk-distill from a store of the teacher's sparse next-token distributions.
+Trained with topk-distill from {means}.
 
 | | |
 |---|---|
 | teacher | {facts.teacher} |
-| store | id `{facts.store_id}`, digest `{facts.store_digest}` |
+| {data} |
 | initialisation | {facts.initialisation} |
 | loss | {facts.loss} |
 | parameters | {facts.parameters:,} |
 | steps | {facts.steps:,} ({facts.tokens:,} tokens) |
 
-Its licence and its limits follow from the teacher's and from the corpus that the store was made of.
+Its licence and its limits follow from the teacher's and from those of the corpus.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -9,7 +9,8 @@ Data path: model, optimizer, random numbers, step, cursor -> **checkpoint direct
         progress.json           step, cursor, totals
         manifest.json           size and sha256 of each of these, and the digest of the store
 
-Nothing in here is a pickle. A checkpoint exists if its manifest verifies; the newest one that does is taken.
+Nothing in here is a pickle. A checkpoint exists if its manifest verifies; the newest one that does is taken. Tensors
+are whole, however many processes shared the model: a run may go on with another number of them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from stages.parallel.processes import ALONE, Processes
+from stages.parallel.tensors import like, whole
 from stages.training.durable import durable_directory
 from storage.files import storage_errors
 
@@ -62,11 +65,13 @@ class Checkpoints:
         folder: RUN/checkpoints.
         store_digest: of the store that the run reads; recorded in each manifest.
         keep: newest checkpoints kept.
+        processes: that share the model. All of them save and resume together; the main one writes.
     """
 
     folder: Path
     store_digest: str
     keep: int = 2
+    processes: Processes = ALONE
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
         """Write a checkpoint whole and durably, then remove the oldest beyond `keep`.
@@ -74,10 +79,16 @@ class Checkpoints:
         Raises:
             OutOfSpaceError, StorageUnavailableError: it cannot be written; older ones are untouched.
         """
+        main = self.processes.main
+        weights = whole(_model_tensors(model), keep=main)
+        moments = whole(_optimizer_tensors(model, optimizer), keep=main)
+        return self.processes.on_main(lambda: self._write(weights, moments, progress))
+
+    def _write(self, weights: dict[str, Tensor], moments: dict[str, Tensor], progress: Progress) -> Path:
         target = self.folder / f"{_PREFIX}{progress.step:08d}"
         with durable_directory(target, point="checkpoint") as directory:
-            _save_tensors(_model_tensors(model), directory / "model.safetensors")
-            _save_tensors(_optimizer_tensors(model, optimizer), directory / "optimizer.safetensors")
+            _save_tensors(weights, directory / "model.safetensors")
+            _save_tensors(moments, directory / "optimizer.safetensors")
             _save_tensors(_random_states(), directory / "random.safetensors")
             (directory / "progress.json").write_text(json.dumps(asdict(progress)))
             manifest = {"store_digest": self.store_digest, "files": _describe(directory)}
@@ -93,10 +104,14 @@ class Checkpoints:
         Each newer one that does not verify is told in a warning and set aside as `unusable-step-...`, so that it never
         passes for a checkpoint of the steps that come now.
         """
+        newest = self.processes.on_main(self._newest_whole)
+        return Progress() if newest is None else _load(newest, model, optimizer)
+
+    def _newest_whole(self) -> Path | None:
         for directory in self._newest_first():
             problem = self._problem(directory)
             if problem is None:
-                return _load(directory, model, optimizer)
+                return directory
             aside = directory.with_name(_UNUSABLE + directory.name)
             logger.warning(
                 "checkpoint %s is damaged (%s): falling back to the one before it; this one is set aside as %s",
@@ -107,7 +122,7 @@ class Checkpoints:
             with storage_errors(directory):
                 shutil.rmtree(aside, ignore_errors=True)
                 os.rename(directory, aside)
-        return Progress()
+        return None
 
     def newest_step(self) -> int:
         """Step of the newest checkpoint that verifies, 0 if there is none."""
@@ -142,7 +157,7 @@ def _step_of(directory: Path) -> int:
 def _load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
     model_tensors = load_file(directory / "model.safetensors")
     for name, tensor in _model_tensors(model).items():
-        tensor.copy_(model_tensors[name])
+        tensor.copy_(like(model_tensors[name], tensor))
     _restore_optimizer(model, optimizer, load_file(directory / "optimizer.safetensors"))
     _restore_random(load_file(directory / "random.safetensors"))
     return Progress(**json.loads((directory / "progress.json").read_text()))
@@ -170,7 +185,7 @@ def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tenso
         name, state = key.rsplit("/", 1)
         parameter = parameters[name]
         # Fused AdamW wants its step counter beside the parameter; safetensors gives every tensor on the CPU.
-        optimizer.state[parameter][state] = value.to(parameter.device, copy=True)
+        optimizer.state[parameter][state] = like(value, parameter).clone()
 
 
 def _random_states() -> dict[str, Tensor]:

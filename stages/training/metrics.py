@@ -17,6 +17,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from stages.training.durable import replace_file
 from storage.errors import UsageError
@@ -38,7 +39,7 @@ class MetricsLog:
             self._file = open(path, "ab")  # noqa: SIM115  # closed in __exit__
         self._path = path
 
-    def __enter__(self) -> MetricsLog:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -56,6 +57,24 @@ class MetricsLog:
         """Wait until every line is on the disk: a checkpoint must never be ahead of its curve."""
         with storage_errors(self._path):
             os.fsync(self._file.fileno())
+
+
+class NoMetricsLog:
+    """In a process that is not the main one: the same methods, nothing written."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing was opened."""
+
+    def write(self, record: Mapping[str, str | int | float | None]) -> None:
+        """Drop it: the main process writes the same."""
+
+    def sync(self) -> None:
+        """Nothing waits."""
 
 
 def read_metrics(path: Path) -> list[dict[str, str | int | float | None]]:

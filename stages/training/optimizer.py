@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +31,12 @@ class AdamWSettings:
 
 def build_optimizer(model: nn.Module, settings: AdamWSettings) -> torch.optim.AdamW:
     """AdamW over all trainable parameters, each once also where weights are tied; norms and biases do not decay."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    groups = []
+    for cut in (False, True):  # between processes; a fused step takes no mixture of both
+        parameters = [p for p in model.parameters() if p.requires_grad and isinstance(p, DTensor) == cut]
+        matrices, others = [p for p in parameters if p.dim() >= 2], [p for p in parameters if p.dim() < 2]
+        groups += [{"params": matrices, "weight_decay": settings.weight_decay}] if matrices else []
+        groups += [{"params": others, "weight_decay": 0.0}] if others else []
     # fused: one pass over weights, gradients and moments instead of about ten (measured on 2 CPU cores).
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
 

@@ -1,7 +1,7 @@
 """The run directory: what belongs to a run, whose run it is, and whether it is finished.
 
 RUN/config.yaml     the configuration, as it was when the run began
-RUN/run.json        the store and teacher that it learns from; once finished, its totals
+RUN/run.json        the store, or corpus and live teacher, that it learns from; once finished, its totals
 RUN/metrics.jsonl   RUN/checkpoints/   RUN/model/
 """
 
@@ -23,18 +23,24 @@ from storage.files import storage_errors
 
 # What may change between two commands of one run: where things lie, how the work is cut and saved, on which machine it
 # is done. None of it changes which sequences a step holds or what it computes (beyond rounding). `steps` and `epochs`
-# may change as long as the learning rates of the steps already done stay the same; the caller checks that.
+# may change as long as the learning rates of the steps already done stay the same; the caller checks that. What a live
+# teacher reads is compared by its content, not by where it lies.
 FREE_FIELDS = frozenset(
     {
         "allow_partial",
         "attention",
         "checkpoint",
         "chunk_size",
+        "corpus",
         "device",
+        "distributed",
         "epochs",
+        "heldout",
+        "rendering",
         "run",
         "steps",
         "store",
+        "teacher_model",
         "tokens_per_batch",
         "validation",
     }
@@ -110,11 +116,13 @@ class RunDirectory:
 
         Args:
             config: of the command, as plain values.
-            store: `digest`, `id` and whatever else is worth recording about the store; `digest` is compared, `id`
-                tells another store from the same one with more shards.
+            store: `digest`, `id` and whatever else is worth recording about what it learns from; `digest` is
+                compared, `id` tells another store from the same one with more shards, and `identity`, where there is
+                one, is what was hashed and names the difference.
 
         Raises:
-            IdentityError: the directory belongs to another configuration or store; every differing field is named.
+            IdentityError: the directory belongs to another configuration, store, corpus or teacher; every differing
+                field is named.
             UsageError: a file of the run is damaged.
         """
         stored = self._stored_config()
@@ -131,7 +139,7 @@ class RunDirectory:
                 fix="use a new run directory; a run on a sealed store can always be resumed",
             )
         if began["digest"] != store["digest"]:
-            lines.append(f"store digest: {began['digest']} -> {store['digest']}")
+            lines += _what_changed(began, store)
         if lines:
             raise IdentityError(
                 f"the run directory belongs to another run: {'; '.join(lines)}",
@@ -210,12 +218,22 @@ def _semantic(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: json.loads(json.dumps(value, default=str)) for key, value in config.items() if key not in FREE_FIELDS}
 
 
+def _what_changed(began: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """How two things to learn from differ: of corpora and teachers every field, of stores the digest."""
+    if "identity" in began and "identity" in wanted:
+        return _differences("", began["identity"], json.loads(json.dumps(wanted["identity"])))
+    return [f"store digest: {began['digest']} -> {wanted['digest']}"]
+
+
 def _differences(path: str, stored: Any, wanted: Any) -> list[str]:
     if isinstance(stored, dict) and isinstance(wanted, dict):
         lines: list[str] = []
         for key in sorted(stored.keys() | wanted.keys()):
             lines += _differences(f"{path}.{key}" if path else key, stored.get(key), wanted.get(key))
         return lines
+    if isinstance(stored, list) and isinstance(wanted, list) and len(stored) == len(wanted):
+        pairs = enumerate(zip(stored, wanted, strict=True))
+        return [line for index, pair in pairs for line in _differences(f"{path}[{index}]", *pair)]
     return [] if stored == wanted else [f"{path}: {stored!r} -> {wanted!r}"]
 
 

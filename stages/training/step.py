@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from stages.batches.microbatch import MicroBatch
 from stages.batches.steps import Step
-from stages.losses import FusedLinearKDLoss, LossParts
+from stages.losses import FusedLinearKDLoss, LossParts, SparseTargets, TeacherHead
+from stages.online.teacher import LiveTeacher
+from stages.parallel.tensors import clip_gradients, is_finite
 from stages.student.model import Student
 from stages.training.optimizer import set_learning_rate
 from storage.errors import NumericsError
@@ -39,11 +41,13 @@ class Learner:
         student: the model that learns.
         loss: the fused loss.
         kd_ratio: share of the divergence; 0 reads no targets, 1 computes no cross-entropy.
+        teacher: of an online run; None: the teacher's rows come with the micro-batches, or kd_ratio is 0.
     """
 
     student: Student
     loss: FusedLinearKDLoss
     kd_ratio: float
+    teacher: LiveTeacher | None = None
 
     def parts(self, batch: MicroBatch, rows: int) -> LossParts:
         """The losses of one micro-batch, summed over its rows and divided by `rows`."""
@@ -51,13 +55,17 @@ class Learner:
         parts: LossParts = self.loss(
             self.student.hidden(batch),
             self.student.weight_VD,
-            batch.targets,
+            self.targets(batch),
             batch.labels_N,
             max(rows, 1),
             bias_V=self.student.bias_V,
             kd_ratio=self.kd_ratio,
         )
         return parts
+
+    def targets(self, batch: MicroBatch) -> SparseTargets | TeacherHead | None:
+        """What the student is compared with: stored rows, or what the live teacher makes of the same tokens."""
+        return batch.targets if self.teacher is None else self.teacher.rows(batch)
 
     def losses(self, sums: Tensor) -> Losses:
         """Name the sums [loss, kd, ce] over micro-batches."""
@@ -92,7 +100,7 @@ def optimizer_step(
     losses = learner.losses(sums)
     _require_finite("loss", losses.loss, number)
     parameters = [parameter for parameter in learner.student.model.parameters() if parameter.requires_grad]
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if clip_norm is None else clip_norm))
+    norm = clip_gradients(parameters, math.inf if clip_norm is None else clip_norm)
     _require_finite("norm of the gradient", norm, number)
     set_learning_rate(optimizer, lr)
     fault_point("optimizer-step")
@@ -134,7 +142,7 @@ def require_finite_weights(model: nn.Module, number: int) -> None:
         NumericsError: a weight is NaN or infinite after step `number`.
     """
     for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
+        if not is_finite(parameter):
             raise _numerics(f"{name} has a weight that is NaN or infinite after step {number}; it is not saved", number)
 
 

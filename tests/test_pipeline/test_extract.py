@@ -109,11 +109,11 @@ def test_rows_are_the_teachers_distributions(config: dict[str, Any], tiny_teache
         np.testing.assert_allclose(found, np.take_along_axis(expected, head_ids, 1), atol=0.15)
         np.testing.assert_allclose(found[:, 0], expected.max(1), atol=0.15)
         entropy = -(np.exp(expected) * expected).sum(1)
-        np.testing.assert_allclose(batch.entropy[rows], entropy, atol=5e-3)
+        np.testing.assert_allclose(batch.entropy[rows], entropy, atol=1e-2)
         after = np.take_along_axis(expected, ids.numpy()[wanted + 1][:, None], 1)[:, 0]
-        np.testing.assert_allclose(batch.next_logprob[rows], after, atol=1e-2)
+        np.testing.assert_allclose(batch.next_logprob[rows], after, atol=1.2e-2)
         mass = 1.0 / (1.0 + np.exp(batch.tail_logit[rows].astype(np.float64)))
-        np.testing.assert_allclose(mass, np.exp(np.take_along_axis(expected, head_ids, 1)).sum(1), atol=1e-3)
+        np.testing.assert_allclose(mass, np.exp(np.take_along_axis(expected, head_ids, 1)).sum(1), atol=3e-3)
     assert np.all(np.add.reduceat(batch.count, np.cumsum(batch.tail_size) - batch.tail_size) == DRAWS)
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from pipeline import planning, survey
-from pipeline.config.extract import ExtractConfig
+from pipeline.config.extract import ExtractConfig, TargetConfig
 from pipeline.extract import ExtractSummary, extract
-from pipeline.planning import build_plan, estimate
+from pipeline.planning import build_plan, bytes_per_row, estimate
 from pipeline.survey import sample_rounds
 from storage.reader import StoreReader
 
@@ -65,6 +65,29 @@ def test_estimate_against_the_truth(config: dict[str, Any], monkeypatch: pytest.
     assert after.seconds == pytest.approx(end.new_tokens / rate, rel=0.5)
     held_out = StoreReader(config["store"], split="heldout")
     assert after.heldout_documents == len(set(held_out.read(list(range(len(held_out)))).document.tolist()))
+
+
+@pytest.mark.parametrize(
+    ("target", "measured"),
+    [
+        ({"kind": "hybrid", "k": 12, "draws": 4}, 34.0),
+        ({"kind": "hybrid", "k": 32, "draws": 8}, 72.4),
+        ({"kind": "topk", "k": 64}, 112.5),
+        ({"kind": "sampled"}, 29.3),
+    ],
+)
+def test_estimated_bytes_are_those_of_real_text(target: dict[str, Any], measured: float) -> None:
+    """SmolLM2 on the Python documentation, shards and records."""
+    assert bytes_per_row(TargetConfig(**target).spec()) == pytest.approx(measured, rel=0.03)
+
+
+def test_estimate_of_ragged_heads_is_a_bound(config: dict[str, Any]) -> None:
+    topp = ExtractConfig.model_validate({**config, "target": {"kind": "topp", "k": 8, "p": 0.9}})
+    topk = ExtractConfig.model_validate({**config, "target": {"kind": "topk", "k": 8}})
+    assert estimate(topp).at_most
+    assert not estimate(topk).at_most
+    assert estimate(topp).bytes == estimate(topk).bytes
+    assert "mass 0.9, at most 8" in estimate(topp).contents
 
 
 def test_estimate_from_a_sample(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pipeline.config.extract import ExtractConfig
 from pipeline.extract import ExtractSummary, Progress, ShardDone, Started, extract
@@ -27,6 +33,29 @@ def test_a_shard_that_another_process_commits_is_passed_over(tmp_path: Path, tin
     assert not [event for event in rest if isinstance(event, ShardDone | Progress)]
     assert isinstance(rest[-1], ExtractSummary)
     assert rest[-1].digest is not None
+
+
+def test_two_processes_share_the_work_and_a_dead_one_blocks_nothing(
+    tmp_path: Path, tiny_extraction: dict[str, Any]
+) -> None:
+    config = tmp_path / "extract.yaml"
+    content = {**tiny_extraction, "store": str(tmp_path / "store"), "documents_per_shard": 2}
+    config.write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m", "pipeline", "extract", str(config), "--json"]
+    killed = {**os.environ, "TOPK_DISTILL_FAULT": "record-link:2"}
+    assert subprocess.run(command, env=killed, capture_output=True, check=False).returncode == -signal.SIGKILL
+    assert list((tmp_path / "store" / "tmp").glob("claim-*"))
+
+    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    done = []
+    for worker in workers:
+        events = [json.loads(line) for line in worker.communicate(timeout=120)[0].splitlines()]
+        assert worker.returncode == 0
+        done += [event["shard"] for event in events if event["event"] == "ShardDone"]
+    shards = len(list((tmp_path / "store" / "commits").iterdir()))
+    assert set(done) == set(range(1, shards)), "shard 0 was there before"
+    assert len(done) <= len(set(done)) + 1, "only the last shard may be computed twice"
+    assert not list((tmp_path / "store" / "tmp").glob("claim-*"))
 
 
 def test_each_process_begins_at_its_own_place(

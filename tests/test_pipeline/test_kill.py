@@ -11,15 +11,22 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
+from torture_results import save
 
 SEED = 20261122
 TIME_KEYS = {"seconds", "tokens_per_second"}
 EXTRACT_POINTS = ["teacher-batch", "encode", "shard-write", "shard-rename", "record-link", "seal-link"]
 TRAIN_POINTS = ["checkpoint-write", "checkpoint-rename", "optimizer-step"]
+ALL_EXTRACT_POINTS = [
+    "plan-link", "plan-linked", "teacher-batch", "encode", "encoded", "shard-write", "shard-rename", "shard-renamed",
+    "record-write", "record-link", "record-linked", "seal-link", "seal-linked",
+]  # fmt: skip
+KILLS = 30  # at random moments; tests/test_storage has a hundred more of each kind
 LATEST_HIT = {"seal-link": 1, "checkpoint-write": 2, "checkpoint-rename": 2, "optimizer-step": 7}
 
 
@@ -138,24 +145,62 @@ def test_train_killed_and_run_again_gives_the_same_curve_and_model(
     assert (tmp_path / "run" / weights).read_bytes() == (reference / weights).read_bytes()
 
 
+def start_extract(config: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "pipeline", "extract", str(config)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def kill_after(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Kill a process unless it ends before; tell whether it was killed."""
+    try:
+        process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    return process.wait() == -9
+
+
 @pytest.mark.torture
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("workers", [1, 2])
 def test_extract_killed_at_random_moments(
-    seed: int, uninterrupted: tuple[Path, Path], tmp_path: Path, tiny_teacher_dir: Path, tiny_corpus: Path
+    workers: int, uninterrupted: tuple[Path, Path], tmp_path: Path, tiny_teacher_dir: Path, tiny_corpus: Path
 ) -> None:
-    """Five kills at random moments per seed, then the end: no point is named, so nothing is left out."""
-    config = write_extract_config(tmp_path, tiny_teacher_dir, tiny_corpus)
-    moments = random.Random(f"{SEED}:{seed}")
-    for _ in range(5):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline", "extract", str(config)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            process.wait(timeout=moments.uniform(1.0, 8.0))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    run_to_the_end("extract", config)
-    assert tree(tmp_path / "store") == tree(uninterrupted[0])
+    """At most six kills to a store, then the end: no point is named, so nothing is left out."""
+    for trial in ("cold", "warm"):
+        started = time.perf_counter()
+        run_to_the_end("extract", write_extract_config(tmp_path / trial, tiny_teacher_dir, tiny_corpus))
+    alone = time.perf_counter() - started
+    moments = random.Random(f"{SEED}:{workers}")
+    stores = killed = 0
+    while killed < KILLS:
+        stores += 1
+        config = write_extract_config(tmp_path / str(stores), tiny_teacher_dir, tiny_corpus)
+        for _ in range(6 // workers):
+            processes = [start_extract(config) for _ in range(workers)]
+            killed += sum(kill_after(process, moments.uniform(0.3, 1.0) * alone) for process in processes)
+            if (tmp_path / str(stores) / "store" / "sealed.json").exists():
+                break
+        run_to_the_end("extract", config)
+        assert tree(tmp_path / str(stores) / "store") == tree(uninterrupted[0])
+        print(f"{killed} killed", flush=True)
+    save(f"kill -9 of `pipeline extract` at random moments, {workers} at a time", started=started, seed=SEED,
+         killed=killed, stores=stores)  # fmt: skip
+
+
+@pytest.mark.torture
+def test_extract_killed_at_every_point(
+    uninterrupted: tuple[Path, Path], tmp_path: Path, tiny_teacher_dir: Path, tiny_corpus: Path
+) -> None:
+    """At the first three hits of each point: one store for the three, so that a kill finds what another has left."""
+    started = time.perf_counter()
+    killed = 0
+    for point in ALL_EXTRACT_POINTS:
+        config = write_extract_config(tmp_path / point, tiny_teacher_dir, tiny_corpus)
+        hits = range(1, 2 if point.startswith(("plan", "seal")) else 4)
+        for hit in hits:
+            stopped = run("extract", config, fault=f"{point}:{hit}")
+            assert f"fault point {point}:{hit} reached" in stopped.stderr, stopped.stderr
+            killed += stopped.returncode == -9
+        run_to_the_end("extract", config)
+        assert tree(tmp_path / point / "store") == tree(uninterrupted[0])
+        print(point, flush=True)
+    save("kill -9 of `pipeline extract` at every named point, its first three hits", started=started, killed=killed)

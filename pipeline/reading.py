@@ -1,0 +1,95 @@
+"""A corpus and the model that reads it, opened and checked without its weights. Both phases begin here.
+
+Data path: configuration -> **corpus, tokenizer, rendering** -> sequences -> teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from pipeline.config.extract import RenderingConfig, SourceConfig, TeacherConfig
+from stages.corpus import Corpus, SourceSpec, open_corpus
+from stages.corpus.tokenize import Rendering, resolve_special
+from stages.corpus.tokenizer import load_tokenizer, real_tokens
+from stages.teacher import ModelDirectory, find_model, load_config
+from storage.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What is read, and by whom.
+
+    Attributes:
+        corpus: checked as a whole.
+        model, model_config, tokenizer: the teacher's.
+        vocab_size: real tokens.
+        rendering: how documents become token windows.
+    """
+
+    corpus: Corpus
+    model: ModelDirectory
+    model_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    rendering: Rendering
+
+
+def open_reading(
+    sources: Iterable[SourceConfig],
+    rendering: RenderingConfig,
+    teacher: TeacherConfig,
+    *,
+    weights: bool,
+    key: str = "teacher",
+) -> Reading:
+    """Open and check corpus, model directory and tokenizer.
+
+    Args:
+        weights: require (and fetch) the teacher's weights too.
+        key: the section of the configuration that names the teacher, for messages.
+
+    Raises:
+        UsageError: anything that the configuration names is missing or unfit.
+    """
+    corpus = open_corpus(SourceSpec(**source.model_dump()) for source in sources)
+    model = find_model(teacher.path, teacher.revision, weights=weights, key=f"{key}.path")
+    model_config = load_config(model)
+    tokenizer = load_tokenizer(model.directory)
+    vocab_size = min(real_tokens(tokenizer), model_config.get_text_config().vocab_size)
+    check_window(rendering.window, model_config)
+    bos, eos = resolve_special(tokenizer, rendering.bos, eos=rendering.eos)
+    return Reading(
+        corpus=corpus,
+        model=model,
+        model_config=model_config,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        rendering=Rendering(
+            window=rendering.window,
+            overlap=rendering.overlap,
+            min_tokens=rendering.min_tokens,
+            bos=bos,
+            eos=eos,
+            vocab_size=vocab_size,
+        ),
+    )
+
+
+def check_window(window: int, model_config: PretrainedConfig) -> None:
+    """Refuse windows longer than the teacher's positions: beyond them it fails, or its distributions are worthless.
+
+    Raises:
+        UsageError: names window, limit and the fix.
+    """
+    text = model_config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions"):
+        limit = getattr(text, name, None)
+        if isinstance(limit, int) and 0 < limit < window:  # a model without a limit has none, None or -1 here
+            raise UsageError(
+                f"window = {window} is more than the {limit} positions that the teacher knows ({name})",
+                where="rendering.window",
+                fix=f"set rendering.window to at most {limit}",
+            )

@@ -1,0 +1,133 @@
+"""A corpus as training reads it without a store: token ids in memory, no text, no teacher's rows.
+
+Data path: Document -> Sequence -> **corpus in memory** -> packed micro-batches -> student and live teacher.
+
+Axis legend as in storage/rows.py: T tokens, S sequences, R rows, H head entries, C tail entries, X+1 offsets.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.corpus.tokenize import Sequence
+from storage.plan import HeldoutRule
+from storage.rows import SequenceBatch
+
+
+class TokenizedCorpus:
+    """Sequences in memory, in the order in which they come: 5 bytes a token, 24 a sequence.
+
+    Read like a store's split (`stages.batches.steps.Source`); rows have no targets.
+
+    Args:
+        sequences: taken one by one, so that no text has to stay.
+    """
+
+    def __init__(self, sequences: Iterable[Sequence]) -> None:
+        # Grown in place: a list of small arrays would take their memory twice while it is joined.
+        tokens, has_row = array("I"), array("B")
+        ends, document, window_start = array("q", [0]), array("q"), array("q")
+        for sequence in sequences:
+            tokens.frombytes(sequence.tokens.astype(np.uint32).tobytes())
+            has_row.frombytes(sequence.has_row.tobytes())
+            ends.append(len(tokens))
+            document.append(sequence.document)
+            window_start.append(sequence.window_start)
+        self._token_T = np.frombuffer(tokens, dtype=np.uint32)
+        self._has_row_T = np.frombuffer(has_row, dtype=np.bool_)
+        self._offset_S = np.frombuffer(ends, dtype=np.int64)
+        self._document_S = np.frombuffer(document, dtype=np.int64)
+        self._window_start_S = np.frombuffer(window_start, dtype=np.int64)
+
+    def __len__(self) -> int:
+        """Return the number of sequences."""
+        return len(self._document_S)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of all sequences."""
+        return len(self._token_T)
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Return the tokens of each sequence, int64 [S]."""
+        return np.diff(self._offset_S)
+
+    def read(self, indices: Items[int] | NDArray[np.integer], *, targets: bool = True) -> SequenceBatch:
+        """Return sequences by number, in the order asked. Heads and tails are empty, values of rows 0.
+
+        Args:
+            indices: numbers in range(len(self)); repeats are allowed.
+            targets: must be False: the rows' targets come from a live teacher.
+        """
+        if targets:
+            raise ValueError("a corpus has no targets: a live teacher gives them")
+        wanted_S = np.asarray(indices, dtype=np.int64).reshape(-1)
+        length_S = self.lengths()[wanted_S]
+        offset_S = np.concatenate([[0], np.cumsum(length_S)]).astype(np.int64)
+        # Where each token lies: the start of its sequence here, shifted to the start of that sequence in memory.
+        at_T = np.arange(offset_S[-1]) + np.repeat(self._offset_S[wanted_S] - offset_S[:-1], length_S)
+        has_row_T = self._has_row_T[at_T]
+        row_S = np.concatenate([[0], np.cumsum(has_row_T)]).astype(np.int64)[offset_S]
+        return _without_targets(
+            tokens=self._token_T[at_T],
+            has_row=has_row_T,
+            token_offset=offset_S,
+            row_offset=row_S,
+            document=self._document_S[wanted_S],
+            window_start=self._window_start_S[wanted_S],
+        )
+
+
+def split_corpus(sequences: Iterable[Sequence], rule: HeldoutRule) -> tuple[TokenizedCorpus, TokenizedCorpus]:
+    """Training and held-out sequences, by the rule of a store. Held-out ones wait as arrays until the end."""
+    heldout: list[Sequence] = []
+
+    def training() -> Iterable[Sequence]:
+        for sequence in sequences:
+            if rule.holds_out(sequence.document):
+                heldout.append(sequence)
+            else:
+                yield sequence
+
+    train = TokenizedCorpus(training())
+    return train, TokenizedCorpus(heldout)
+
+
+def _without_targets(
+    *,
+    tokens: NDArray[np.uint32],
+    has_row: NDArray[np.bool_],
+    token_offset: NDArray[np.int64],
+    row_offset: NDArray[np.int64],
+    document: NDArray[np.int64],
+    window_start: NDArray[np.int64],
+) -> SequenceBatch:
+    """A batch whose rows hold nothing yet."""
+    rows, no_entry = int(row_offset[-1]), np.zeros_like(token_offset)
+    value_R = np.zeros(rows, np.float32)
+    return SequenceBatch(
+        tokens=tokens,
+        token_offset=token_offset,
+        row_offset=row_offset,
+        head_offset=no_entry,
+        tail_offset=no_entry,
+        document=document,
+        window_start=window_start,
+        token_end_byte=None,
+        has_row=has_row,
+        head_size=np.zeros(rows, np.int32),
+        tail_size=np.zeros(rows, np.int32),
+        head_ids=np.empty(0, np.uint32),
+        logprob=np.empty(0, np.float32),
+        tail_ids=np.empty(0, np.uint32),
+        count=np.empty(0, np.uint16),
+        tail_logit=value_R,
+        logsumexp=value_R,
+        entropy=value_R,
+        next_logprob=value_R,
+    )

@@ -1,0 +1,86 @@
+"""Tensors of a model that may be cut between processes: whole again, back in parts, clipped, checked.
+
+Every function here is a plain one on tensors that are not cut. On those that are, all processes must call it alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+CUT_NORM_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
+
+
+def whole(tensors: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
+    """The tensors, put together one by one, on the CPU where they were cut; names that share memory share it still.
+
+    Args:
+        tensors: by name.
+        keep: False in processes that take part but need nothing: an empty dictionary.
+    """
+    gathered: dict[int, Tensor] = {}
+    kept: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            place = tensor.to_local().data_ptr() or -len(kept) - 1  # an empty part lies nowhere
+            if place not in gathered:
+                full = tensor.full_tensor()
+                gathered[place] = full.cpu() if keep else full.new_empty(0)
+            tensor = gathered[place]
+        if keep:
+            kept[name] = tensor
+    return kept
+
+
+def like(full: Tensor, model: Tensor) -> Tensor:
+    """`full` on the device of `model`, cut as that is cut if the shapes agree."""
+    full = full.to(model.device)
+    if not isinstance(model, DTensor) or full.shape != model.shape:
+        return full
+    return distribute_tensor(full, model.device_mesh, model.placements, src_data_rank=None)
+
+
+def local_size(tensor: Tensor) -> int:
+    """Number of elements that this process holds."""
+    return tensor.to_local().numel() if isinstance(tensor, DTensor) else tensor.numel()
+
+
+@torch.no_grad()
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no part of it is NaN or infinite."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    wrong = (~local.isfinite()).any().to(torch.int32)
+    if isinstance(tensor, DTensor):
+        dist.all_reduce(wrong, group=tensor.device_mesh.get_group())
+    return not bool(wrong)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
+    """Scale all gradients together such that their norm is at most `limit`, and return the norm that they had.
+
+    A norm that is not finite is returned as it is.
+    """
+    chosen = [parameter for parameter in parameters if parameter.grad is not None]
+    cut = [parameter.grad for parameter in chosen if isinstance(parameter.grad, DTensor)]
+    if not cut:
+        return float(torch.nn.utils.clip_grad_norm_(chosen, limit))
+    shared = [gradient.to_local() for gradient in cut if any(place.is_shard() for place in gradient.placements)]
+    copied = [gradient.to_local() for gradient in cut if all(place.is_replicate() for place in gradient.placements)]
+    copied += [parameter.grad for parameter in chosen if not isinstance(parameter.grad, DTensor)]  # type: ignore[misc]
+    squared = _norm(shared).square()
+    dist.all_reduce(squared, group=cut[0].device_mesh.get_group())
+    norm = float((squared + _norm(copied).square()).sqrt())
+    factor = min(1.0, limit / (norm + CUT_NORM_EPS)) if math.isfinite(norm) else 1.0
+    if factor < 1.0:
+        torch._foreach_mul_([*shared, *copied], factor)
+    return norm
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    return torch.nn.utils.get_total_norm(tensors) if tensors else torch.zeros(())
