@@ -38,6 +38,7 @@ format: install
 
 bench: install
 	@$(BIN)/python -m benchmarks.losses
+	@$(BIN)/python -m benchmarks.storage
 
 clean:
 	rm -rf .venv demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

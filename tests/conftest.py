@@ -24,6 +24,7 @@ os.environ |= {
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -31,6 +32,8 @@ import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parent))  # for torture_results
 
 settings.register_profile("seeded", deadline=None, derandomize=True)
 settings.load_profile("seeded")
