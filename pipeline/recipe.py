@@ -30,7 +30,7 @@ from stages.student.source import StudentSource, build_student
 from stages.training.checkpoint import Progress
 from stages.training.metrics import read_metrics
 from stages.training.run import RunDirectory
-from stages.training.schedule import Schedule
+from stages.training.schedule import RatioSchedule, Schedule
 from stages.training.step import Learner
 from storage.errors import IdentityError, UsageError
 from storage.plan import TargetSpec
@@ -194,6 +194,13 @@ def schedule_of(config: TrainConfig, data: TrainingData) -> Schedule:
     return Schedule(steps=_steps(config, data), **config.schedule.model_dump())
 
 
+def kd_ratio_of(config: TrainConfig, schedule: Schedule) -> RatioSchedule:
+    """The share of the divergence over all steps."""
+    wanted = config.kd_ratio_schedule
+    falls_with = schedule if wanted.fall_with_lr else None
+    return RatioSchedule(peak=config.kd_ratio, warmup_steps=wanted.warmup_steps, falls_with=falls_with)
+
+
 def order_of(config: TrainConfig, data: TrainingData) -> Order:
     """The order in which training sees the sequences."""
     return Order(sequences=len(data.train), seed=config.seed, digest=data.order_digest)
@@ -253,14 +260,16 @@ def card_facts(config: TrainConfig, data: TrainingData, student: Student, progre
     fields = ", ".join(f"{key}={value}" for key, value in config.loss.items() if key != "name")
     divergence = f"{config.kd_ratio:g} * {config.loss.get('name', 'KDLoss')}({fields})"
     cross_entropy = f"{1.0 - config.kd_ratio:g} * cross-entropy"
-    shares = [divergence] * (config.kd_ratio > 0.0) + [cross_entropy] * (config.kd_ratio < 1.0)
+    schedule = config.kd_ratio_schedule
+    shares = [divergence] * (config.kd_ratio > 0.0) + [cross_entropy] * (config.kd_ratio < 1.0 or schedule.moves)
+    scheduled = f" (kd_ratio {schedule.words})" if schedule.moves else ""
     layers = "" if config.student.layers is None else f", layers {config.student.layers}"
     return CardFacts(
         teacher=data.teacher_name,
         store_digest=data.digest,
         store_id=None if data.store is None else data.store.plan.store_id,
         initialisation=f"{config.student.init} of `{Path(config.student.path).name}`{layers}",
-        loss=" + ".join(shares),
+        loss=" + ".join(shares) + scheduled,
         parameters=student.parameters,
         steps=progress.step,
         tokens=progress.tokens,

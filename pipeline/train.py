@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
 import torch
@@ -25,6 +25,7 @@ from pipeline.recipe import (
     check_learning_rates,
     chunk_rows,
     heldout_batches,
+    kd_ratio_of,
     order_of,
     schedule_of,
     step_shape,
@@ -68,6 +69,7 @@ class StepDone:
     loss: float
     kd: float | None
     ce: float | None
+    kd_ratio: float
     lr: float
     grad_norm: float
     tokens: int
@@ -162,6 +164,7 @@ def _train(
     shape = step_shape(config, data, student.device)
     heldout = heldout_batches(config, data, shape)
     order = order_of(config, data)
+    kd_ratio = kd_ratio_of(config, schedule)
     steps = islice(training_steps(data.train, order, shape, cursor=progress.cursor), schedule.steps - progress.step)
     yield _started(config, data, student, schedule, progress)
 
@@ -171,8 +174,9 @@ def _train(
         for step in ready:
             number = progress.step + 1
             lr = config.optimizer.lr * schedule.factor(progress.step)
+            ratio = kd_ratio.ratio(progress.step)
             losses, grad_norm = optimizer_step(
-                learner, optimizer, step, lr=lr, clip_norm=config.clip_norm, number=number
+                replace(learner, kd_ratio=ratio), optimizer, step, lr=lr, clip_norm=config.clip_norm, number=number
             )
             seconds = time.perf_counter() - began
             progress = Progress(
@@ -185,6 +189,7 @@ def _train(
                 **vars(losses),
                 step=number,
                 steps=schedule.steps,
+                kd_ratio=ratio,
                 lr=lr,
                 grad_norm=grad_norm,
                 tokens=step.tokens,

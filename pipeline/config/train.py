@@ -74,6 +74,27 @@ class ScheduleConfig(Model):
     """What the factor comes down to at the end of the run (cosine, wsd)."""
 
 
+class KDRatioScheduleConfig(Model):
+    """How kd_ratio moves over the steps. Validation always uses kd_ratio itself."""
+
+    warmup_steps: NotNegative = 0
+    """Steps in which the share of KD rises linearly from near 0 to kd_ratio; cross-entropy has the rest."""
+    fall_with_lr: bool = False
+    """Whether it falls as the learning rate does, by the same factor, once that falls."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether it moves at all."""
+        return self.fall_with_lr or self.warmup_steps > 0
+
+    @property
+    def words(self) -> str:
+        """The same in words."""
+        rise = f"rises over {self.warmup_steps} steps" if self.warmup_steps else ""
+        fall = "falls with the learning rate" if self.fall_with_lr else ""
+        return ", ".join(part for part in (rise, fall) if part)
+
+
 class CheckpointConfig(Model):
     """Checkpoints, from which the same command resumes exactly."""
 
@@ -120,6 +141,8 @@ class TrainConfig(Model):
     """Registry name and fields of the loss, for example {name: KDLoss, divergence: jsd}."""
     kd_ratio: Unit = 0.7
     """loss = (1 - kd_ratio) * cross-entropy + kd_ratio * KD. 0 reads no targets, 1 computes no cross-entropy."""
+    kd_ratio_schedule: KDRatioScheduleConfig = KDRatioScheduleConfig()
+    """How kd_ratio moves over the steps. Default: not at all."""
     steps: Positive | None = None
     """Optimizer steps. Exactly one of steps and epochs."""
     epochs: Annotated[float, Field(gt=0.0)] | None = None
@@ -153,6 +176,12 @@ class TrainConfig(Model):
     allow_partial: bool = False
     """Train on the committed shards of an unfinished store. The set is recorded in the run: once the store has grown,
     the run cannot be resumed, and a new run directory is needed."""
+
+    @model_validator(mode="after")
+    def _something_to_schedule(self) -> TrainConfig:
+        if self.kd_ratio == 0.0 and self.kd_ratio_schedule.moves:
+            raise ValueError("kd_ratio_schedule moves a kd_ratio of 0: set kd_ratio to its peak")
+        return self
 
     @model_validator(mode="after")
     def _one_teacher(self) -> TrainConfig:

@@ -1,6 +1,6 @@
-"""The learning rate as a pure function of the step, so that a resumed run needs no scheduler state.
+"""Learning rate and share of the divergence as pure functions of the step: a resumed run needs no scheduler state.
 
-Data path: step -> **factor of the peak learning rate** -> optimizer.
+Data path: step -> **factor of the peak learning rate, kd_ratio** -> optimizer, loss.
 """
 
 from __future__ import annotations
@@ -33,6 +33,12 @@ class Schedule:
         """Factor of step number `step`, 0 <= step < steps."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
+        return self.decline(step)
+
+    def decline(self, step: int) -> float:
+        """The same without the warm-up: 1 until the learning rate begins to fall."""
+        if step < self.warmup_steps:
+            return 1.0
         return self.min_factor + (1.0 - self.min_factor) * self._above_minimum(step)
 
     def _above_minimum(self, step: int) -> float:
@@ -43,3 +49,23 @@ class Schedule:
             decay_steps = self.decay_steps or max(self.steps // 5, 1)
             return min(1.0, max(self.steps - step, 0) / decay_steps)
         return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatioSchedule:
+    """kd_ratio over the steps: rise linearly, hold, and fall with the learning rate if wanted.
+
+    Attributes:
+        peak: the configured kd_ratio.
+        warmup_steps: steps of the rise; the last of them has the peak.
+        falls_with: the learning rate's schedule; None: the peak is held.
+    """
+
+    peak: float
+    warmup_steps: int = 0
+    falls_with: Schedule | None = None
+
+    def ratio(self, step: int) -> float:
+        """kd_ratio of step number `step`, counted from 0."""
+        risen = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return self.peak * risen * (1.0 if self.falls_with is None else self.falls_with.decline(step))

@@ -114,7 +114,7 @@ def test_the_model_is_a_plain_directory_and_the_run_is_as_documented(reference: 
     assert str(tiny_teacher_dir) not in card
     lines = curve(reference)
     assert [line["step"] for line in lines if line["event"] == "step"] == list(range(1, 9))
-    assert set(lines[0]) == {"event", "step", "loss", "kd", "ce", "lr", "grad_norm", "tokens", "rows"}
+    assert set(lines[0]) == {"event", "step", "loss", "kd", "ce", "kd_ratio", "lr", "grad_norm", "tokens", "rows"}
 
 
 def test_a_finished_run_says_so_and_does_nothing(reference: Path, tiny_store: Path, tiny_teacher_dir: Path) -> None:
@@ -222,6 +222,19 @@ def test_one_part_alone(
 ) -> None:
     list(train(make_config(tiny_store, tiny_teacher_dir, tmp_path / "run", kd_ratio=kd_ratio, steps=2)))
     assert [line[missing] for line in curve(tmp_path / "run")] == [None] * 3
+
+
+def test_a_moving_kd_ratio_weighs_the_same_two_losses(tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path) -> None:
+    moves = {"warmup_steps": 3, "fall_with_lr": True}
+    config = make_config(tiny_store, tiny_teacher_dir, tmp_path / "run", kd_ratio=0.9, kd_ratio_schedule=moves)
+    list(train(config))
+    lines = [line for line in curve(tmp_path / "run") if line["event"] == "step"]
+    assert [line["kd_ratio"] for line in lines[:3]] == pytest.approx([0.3, 0.6, 0.9])
+    assert lines[-1]["kd_ratio"] < 0.9
+    for line in lines:
+        mixed = line["kd_ratio"] * line["kd"] + (1.0 - line["kd_ratio"]) * line["ce"]
+        assert line["loss"] == pytest.approx(mixed, rel=1e-5)
+    assert "kd_ratio rises over 3 steps, falls with the learning rate" in (tmp_path / "run/model/README.md").read_text()
 
 
 def test_twins_with_and_without_the_teacher_see_the_same_tokens(

@@ -26,7 +26,7 @@ from stages.training.durable import durable_directory, remove_leftovers
 from stages.training.metrics import MetricsLog, read_metrics
 from stages.training.optimizer import AdamWSettings, build_optimizer
 from stages.training.run import Finish, RunDirectory
-from stages.training.schedule import Schedule
+from stages.training.schedule import RatioSchedule, Schedule
 from stages.training.step import Learner, optimizer_step, validate
 from storage.errors import IdentityError, NumericsError, StorageUnavailableError, UsageError
 from storage.rows import SequenceBatch
@@ -117,6 +117,16 @@ def test_schedules_warm_up_to_the_peak_and_come_down_as_they_should(kind: Any) -
         assert factors[18] == pytest.approx(0.1 + 0.9 * 0.5)
     if kind == "cosine":
         assert factors[12] == pytest.approx(0.55)
+
+
+def test_kd_ratio_rises_holds_and_falls_with_the_learning_rate() -> None:
+    learning_rate = Schedule(kind="wsd", steps=20, warmup_steps=2, decay_steps=4)
+    moving = RatioSchedule(peak=0.8, warmup_steps=4, falls_with=learning_rate)
+    ratios = [moving.ratio(step) for step in range(20)]
+    assert ratios[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert ratios[4:17] == [0.8] * 13
+    assert ratios[17:] == pytest.approx([0.6, 0.4, 0.2])
+    assert {RatioSchedule(peak=0.8).ratio(step) for step in range(20)} == {0.8}
 
 
 def test_only_matrices_decay_and_tied_weights_are_moved_once() -> None:
