@@ -2,8 +2,8 @@
 
 Data path: `SequenceBatch` -> **one JSON object per sequence** -> a file.
 
-The keys `tokens`, `labels`, `loss_mask`, `topk_logits`, `topk_token_ids` and `log_sum_exp` are the ones that
-NeMo-Aligner's offline distillation reads; the others say where the sequence is from and what is outside of the head.
+The keys `tokens`, `labels`, `loss_mask`, `topk_logits`, `topk_token_ids` and `log_sum_exp_logits` are the ones that
+NeMo-Aligner's compute_topk_logits.py writes; the others say where the sequence is from and what is outside of the head.
 
 Axis legend: S sequences, R rows, N positions of a sequence that have a next token.
 """
@@ -28,7 +28,7 @@ def sequence_lines(batch: SequenceBatch, *, numbers: Sequence[int], padding: int
     """Return a line of JSON for each sequence, with its line end.
 
     Every list is as long as `tokens`, the sequence without its last token; `labels` are the tokens that follow.
-    `topk_logits` minus `log_sum_exp` are log-probabilities. `sample_ids` and `sample_counts` are there if the batch has
+    `topk_logits` minus `log_sum_exp_logits` are log-probabilities. `sample_ids` and `sample_counts` are there if the batch has
     draws. A position without a row has loss_mask 0.
 
     Args:
@@ -54,7 +54,7 @@ def sequence_lines(batch: SequenceBatch, *, numbers: Sequence[int], padding: int
             "loss_mask": has_row.astype(int).tolist(),
             "topk_logits": _lists(logit, head, row, [0.0] * padding),
             "topk_token_ids": _lists(batch.head_ids.tolist(), head, row, [0] * padding),
-            "log_sum_exp": [logsumexp[at] if at >= 0 else 0.0 for at in row],
+            "log_sum_exp_logits": [logsumexp[at] if at >= 0 else 0.0 for at in row],
             "tail_mass": [tail_mass[at] if at >= 0 else 0.0 for at in row],
         }
         if batch.draws:

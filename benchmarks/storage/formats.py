@@ -15,7 +15,7 @@ from storage.jsonl import sequence_lines
 from storage.rows import SequenceBatch
 from storage.segments import row_starts
 
-NEMO_KEYS = ("tokens", "labels", "loss_mask", "topk_logits", "topk_token_ids", "log_sum_exp")
+NEMO_KEYS = ("tokens", "labels", "loss_mask", "topk_logits", "topk_token_ids", "log_sum_exp_logits")
 # name: (k, exact values of 2 bytes, polynomial terms of 4 bytes), as DistillKit's README recommends them
 DISTILLKIT = {"recommended": (128, 16, 6), "budget": (50, 1, 3)}
 

@@ -136,7 +136,7 @@ def test_json_lines_hold_the_rows_of_a_sequence(tiny_store: Path, tmp_path: Path
         assert ids.shape == logits.shape == (len(line["tokens"]), 8), "rectangular, also where there is no row"
         rows = np.array(line["loss_mask"], bool)
         assert np.array_equal(ids[rows].reshape(-1), batch.head_ids)
-        logprob = (logits - np.array(line["log_sum_exp"])[:, None])[rows]
+        logprob = (logits - np.array(line["log_sum_exp_logits"])[:, None])[rows]
         assert logprob.reshape(-1) == pytest.approx(batch.logprob, abs=2e-4)
         assert np.exp(logprob).sum(axis=1) + np.array(line["tail_mass"])[rows] == pytest.approx(1.0, abs=2e-3)
         assert {sum(counts) for counts in np.array(line["sample_counts"], object)[rows]} <= {4}
