@@ -28,8 +28,8 @@ def sequence_lines(batch: SequenceBatch, *, numbers: Sequence[int], padding: int
     """Return a line of JSON for each sequence, with its line end.
 
     Every list is as long as `tokens`, the sequence without its last token; `labels` are the tokens that follow.
-    `topk_logits` minus `log_sum_exp_logits` are log-probabilities. `sample_ids` and `sample_counts` are there if the batch has
-    draws. A position without a row has loss_mask 0.
+    `topk_logits` minus `log_sum_exp_logits` are log-probabilities. `sample_ids` and `sample_counts` are there if the
+    batch has draws. A position without a row has loss_mask 0.
 
     Args:
         batch: the sequences.
