@@ -20,7 +20,6 @@ CHUNK_UNITS = 4096  # tokens or rows per chunk, about
 OFFSETS = ("token_offset", "row_offset", "head_offset", "tail_offset")
 NUMBERS = ("tail_logit", "logsumexp", "entropy", "next_logprob")  # a row has one of each
 BY_TEMPERATURE = ("tail_logit_T", "entropy_T")  # a row has one of each for each temperature
-SEQUENCE_AXES = ("sequence", "sequence_edge")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ Axis legend: S sequences, R rows, H head entries, C tail entries, K ranks of an 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -16,25 +17,28 @@ from numpy.typing import NDArray
 
 from storage.arrays import OFFSETS, column_array
 from storage.codecs import LogprobCodec, logprob_codec
+from storage.parallel import Each
 from storage.plan import Plan
 from storage.rows import SequenceBatch
 from storage.segments import cumsum_rows, row_starts
 
-Slices = Mapping[str, NDArray[Any]]  # stored values by array name, cut to a run of sequences
+Slices = Mapping[str, Sequence[NDArray[Any]]]  # stored values by array name, cut to a run of sequences, in pieces
+VALUES_AT_ONCE = 1 << 16  # a few hundred kilobytes with what is made of them: they stay in the processor's cache
 
 
-def decode_batch(plan: Plan, runs: Sequence[Slices], remap: NDArray[np.uint32]) -> SequenceBatch:
+def decode_batch(plan: Plan, runs: Sequence[Slices], remap: NDArray[np.uint32], *, each: Each = map) -> SequenceBatch:
     """Join runs of sequences, each cut from a shard, and decode them.
 
     Args:
         plan: of the store.
         runs: stored values by array name, as `OpenShard.sequences` cuts them. Offsets begin anywhere.
         remap: token id of each rank [V].
+        each: runs the work on heads and tails, in threads or one after the other.
 
     Raises:
         ValueError: sizes contradict each other or a rank is outside the vocabulary.
     """
-    edges = {name: _joined_offsets([run[name] for run in runs if name in run]) for name in OFFSETS}
+    edges = {name: _joined_offsets(_pieces(runs, name)) for name in OFFSETS}
     entropy = _joined(runs, "entropy", np.float32)
     head_size = _joined(runs, "head_size", np.int32, rows=len(entropy))
     tail_size = _joined(runs, "tail_size", np.int32, rows=len(entropy))
@@ -42,7 +46,7 @@ def decode_batch(plan: Plan, runs: Sequence[Slices], remap: NDArray[np.uint32]) 
     # Rows of samples alone have no head: everything is outside of it.
     tail_logit = _joined(runs, "tail_logit", np.float32, rows=len(entropy), absent=np.inf)
     return SequenceBatch(
-        tokens=_ids(remap, _joined(runs, "tokens", None)),
+        tokens=_ids(remap, _pieces(runs, "tokens")),
         token_offset=edges["token_offset"],
         row_offset=edges["row_offset"],
         head_offset=edges["head_offset"] if plan.target.k else np.zeros_like(edges["row_offset"]),
@@ -53,9 +57,11 @@ def decode_batch(plan: Plan, runs: Sequence[Slices], remap: NDArray[np.uint32]) 
         has_row=_joined(runs, "has_row", np.bool_),
         head_size=head_size,
         tail_size=tail_size,
-        head_ids=_ids(remap, _joined(runs, "head_ids", None)),
-        logprob=_logprob(logprob_codec(plan.codecs["logprob"]), runs, head_size, tail_logit),
-        tail_ids=_ids(remap, cumsum_rows(_joined(runs, "tail_ids", None), tail_size)),
+        head_ids=_ids(remap, _pieces(runs, "head_ids"), each),
+        logprob=_logprob(
+            logprob_codec(plan.codecs["logprob"]), _pieces(runs, "logprob"), head_size, tail_logit, each=each
+        ),
+        tail_ids=_ids(remap, [cumsum_rows(_joined(runs, "tail_ids", None), tail_size)]),
         count=_joined(runs, "count", np.uint16),
         tail_logit=tail_logit,
         logsumexp=_joined(runs, "logsumexp", np.float32),
@@ -80,21 +86,27 @@ def _columns(plan: Plan, runs: Sequence[Slices], axis: str) -> dict[str, NDArray
     return columns or None
 
 
+def _pieces(runs: Sequence[Slices], name: str) -> list[NDArray[Any]]:
+    """Return the pieces of an array from all runs; none if the plan has no such array."""
+    return [piece for run in runs for piece in run.get(name, ())]
+
+
 def _joined(runs: Sequence[Slices], name: str, dtype: Any, *, rows: int = 0, absent: float = 0) -> NDArray[Any]:
     """Concatenate an array over the runs, flat; `absent` [rows] if the plan has no such array.
 
     Without a dtype the result may be a view of the reader's cache; with one it never is.
     """
-    parts = [run[name].reshape(-1) for run in runs if name in run]
-    if not parts:
+    pieces = [piece.reshape(-1) for piece in _pieces(runs, name)]
+    if not pieces:
         return np.full(rows, absent, dtype)
-    if dtype is None and len(parts) == 1:
-        return parts[0]
-    return np.concatenate(parts, dtype=dtype, casting="unsafe")
+    if dtype is None and len(pieces) == 1:
+        return pieces[0]
+    return np.concatenate(pieces, dtype=dtype, casting="unsafe")
 
 
-def _joined_offsets(parts: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
-    sizes = [np.diff(part.astype(np.int64)) for part in parts]
+def _joined_offsets(pieces: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
+    """Return offsets from 0 over all runs, each of which has one piece."""
+    sizes = [np.diff(piece.astype(np.int64, copy=False)) for piece in pieces]
     return row_starts(np.concatenate(sizes)) if sizes else np.zeros(1, np.int64)
 
 
@@ -107,11 +119,35 @@ def _check_sizes(
             raise ValueError(f"the row sizes do not add up to {name}")
 
 
-def _ids(remap: NDArray[np.uint32], ranks: NDArray[Any]) -> NDArray[np.uint32]:
-    try:
-        return remap.take(ranks)
-    except IndexError as error:
-        raise ValueError(f"rank {int(ranks.max())} lies outside the vocabulary of {len(remap)}") from error
+def _ids(remap: NDArray[np.uint32], pieces: Sequence[NDArray[Any]], each: Each = map) -> NDArray[np.uint32]:
+    """Return the token ids of ranks, flat."""
+    pieces = _merged([piece.reshape(-1) for piece in pieces], axis=0)
+    edges = _edges([len(piece) for piece in pieces])
+    ids = np.empty(edges[-1], np.uint32)
+
+    def fill(place: int) -> None:
+        ranks = pieces[place]
+        largest = int(ranks.max(initial=0))
+        if largest >= len(remap):
+            raise ValueError(f"rank {largest} lies outside the vocabulary of {len(remap)}")
+        remap.take(ranks, out=ids[edges[place] : edges[place + 1]], mode="clip")  # other modes write to a buffer first
+
+    list(each(fill, range(len(pieces))))
+    return ids
+
+
+def _merged(pieces: Sequence[NDArray[Any]], *, axis: int) -> list[NDArray[Any]]:
+    """Join neighbours until they hold enough values to be worth the calls that each piece takes."""
+    groups: list[list[NDArray[Any]]] = []
+    for piece in pieces:
+        if not groups or sum(part.size for part in groups[-1]) >= VALUES_AT_ONCE:
+            groups.append([])
+        groups[-1].append(piece)
+    return [group[0] if len(group) == 1 else np.concatenate(group, axis=axis) for group in groups]
+
+
+def _edges(sizes: Sequence[int]) -> list[int]:
+    return list(accumulate(sizes, initial=0))
 
 
 def _end_bytes(runs: Sequence[Slices]) -> NDArray[np.uint32] | None:
@@ -122,34 +158,51 @@ def _by_temperature(plan: Plan, runs: Sequence[Slices], name: str, rows: int) ->
     """Return an array [rows, temperatures]; None without temperatures, or if the rows were not read."""
     if not plan.target.temperatures:
         return None
-    values = np.concatenate([run[name].T for run in runs]).astype(np.float32)
+    values = np.concatenate([piece.T for piece in _pieces(runs, name)]).astype(np.float32)
     return values if values.ndim == 2 and len(values) == rows else None
 
 
 def _logprob(
-    codec: LogprobCodec, runs: Sequence[Slices], head_size_R: NDArray[np.int32], tail_logit_R: NDArray[np.float32]
+    codec: LogprobCodec,
+    pieces: Sequence[NDArray[Any]],
+    head_size_R: NDArray[np.int32],
+    tail_logit_R: NDArray[np.float32],
+    *,
+    each: Each,
 ) -> NDArray[np.float32]:
     """Decode the heads of all runs, [H]. Shards of even heads hold their codes as [K, R], others as [H]."""
-    parts = [run["logprob"] for run in runs if "logprob" in run]
-    if parts and all(part.ndim == 2 for part in parts):
-        return _even_heads(codec, np.concatenate(parts, axis=1), head_size_R, tail_logit_R)
-    codes_H = np.concatenate([part.T.reshape(-1) for part in parts]) if parts else np.zeros(0, codec.dtype)
+    if pieces and all(piece.ndim == 2 for piece in pieces):
+        return _even_heads(codec, pieces, head_size_R, tail_logit_R, each=each)
+    codes_H = np.concatenate([piece.T.reshape(-1) for piece in pieces]) if pieces else np.zeros(0, codec.dtype)
     logprob_H = codec.decode(codes_H, head_size_R)
     return scale_heads(logprob_H, head_size_R, tail_logit_R) if codec.renormalises else logprob_H
 
 
 def _even_heads(
     codec: LogprobCodec,
-    codes_KR: NDArray[Any],
+    pieces: Sequence[NDArray[Any]],
     head_size_R: NDArray[np.int32],
     tail_logit_R: NDArray[np.float32],
+    *,
+    each: Each,
 ) -> NDArray[np.float32]:
-    if np.any(head_size_R != len(codes_KR)):
-        raise ValueError(f"a head does not have the {len(codes_KR)} entries of its shard")
-    logprob_KR = codec.decode_ranks(codes_KR)
-    if codec.renormalises:
-        logprob_KR += _shift(np.exp(logprob_KR).sum(axis=0, dtype=np.float64), tail_logit_R)
-    return np.ascontiguousarray(logprob_KR.T).reshape(-1)
+    """Decode pieces [K, n] whose columns are all the rows."""
+    pieces = _merged(pieces, axis=1)
+    k = len(pieces[0])
+    if np.any(head_size_R != k):
+        raise ValueError(f"a head does not have the {k} entries of its shard")
+    edges = _edges([piece.shape[1] for piece in pieces])
+    logprob_RK = np.empty((len(head_size_R), k), np.float32)
+
+    def fill(place: int) -> None:
+        rows = slice(edges[place], edges[place + 1])
+        logprob_KN = codec.decode_ranks(pieces[place])
+        if codec.renormalises:
+            logprob_KN += _shift(np.exp(logprob_KN).sum(axis=0, dtype=np.float64), tail_logit_R[rows])
+        logprob_RK[rows] = logprob_KN.T
+
+    list(each(fill, range(len(pieces))))
+    return logprob_RK.reshape(-1)
 
 
 def scale_heads(

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.arrays import OFFSETS, SEQUENCE_AXES, ArraySpec, array_specs, is_even
+from storage.arrays import OFFSETS, ArraySpec, array_specs, is_even
 from storage.cache import BoundedCache
 from storage.chunks import ArrayLayout, decode_index, decode_inner
 from storage.files import LocalFiles, sha256
@@ -20,6 +20,7 @@ from storage.records import CommitRecord
 from storage.shard import GROUP, axis_lengths, read_group
 
 ChunkCache = BoundedCache[Any]  # decoded chunks (arrays), and checked files (memoryviews)
+LARGE_CHUNK = 1 << 16  # bytes
 _AXIS_EDGES = {"row": "row_offset", "head": "head_offset", "tail": "tail_offset", "token": "token_offset"}
 
 
@@ -168,27 +169,30 @@ class OpenShard:
         return layout
 
     def _offsets(self, name: str, lengths: Mapping[str, int]) -> NDArray[np.int64]:
-        values = self.values(name, 0, self.layouts[name].length).astype(np.int64)
+        values = np.concatenate(self.values(name, 0, self.layouts[name].length), dtype=np.int64, casting="unsafe")
         axis = name.removesuffix("_offset")
         if values[0] != 0 or values[-1] != lengths[axis] or np.any(np.diff(values) < 0):
             raise DamageError(f"offsets do not rise from 0 to {lengths[axis]}", name)
         return values
 
-    def values(self, name: str, start: int, end: int) -> NDArray[Any]:
-        """Return stored values of an array, positions start to end - 1: [N], [N, ranks], or by rank [ranks, N].
+    def values(self, name: str, start: int, end: int) -> list[NDArray[Any]]:
+        """Return stored values of an array, positions start to end - 1, in pieces: one from each chunk that has some.
 
-        The result may be a view of the cache: do not write to it.
+        A piece is [N], [N, ranks], or by rank [ranks, N]. It may be a view of the cache: do not write to it.
         """
         layout = self.layouts[name]
         if start >= end:
             empty = (0, *layout.chunk_shape[1:])
-            return np.zeros(empty[::-1] if layout.by_rank else empty, layout.dtype)
-        parts = []
+            return [np.zeros(empty[::-1] if layout.by_rank else empty, layout.dtype)]
+        pieces = []
         for number in range(start // layout.chunk, -(-end // layout.chunk)):
             begin, chunk = number * layout.chunk, self._chunk(name, number)
             cut = slice(max(start - begin, 0), end - begin)
-            parts.append(chunk[:, cut] if layout.by_rank else chunk[cut])
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=int(layout.by_rank))
+            piece = chunk[:, cut] if layout.by_rank else chunk[cut]
+            # As a view, a small piece would keep its whole chunk in memory.
+            small = chunk.nbytes > LARGE_CHUNK and 2 * piece.nbytes < chunk.nbytes
+            pieces.append(piece.copy() if small else piece)
+        return pieces
 
     def _chunk(self, name: str, number: int) -> NDArray[Any]:
         key = (self._number, name, number)
@@ -222,22 +226,21 @@ class OpenShard:
         """Where each sequence begins on the token axis, and the end of the last."""
         return self._edges["token_offset"]
 
-    def sequences(self, first: int, end: int, *, targets: bool = True) -> dict[str, NDArray[Any]]:
-        """Return stored values of sequences first to end - 1, by array name; offsets as stored.
+    def sequences(self, name: str, first: int, end: int, *, targets: bool = True) -> list[NDArray[Any]]:
+        """Return what an array holds of sequences first to end - 1, in pieces as `values` does; offsets in one.
 
         Without targets nothing is read on the row, head and tail axes: every row is there, but empty.
         """
-        cut: dict[str, NDArray[Any]] = {}
-        for name, spec in self.specs.items():
-            if not targets and (spec.axis in ("row", "head", "tail") or name in ("head_offset", "tail_offset")):
-                cut[name] = np.zeros(self._length_without_targets(spec, first, end), spec.dtype)
-            elif spec.axis in SEQUENCE_AXES:
-                cut[name] = self.values(name, first, end + (spec.axis == "sequence_edge"))
-            elif spec.axis == "token_byte":
-                cut[name] = self._bits(name, *self._span("token_offset", first, end))
-            else:
-                cut[name] = self.values(name, *self._span(_AXIS_EDGES[spec.axis], first, end))
-        return cut
+        spec = self.specs[name]
+        if not targets and (spec.axis in ("row", "head", "tail") or name in ("head_offset", "tail_offset")):
+            return [np.zeros(self._length_without_targets(spec, first, end), spec.dtype)]
+        if name in self._edges:
+            return [self._edges[name][first : end + 1]]
+        if spec.axis == "sequence":
+            return self.values(name, first, end)
+        if spec.axis == "token_byte":
+            return [self._bits(name, *self._span("token_offset", first, end))]
+        return self.values(name, *self._span(_AXIS_EDGES[spec.axis], first, end))
 
     def _length_without_targets(self, spec: ArraySpec, first: int, end: int) -> int:
         if spec.axis == "sequence_edge":
@@ -250,5 +253,5 @@ class OpenShard:
         return int(edges[first]), int(edges[end])
 
     def _bits(self, name: str, start: int, end: int) -> NDArray[np.bool_]:
-        packed = self.values(name, start // 8, -(-end // 8))
-        return np.unpackbits(packed)[start % 8 : start % 8 + end - start].astype(bool)
+        packed = np.concatenate(self.values(name, start // 8, -(-end // 8)))
+        return np.unpackbits(packed)[start % 8 : start % 8 + end - start].view(bool)

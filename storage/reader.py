@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +25,15 @@ from storage.errors import CorruptionError, UsageError
 from storage.files import LocalFiles, sha256
 from storage.manifest import Manifest, tokenizer_hashes
 from storage.open_shard import CommittedObjects, DamageError, OpenShard, chunk_cache, no_stamps
+from storage.parallel import Each, default_threads, in_threads
 from storage.plan import Plan, Split
 from storage.records import CommitRecord, Seal, SealedShard, record_name
 from storage.rows import SequenceBatch
 
 Indices = Sequence[int] | NDArray[np.integer]
+Run = tuple[SealedShard, int, int]  # neighbouring sequences in one shard: it, the first, the end
 CACHE_BYTES = 256 * 2**20
+ROWS_FOR_THREADS = 8192  # a read of fewer gains little, and memory that threads free is slower to be used again
 OPEN_SHARDS = 128  # whose metadata is kept, about 40 kB each
 
 
@@ -41,6 +45,7 @@ class StoreReader:
         split: `train` or `heldout`; sequences of the other split cannot be reached.
         allow_partial: read an unsealed store as the set of shards that are committed now.
         cache_bytes: bound on what is kept in memory of shards: decoded chunks and checked files.
+        threads: that a large `read` may use; None for one per core, at most 4. The result is the same.
 
     Attributes:
         plan: of the store.
@@ -61,12 +66,16 @@ class StoreReader:
         split: Split = "train",
         allow_partial: bool = False,
         cache_bytes: int = CACHE_BYTES,
+        threads: int | None = None,
     ) -> None:
         if split not in ("train", "heldout"):
             raise UsageError(f"split {split!r} is neither 'train' nor 'heldout'")
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads is {threads}; a reader needs at least 1")
         self._files = LocalFiles(Path(path))
         self._manifest = Manifest.open(self._files)
         self._cache = chunk_cache(cache_bytes)
+        self._threads = default_threads() if threads is None else threads
         self._loading = threading.Lock()  # held while shards are opened and chunks loaded, not while rows are decoded
         self._checked: dict[int, NDArray[np.int64]] = {}  # of shards that were used, half a kilobyte each
         self._open: BoundedCache[OpenShard] = BoundedCache(OPEN_SHARDS, lambda shard: 1)
@@ -115,11 +124,8 @@ class StoreReader:
         """Return the tokens of each sequence, int64 [S]. Opens every shard of the split."""
         parts = []
         for item in self.shards:
-            try:
-                with self._loading:
-                    parts.append(np.diff(self._shard(item).token_offset))
-            except DamageError as error:
-                raise self._damaged(item, error) from error
+            with self._loading:
+                parts.append(np.diff(self._shard(item).token_offset))
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
     def read(self, indices: Indices, *, targets: bool = True) -> SequenceBatch:
@@ -137,15 +143,19 @@ class StoreReader:
         if len(wanted) and (int(wanted.min()) < 0 or int(wanted.max()) >= len(self)):
             raise IndexError(f"sequence numbers {wanted.min()} to {wanted.max()}; the split has {len(self)}")
         runs = list(self._runs(wanted))
-        cuts = [self._cut(*run, targets=targets) for run in runs] or [self._nothing()]
-        try:
-            return decode_batch(self.plan, cuts, self.remap)
-        except ValueError as error:
-            for run, cut in zip(runs, cuts, strict=True):
-                self._decode_alone(run[0], cut)
-            raise AssertionError("damage in a batch, but in none of its parts") from error
+        with in_threads(self._threads_for(wanted) if targets else 1) as each:
+            cuts = self._load(runs, each, targets=targets) or [self._nothing()]
+            try:
+                return decode_batch(self.plan, cuts, self.remap, each=each)
+            except ValueError as error:
+                for run, cut in zip(runs, cuts, strict=True):
+                    self._decode_alone(run[0], cut)
+                raise AssertionError("damage in a batch, but in none of its parts") from error
 
-    def _runs(self, wanted: NDArray[np.int64]) -> Iterator[tuple[SealedShard, int, int]]:
+    def _threads_for(self, wanted: NDArray[np.int64]) -> int:
+        return self._threads if len(wanted) * self.rows > len(self) * ROWS_FOR_THREADS else 1
+
+    def _runs(self, wanted: NDArray[np.int64]) -> Iterator[Run]:
         """Cut sequence numbers into runs of neighbours in one shard: (shard, first, end) with numbers inside it."""
         if len(wanted) == 0:
             return
@@ -156,12 +166,23 @@ class StoreReader:
             first = int(wanted[start] - self._starts[position[start]])
             yield self.shards[int(position[start])], first, first + end - start
 
-    def _cut(self, item: SealedShard, first: int, end: int, *, targets: bool) -> Slices:
-        try:
-            with self._loading:
-                return self._shard(item).sequences(first, end, targets=targets)
-        except DamageError as error:
-            raise self._damaged(item, error) from error
+    def _load(self, runs: Sequence[Run], each: Each, *, targets: bool) -> list[Slices]:
+        """Return the stored values of each run. An array is loaded by one thread, from every shard that it is in."""
+
+        def load(name: str) -> list[Sequence[NDArray[Any]]]:
+            found: list[Sequence[NDArray[Any]]] = []
+            for shard, (item, first, end) in zip(shards, runs, strict=True):
+                try:
+                    found.append(shard.sequences(name, first, end, targets=targets) if name in shard.specs else ())
+                except DamageError as error:
+                    raise self._damaged(item, error) from error
+            return found
+
+        with self._loading:
+            shards = [self._shard(item) for item, _, _ in runs]
+            names = list(dict.fromkeys(name for shard in shards for name in shard.specs))
+            loaded = dict(zip(names, each(load, names), strict=True))
+        return [{name: loaded[name][place] for name in shard.specs} for place, shard in enumerate(shards)]
 
     def _decode_alone(self, item: SealedShard, cut: Slices) -> None:
         try:
@@ -172,7 +193,7 @@ class StoreReader:
     def _nothing(self) -> Slices:
         """Return the slices of no sequence."""
         specs = array_specs(self.plan, end_bytes=True, even=False).values()
-        return {spec.name: np.zeros(int(spec.axis == "sequence_edge"), spec.dtype) for spec in specs}
+        return {spec.name: [np.zeros(int(spec.axis == "sequence_edge"), spec.dtype)] for spec in specs}
 
     def _shard(self, item: SealedShard) -> OpenShard:
         shard = self._open.get(item.shard)
@@ -180,7 +201,10 @@ class StoreReader:
             record = self._record(item)
             checked = self._checked.setdefault(item.shard, no_stamps(record))
             objects = CommittedObjects(self._files, record, self._cache, checked)
-            shard = OpenShard(self.plan, record, objects, self._cache)
+            try:
+                shard = OpenShard(self.plan, record, objects, self._cache)
+            except DamageError as error:
+                raise self._damaged(item, error) from error
             self._open.put(item.shard, shard)
         return shard
 

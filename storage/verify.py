@@ -187,7 +187,8 @@ def _check_content(
 
 def _check_rows(manifest: Manifest, record: CommitRecord, objects: CommittedObjects, remap: NDArray[np.uint32]) -> None:
     shard = OpenShard(manifest.plan, record, objects, chunk_cache(0))
-    batch = decode_batch(manifest.plan, [shard.sequences(0, record.counts.sequences)], remap)
+    slices = {name: shard.sequences(name, 0, record.counts.sequences) for name in shard.specs}
+    batch = decode_batch(manifest.plan, [slices], remap)
     check_batch(manifest.plan, record.spec(), batch)
     found = counts_of(manifest.plan, batch)
     if abs(found.head_mass - record.counts.head_mass) > HEAD_MASS_TOLERANCE:

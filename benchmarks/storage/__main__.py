@@ -24,7 +24,7 @@ from benchmarks.storage.material import MAIN, Material, make, replicated
 from storage.commit import StoreWriter
 from storage.status import status
 
-QUICK_TOKENS = 24_000
+QUICK_TOKENS = 15_000
 SPEED_ROWS = 110_000
 SHARDS = 100_000
 MEMORY_CACHE, MEMORY_ROWS = 8 * 2**20, 50_000  # what 1x holds, decoded, is more than the cache
@@ -74,9 +74,11 @@ def report_reading(material: Material, folder: Path, rounds: speed.Rounds) -> di
     store = replicated(kind, folder / "speed", max(1, round(SPEED_ROWS / kind.rows)))
     reader = speed.StoreReader(store)
     table = formats.table(reader.read(range(len(reader))))
-    files = {f"parquet {codec}": folder / f"speed.{codec}" for codec in ("snappy", "zstd")}
-    for codec in ("snappy", "zstd"):
-        pq.write_table(table, files[f"parquet {codec}"], compression=codec)
+    files = {name: folder / f"speed {name}" for name in formats.PARQUET}
+    for name, options in formats.PARQUET.items():
+        pq.write_table(table, files[name], **options)
+    print("\nBytes per row of the Parquet files: ", end="")
+    print(", ".join(f"{name} {file.stat().st_size / len(table):.1f}" for name, file in files.items()))
     pq.write_table(table, folder / "groups", compression="zstd", row_group_size=4096)
     k, found = kind.planned.plan.target.k, {}
     for order, (rates, ratios) in {
@@ -84,6 +86,7 @@ def report_reading(material: Material, folder: Path, rounds: speed.Rounds) -> di
         "random": speed.random_sequences(store, folder / "groups", rounds, k),
     }.items():
         print(f"\n{order}, {reader.rows:,} rows of {MAIN}: rows/s, and times slower than ours")
+        print('  (all but "raw arrays" give numpy arrays of every sequence: head, log-probabilities, samples, counts)')
         for name in rates:
             print(f"  {name:<36}{rates[name]:12,.0f}{ratios[name]:8.2f}x", flush=True)
         found[order] = {"rows_per_second": rates, "ratio": ratios}
@@ -124,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="the whole corpus (bytes per row are those of the issue)")
     parser.add_argument("--tokens", type=int, default=QUICK_TOKENS, help="about so many tokens of it")
-    parser.add_argument("--rounds", type=int, default=7, help="of each comparison")
+    parser.add_argument("--rounds", type=int, default=5, help="of each comparison")
     parser.add_argument("--cpu-time", action="store_true", help="ratios of processor time, for a busy machine")
     parser.add_argument("--save", action="store_true", help=f"write {RESULTS}/storage.json and .md")
     arguments = parser.parse_args()

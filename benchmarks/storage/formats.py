@@ -16,6 +16,13 @@ from storage.rows import SequenceBatch
 from storage.segments import row_starts
 
 NEMO_KEYS = ("tokens", "labels", "loss_mask", "topk_logits", "topk_token_ids", "log_sum_exp_logits")
+# Options of the writer; a dictionary is its default.
+PARQUET = {
+    "parquet snappy": {"compression": "snappy"},
+    "parquet snappy, without dictionary": {"compression": "snappy", "use_dictionary": False},
+    "parquet zstd": {"compression": "zstd"},
+    "parquet zstd, without dictionary": {"compression": "zstd", "use_dictionary": False},
+}
 # name: (k, exact values of 2 bytes, polynomial terms of 4 bytes), as DistillKit's README recommends them
 DISTILLKIT = {"recommended": (128, 16, 6), "budget": (50, 1, 3)}
 
@@ -46,9 +53,9 @@ def sizes(batches: list[SequenceBatch], folder: Path) -> dict[str, float | None]
     rows = sum(batch.rows for batch in batches)
     whole = pa.concat_tables([table(batch) for batch in batches])
     found: dict[str, float | None] = {}
-    for codec in ("snappy", "zstd"):
-        pq.write_table(whole, folder / "rows.parquet", compression=codec)
-        found[f"parquet {codec}"] = (folder / "rows.parquet").stat().st_size / rows
+    for name, options in PARQUET.items():
+        pq.write_table(whole, folder / "rows.parquet", **options)
+        found[name] = (folder / "rows.parquet").stat().st_size / rows
     for codec in ("uncompressed", "zstd"):
         feather.write_feather(whole, str(folder / "rows.arrow"), compression=codec)
         found[f"arrow ipc {codec}"] = (folder / "rows.arrow").stat().st_size / rows

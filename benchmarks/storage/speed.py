@@ -2,6 +2,8 @@
 
 Every side ends with the same thing for each sequence: its head and tail as numpy arrays, ids uint32, log-probabilities
 float32. Only "zarr, raw arrays" stops at stored numbers, which is less. Times begin with a path and include opening.
+Ours also checks sha256 and crc32c of all that it reads and returns the other arrays of a row; Parquet checks nothing.
+Every side may use all cores: ours and Parquet decode in threads, zarr-python does in its own way.
 All sides run in the same rounds, one after the other, and a ratio is the median of the ratios of the rounds.
 """
 
@@ -24,7 +26,7 @@ from storage.reader import StoreReader
 from storage.records import SEAL, Seal, SealedShard
 from storage.rows import SequenceBatch
 
-SEQUENCES_PER_READ = 32
+SEQUENCES_PER_READ = 128
 Rows = tuple[np.ndarray, ...]  # of one sequence: head ids, log-probabilities, tail ids, counts
 Side = Callable[[], int]  # reads, and returns how many rows
 
@@ -142,7 +144,8 @@ def rates(sides: Mapping[str, Side], rounds: Rounds) -> tuple[dict[str, float], 
 def sequential(store: Path, parquet: Mapping[str, Path], rounds: Rounds, k: int) -> tuple[dict[str, float], ...]:
     """Every row of a store, in order."""
     remap = StoreReader(store).remap
-    requests = [range(first, first + SEQUENCES_PER_READ) for first in range(0, len(StoreReader(store)), 32)]
+    starts = range(0, len(StoreReader(store)), SEQUENCES_PER_READ)
+    requests = [range(first, first + SEQUENCES_PER_READ) for first in starts]
 
     def ours(reader: StoreReader) -> Iterator[Rows]:
         for wanted in requests:
@@ -151,6 +154,7 @@ def sequential(store: Path, parquet: Mapping[str, Path], rounds: Rounds, k: int)
     few = np.arange(0, len(StoreReader(store)), max(1, len(StoreReader(store)) // 64))
     sides: dict[str, Side] = {
         "ours, read": lambda: counted(ours(StoreReader(store)), k),
+        "ours, one thread": lambda: counted(ours(StoreReader(store, threads=1)), k),
         "zarr, raw arrays": lambda: Zarr(store).raw(),
         "zarr, decoded": lambda: counted(Zarr(store).decoded(remap), k),
         "zarr, sequence by sequence": lambda: counted(Zarr(store).sequences(remap, few), k),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -246,3 +248,67 @@ def test_tokenizer_files_are_checked_when_they_are_asked_for(sealed, tmp_path):
     assert len(reader.read([0])) == 1
     with pytest.raises(CorruptionError, match="tokenizer"):
         reader.tokenizer_files()
+
+
+def written_ragged(path):
+    """A store some of whose shards have uneven heads, with end bytes."""
+    plan = cases.make_plan()
+    writer = cases.open_writer(path, plan)
+    for shard in writer.missing():
+        writer.commit(shard, cases.make_batch(plan, shard, ragged=shard.index == 1))
+    writer.seal()
+    return path
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("targets", [False, True])
+def test_threads_change_nothing(many_chunks, tmp_path, monkeypatch, ragged, targets):
+    monkeypatch.setattr(storage.reader, "ROWS_FOR_THREADS", 0)
+    store = written_ragged(tmp_path / "ragged") if ragged else many_chunks
+    alone = StoreReader(store, threads=1)
+    wanted = np.random.default_rng(0).integers(0, len(alone), 30)
+    for indices in (range(len(alone)), wanted, wanted[:1], []):
+        expected = alone.read(indices, targets=targets)
+        for threads in (2, 3, 7):
+            found = StoreReader(store, threads=threads, cache_bytes=3000).read(indices, targets=targets)
+            for field in fields(found):
+                np.testing.assert_array_equal(getattr(found, field.name), getattr(expected, field.name))
+
+
+def test_a_large_read_runs_in_threads(many_chunks, monkeypatch):
+    monkeypatch.setattr(storage.reader, "ROWS_FOR_THREADS", 20)
+    used = set()
+    real = storage.open_shard.OpenShard.sequences
+
+    def sequences(self, *arguments, **options):
+        used.add(threading.get_ident())
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(storage.open_shard.OpenShard, "sequences", sequences)
+    for few, threads, at_least, at_most in ((True, 3, 1, 1), (False, 1, 1, 1), (False, 3, 2, 3)):
+        used.clear()
+        reader = StoreReader(many_chunks, threads=threads)
+        reader.read([0] if few else range(len(reader)))
+        assert at_least <= len(used) <= at_most
+
+
+@pytest.mark.parametrize("name", ["logprob", "head_ids", "tail_ids", "tokens", "row_offset"])
+def test_damage_is_reported_alike_in_threads(sealed, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(storage.reader, "ROWS_FOR_THREADS", 0)
+    store = shutil.copytree(sealed, tmp_path / "store")
+    shard = sorted((store / "shards").iterdir())[1]
+    path = next(file for file in (shard / name / "c").rglob("0") if file.is_file())
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    messages = set()
+    for threads in (1, 2, 4):
+        reader = StoreReader(store, threads=threads)
+        with pytest.raises(CorruptionError, match=name) as caught:
+            reader.read(range(len(reader)))
+        messages.add(str(caught.value))
+        assert len(reader.read([0])) == 1, "what is not damaged can still be read"
+    assert len(messages) == 1
+
+
+def test_threads_are_at_least_one(sealed):
+    with pytest.raises(UsageError, match="at least 1"):
+        StoreReader(sealed, threads=0)
