@@ -14,12 +14,13 @@ from pipeline.config.extract import HeldoutConfig, RenderingConfig
 from pipeline.config.train import TrainConfig
 from pipeline.reading import Reading, open_reading
 from stages.batches.steps import Source
+from stages.corpus.files import FileState
 from stages.corpus.tokenize import render
 from stages.corpus.tokenizer import tokenizer_files, tokenizer_identity
 from stages.devices import resolve_device, resolve_dtype
 from stages.online.corpus import split_corpus
 from stages.teacher import teacher_identity
-from stages.teacher.files import ModelDirectory
+from stages.teacher.files import ModelDirectory, file_states
 from storage.errors import UsageError
 from storage.plan import HeldoutRule, Json, canonical_json
 from storage.reader import StoreReader
@@ -42,6 +43,7 @@ class TrainingData:
         record: what run.json says: the digest, and where things were.
         store: the store, if the rows come from one.
         teacher: the live teacher's directory, in an online run that needs its weights.
+        teacher_files: its files as they were before they were hashed.
     """
 
     train: Source
@@ -54,6 +56,7 @@ class TrainingData:
     record: Mapping[str, Json]
     store: StoreReader | None = None
     teacher: ModelDirectory | None = None
+    teacher_files: tuple[FileState, ...] = ()
 
     @property
     def online(self) -> bool:
@@ -115,6 +118,7 @@ def _online(config: TrainConfig) -> TrainingData:
         "heldout": vars(rule),
     }
     order_digest = _digest(identity)
+    states = file_states(reading.model) if with_teacher else ()
     if with_teacher:
         identity["teacher"] = _teacher_identity(config, reading)
     digest = _digest(identity)
@@ -142,6 +146,7 @@ def _online(config: TrainConfig) -> TrainingData:
             "identity": identity,
         },
         teacher=reading.model if with_teacher else None,
+        teacher_files=states,
     )
 
 

@@ -1,61 +1,95 @@
-"""Claims: notes by which workers on one store stay out of each other's way. Never needed for correctness.
+"""Claims: notes by which workers on one store stay out of each other's way, and out of the way of garbage collection.
 
-A worker leaves `tmp/claim-<shard>`, with its host and process, for the shard that it works on, and takes it away in the
-end. Others prefer shards that nobody claims. When no such shard is left, claims are ignored: at worst two workers
-compute the same shard, and the commit protocol keeps the first. So a claim that outlives its worker delays a shard to
-the end, and nothing else. No clock is read. A claim of a dead process of this machine is known to be void at once.
+Every worker leaves `tmp/claim-<shard>` for the shard that it works on, with its host and process, and takes it away in
+the end. Others prefer shards that nobody claims. When no such shard is left, they work beside others, with notes
+`claim-<shard>-1` and so on: at worst two workers compute the same shard, and the commit protocol keeps the first. So a
+claim that outlives its worker delays a shard to the end and makes `pipeline gc` ask, and nothing else. No clock is
+read, and nothing is synced: after a power loss no claim is true anyhow.
+
+A name that is taken is never taken over, not even from a dead worker: two that did so at once would remove each
+other's notes. What a dead worker left is removed once its shard is committed.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import count
 from pathlib import Path
+from typing import Literal
 
 from storage.files import TEMPORARY, LocalFiles
 from storage.plan import ShardSpec
 
-PREFIX = "claim-"
+_CLAIM = re.compile(r"claim-(\d{6,})(-\d+)?")
+_UNKNOWN = "-"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """Who works on a shard.
+    """Who works on a shard. What a system does not tell is `-`.
 
     Attributes:
         host: name of the machine.
         process: its number there.
+        started: when it started, in ticks since the boot: numbers of processes are used again.
+        boot: id of the boot of the machine.
+        namespace: in which the number counts: each container may have its own.
     """
 
     host: str
     process: int
+    started: str = _UNKNOWN
+    boot: str = _UNKNOWN
+    namespace: str = _UNKNOWN
 
     @classmethod
     def of_this_process(cls) -> Claim:
         """Return the claim that this process makes."""
-        return cls(host=socket.gethostname(), process=os.getpid())
+        process = os.getpid()
+        return cls(
+            host=socket.gethostname(),
+            process=process,
+            started=_started(process),
+            boot=_boot(),
+            namespace=_namespace(),
+        )
 
     @classmethod
     def read(cls, data: bytes) -> Claim | None:
         """Read a claim's file; None if it is not one."""
-        host, _, number = data.decode("utf-8", errors="replace").strip().rpartition(" ")
-        return cls(host=host, process=int(number)) if host and number.isdecimal() else None
+        fields = data.decode("utf-8", errors="replace").split()
+        if len(fields) not in (2, 5) or not fields[1].isdecimal() or int(fields[1]) < 1:
+            return None
+        return cls(**dict(zip(("host", "started", "boot", "namespace"), fields[:1] + fields[2:], strict=False)),
+                   process=int(fields[1]))  # fmt: skip
 
     def to_bytes(self) -> bytes:
         """Return the content of the claim's file."""
-        return f"{self.host} {self.process}\n".encode()
+        return f"{self.host} {self.process} {self.started} {self.boot} {self.namespace}\n".encode()
 
     @property
-    def is_alive_here(self) -> bool:
-        """Whether its process runs on this machine now. Of other machines nothing is known: False."""
-        return self.host == socket.gethostname() and _runs(self.process)
+    def worker(self) -> Literal["runs", "ended", "unknown"]:
+        """What is known of its process. Of other machines, and of other containers of this one, nothing is."""
+        if self.host != socket.gethostname():
+            return "unknown"
+        if _differ(self.boot, _boot()):
+            return "ended"
+        if _differ(self.namespace, _namespace()):
+            return "unknown"
+        if self.process == os.getpid() and self.started == _UNKNOWN:
+            return "ended"  # an earlier process with the number of this one, more likely than this one itself
+        if not _runs(self.process) or _differ(self.started, _started(self.process)):
+            return "ended"
+        return "runs"
 
-    @property
-    def is_void(self) -> bool:
-        """Whether its process is known to have ended. Of other machines nothing is known: False."""
-        return self.host == socket.gethostname() and not _runs(self.process)
+
+def _differ(noted: str, found: str) -> bool:
+    return _UNKNOWN not in (noted, found) and noted != found
 
 
 def _runs(process: int) -> bool:
@@ -66,6 +100,29 @@ def _runs(process: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def _started(process: int) -> str:
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+        return status.rpartition(")")[2].split()[19]  # field 22; the second is a name that may hold anything
+    except (OSError, IndexError):
+        return _UNKNOWN
+
+
+@cache
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() or _UNKNOWN
+    except OSError:
+        return _UNKNOWN
+
+
+def _namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return _UNKNOWN
 
 
 class Claims:
@@ -85,40 +142,64 @@ class Claims:
         First come those that nobody claims, in the order given, then the claimed ones. What is committed by then is
         left out. Close it when you stop early: the claim at hand goes with it.
         """
-        left = list(shards)
-        while left := [spec for spec in left if not is_committed(spec)]:
-            free = next((spec for spec in left if self._take(spec.index)), None)
-            chosen = left[0] if free is None else free
-            left.remove(chosen)
-            try:
-                if not is_committed(chosen):  # its worker may have ended between the look and the claim
-                    yield chosen
-            finally:
-                if free is not None:
-                    self._files.remove(_name(chosen.index))
+        claimed = []
+        for spec in shards:
+            if not is_committed(spec):
+                notes = self._take(spec.index)
+                if notes is None:
+                    claimed.append(spec)
+                else:
+                    yield from self._turn(spec, notes, is_committed)
+        while claimed := [spec for spec in claimed if not is_committed(spec)]:
+            for spec in claimed:
+                notes = self._take(spec.index)
+                if notes is not None:
+                    break
+            else:
+                spec = claimed[0]
+                notes = self._take(spec.index, beside=True)
+                assert notes is not None
+            claimed.remove(spec)
+            yield from self._turn(spec, notes, is_committed)
 
-    def alive_here(self) -> dict[int, Claim]:
-        """Return the claims, by shard, of processes that run on this machine now."""
+    def in_work(self) -> dict[str, tuple[int, Claim]]:
+        """Return shard and claim, by the name of the note, of every worker that is not known to have ended."""
         found = {}
-        for name in sorted(self._files.entries(TEMPORARY)):
-            number = name.removeprefix(PREFIX)
-            if name.startswith(PREFIX) and number.isdecimal():
-                claim = self._read(int(number))
-                if claim is not None and claim.is_alive_here:
-                    found[int(number)] = claim
+        for entry in sorted(self._files.entries(TEMPORARY)):
+            name = f"{TEMPORARY}/{entry}"
+            match, claim = _CLAIM.fullmatch(entry), self._read(name)
+            if match is not None and claim is not None and claim.worker != "ended":
+                found[name] = (int(match[1]), claim)
         return found
 
-    def _take(self, shard: int) -> bool:
-        """Claim a shard, if nobody does. A void claim is cleared first; that two may do so at once does no harm."""
-        claim = self._read(shard)
-        if claim is not None and claim.is_void:
-            self._files.remove(_name(shard))
-        return self._files.create(_name(shard), self._mine.to_bytes())
+    def _turn(
+        self, spec: ShardSpec, notes: list[str], is_committed: Callable[[ShardSpec], bool]
+    ) -> Generator[ShardSpec]:
+        try:
+            if not is_committed(spec):  # its worker may have ended between the look and the claim
+                yield spec
+        finally:
+            for name in notes if is_committed(spec) else notes[-1:]:
+                self._files.remove(name)
 
-    def _read(self, shard: int) -> Claim | None:
-        data = self._files.read(_name(shard))
+    def _take(self, shard: int, *, beside: bool = False) -> list[str] | None:
+        """Claim a shard; return the names of dead workers' notes on it and of the own one, the last.
+
+        None if another worker claims it; with `beside`, that is no hindrance.
+        """
+        ended = []
+        for number in count():
+            name = f"{TEMPORARY}/claim-{shard:06d}" + (f"-{number}" if number else "")
+            data = self._files.read(name)
+            if data is None and self._files.create(name, self._mine.to_bytes(), durable=False):
+                return [*ended, name]
+            claim = None if data is None else Claim.read(data)
+            if data is not None and (claim is None or claim.worker == "ended"):
+                ended.append(name)
+            elif not beside:
+                return None
+        raise AssertionError("count() has no end")
+
+    def _read(self, name: str) -> Claim | None:
+        data = self._files.read(name)
         return None if data is None else Claim.read(data)
-
-
-def _name(shard: int) -> str:
-    return f"{TEMPORARY}/{PREFIX}{shard:06d}"

@@ -144,7 +144,7 @@ class LocalFiles:
         with storage_errors(self.root / name):
             _sync_directory(self.root / name)
 
-    def create(self, name: str, data: bytes, *, point: str | None = None) -> bool:
+    def create(self, name: str, data: bytes, *, point: str | None = None, durable: bool = True) -> bool:
         """Create a file whole, exclusively and durably. Return False if the name is taken.
 
         The content is written and synced under a temporary name, then linked: `link` fails if the name exists, and
@@ -154,12 +154,13 @@ class LocalFiles:
             name: of the file.
             data: its content.
             point: prefix of the fault points `<point>-link` and `<point>-linked`.
+            durable: without it, nothing is synced, and a power loss may leave an empty file or none.
         """
         path = self.root / name
         with storage_errors(path):
             temporary = self._temporary()
             try:
-                _write_synced(temporary, data)
+                _write_file(temporary, data, sync=durable)
                 if point is not None:
                     fault_point(f"{point}-link")
                 try:
@@ -170,7 +171,8 @@ class LocalFiles:
                 if point is not None:
                     fault_point(f"{point}-linked")
                 # Also when another process made the link: it may have died before this.
-                _sync_directory(path.parent)
+                if durable:
+                    _sync_directory(path.parent)
             finally:
                 with suppress(OSError):
                     os.unlink(temporary)
@@ -313,11 +315,12 @@ def _make_directory(path: Path) -> None:
         os.mkdir(path)
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def _write_file(path: Path, data: bytes, *, sync: bool) -> None:
     with ExitStack() as opened:
         descriptor = _open(path, _CREATE, opened)
         _write(descriptor, data)
-        os.fsync(descriptor)
+        if sync:
+            os.fsync(descriptor)
 
 
 def _sync_directory(path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,28 +37,29 @@ class FileState:
 
 
 @contextmanager
-def unchanged(state: FileState) -> Iterator[None]:
-    """Check before and after the block that a file is still the one that was scanned.
+def unchanged(*states: FileState) -> Iterator[None]:
+    """Check before and after the block that files are still the ones that were scanned.
 
     Raises:
-        IdentityError: it was changed or replaced.
-        StorageUnavailableError: it is gone.
+        IdentityError: one was changed or replaced.
+        StorageUnavailableError: one is gone.
     """
-    _compare(state)
+    _compare(states)
     try:
         yield
     finally:
-        _compare(state)  # also after an error: a line cut in two by an edit is no broken JSON
+        _compare(states)  # also after an error: a line cut in two by an edit is no broken JSON
 
 
-def _compare(state: FileState) -> None:
-    if FileState.of(state.path) != state:
-        raise IdentityError(
-            "the file was changed while it was being read",
-            where=str(state.path),
-            fix="put its content back and run the same command again: what is committed is kept; "
-            "for the new content use a new store directory",
-        )
+def _compare(states: Iterable[FileState]) -> None:
+    for state in states:
+        if FileState.of(state.path) != state:
+            raise IdentityError(
+                "the file was changed while it was being read",
+                where=str(state.path),
+                fix="put its content back and run the same command again: what is committed is kept; "
+                "for the new content use a new store or run directory",
+            )
 
 
 def user_path(name: str, *, key: str) -> Path:

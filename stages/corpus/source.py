@@ -91,12 +91,11 @@ class Prompted:
 
     def read(self, first: int, end: int) -> list[str]:
         """Return prompt and text joined, for first <= index < end."""
-        pairs = zip(self.prompts.read(first, end), self.texts.read(first, end), strict=True)
-        return [prompt + text for prompt, text in pairs]
+        return [prompt + text for prompt, text in self.read_pairs(first, end)]
 
-    def prompt_lengths(self, first: int, end: int) -> list[int]:
-        """Return the characters of each prompt."""
-        return [len(prompt) for prompt in self.prompts.read(first, end)]
+    def read_pairs(self, first: int, end: int) -> list[tuple[str, str]]:
+        """Return each prompt and its text, for first <= index < end."""
+        return list(zip(self.prompts.read(first, end), self.texts.read(first, end), strict=True))
 
 
 class Corpus:
@@ -123,11 +122,14 @@ class Corpus:
         for source_index, wanted in self._runs(numbers):
             first = self._ends[source_index] - len(self.sources[source_index])
             source, span = self.sources[source_index], (wanted[0] - first, wanted[-1] + 1 - first)
-            texts = source.read(*span)
-            prompts = source.prompt_lengths(*span) if isinstance(source, Prompted) else [0] * len(texts)
+            pairs = (
+                source.read_pairs(*span)
+                if isinstance(source, Prompted)
+                else [("", text) for text in source.read(*span)]
+            )
             for number in wanted:
-                index = number - wanted[0]
-                yield Document(number=number, text=texts[index], prompt=prompts[index])
+                prompt, text = pairs[number - wanted[0]]
+                yield Document(number=number, text=prompt + text, prompt=len(prompt))
 
     def _runs(self, numbers: Iterable[int]) -> Iterator[tuple[int, list[int]]]:
         """Split rising numbers into runs within one source that span at most READ_AHEAD documents."""

@@ -167,7 +167,7 @@ def _sampled(targets: SparseTargets, temperature: float, dtype: torch.dtype) -> 
         if targets.sample_logprob_NE is None:
             raise ValueError(
                 f"tail='sampled' at temperature {temperature:g} needs sample_logprob, which these rows do not hold: "
-                "use tail='bucket', or store it"
+                "use tail='bucket'"
             )
         warnings.warn(f"tail='sampled' at temperature {temperature:g}: its variance grows fast with T", stacklevel=5)
         entropy_N = _at(targets.entropy_by_temperature, temperature, "entropy")

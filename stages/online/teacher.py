@@ -47,15 +47,24 @@ class LiveTeacher:
 
     @classmethod
     def load(
-        cls, files: ModelDirectory, *, vocab_size: int, device: torch.device, dtype: torch.dtype, attention: str
+        cls,
+        files: ModelDirectory,
+        *,
+        vocab_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        attention: str,
+        key: str = "teacher_model",
     ) -> LiveTeacher:
         """Load the weights, and prove that its head is understood and that it keeps packed sequences apart.
+
+        Args: as `HFTeacher.load`.
 
         Raises:
             UsageError, NumericsError, OutOfSpaceError: as `HFTeacher.load`; or it mixes packed sequences.
         """
-        loaded = HFTeacher.load(files, vocab_size=vocab_size, device=device, dtype=dtype, attention=attention)
-        use_packed_attention(loaded.model, attention, role="teacher")
+        loaded = HFTeacher.load(files, vocab_size=vocab_size, device=device, dtype=dtype, attention=attention, key=key)
+        use_packed_attention(loaded.model, attention, role="teacher", key=f"{key}.attention")
         return cls(
             body=loaded.model.base_model,  # type: ignore[arg-type]  # typed as any module
             weight_VD=loaded.head.weight_VD,

@@ -62,7 +62,9 @@ def packed_sdpa(
     return torch.cat(parts, dim=1), None
 
 
-def use_packed_attention(model: PreTrainedModel, attention: str, *, role: str = "student") -> None:
+def use_packed_attention(
+    model: PreTrainedModel, attention: str, *, role: str = "student", key: str = "attention"
+) -> None:
     """Set how `model` attends, and prove on a small pack that its sequences come out as they do alone.
 
     Args:
@@ -70,6 +72,7 @@ def use_packed_attention(model: PreTrainedModel, attention: str, *, role: str = 
         attention: sdpa, eager or flash_attention_2. sdpa becomes `packed_sdpa` wherever the architecture hands its
             attention function all that it needs instead of a mask, which is what support for flash attention means.
         role: what messages call the model.
+        key: the configuration key of its attention, for messages.
 
     Raises:
         UsageError: the architecture mixes packed sequences, as recurrent layers do, or lacks this attention.
@@ -84,13 +87,13 @@ def use_packed_attention(model: PreTrainedModel, attention: str, *, role: str = 
     except (ImportError, TypeError, ValueError) as error:
         raise UsageError(
             f"{type(model).__name__} cannot attend to packed sequences: {str(error).splitlines()[0]}",
-            where=f"attention: {attention}",
+            where=f"{key}: {attention}",
             fix=f"choose another attention implementation or another architecture for the {role}",
         ) from error
     if change is not None:
         raise UsageError(
             f"{type(model).__name__} lets packed sequences see each other (hidden states change by {change:.1%})",
-            where=f"attention: {attention}",
+            where=f"{key}: {attention}",
             fix=f"choose another attention implementation or another architecture for the {role}",
         )
 

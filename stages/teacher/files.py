@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoConfig, PretrainedConfig
 
-from stages.corpus.files import file_sha256, user_path
+from stages.corpus.files import FileState, file_sha256, user_path
 from storage.errors import UsageError
 from storage.plan import Json
 
@@ -124,5 +124,14 @@ def first_line(error: Exception) -> str:
 
 def file_hashes(model: ModelDirectory) -> dict[str, str]:
     """Return sha256 (hex) of config.json, of every weight file and of their index, by name."""
+    return {path.name: file_sha256(path) for path in _content(model)}
+
+
+def file_states(model: ModelDirectory) -> tuple[FileState, ...]:
+    """Return the state of the same files: taken before hashing, it tells whether what is loaded is what was hashed."""
+    return tuple(FileState.of(path) for path in _content(model))
+
+
+def _content(model: ModelDirectory) -> list[Path]:
     found = [*model.directory.glob(WEIGHTS), *model.directory.glob("*.safetensors.index.json")]
-    return {path.name: file_sha256(path) for path in sorted([model.directory / "config.json", *found])}
+    return sorted([model.directory / "config.json", *found])

@@ -58,17 +58,21 @@ class Head:
         layer: the model's output embedding.
         rule: scale and softcap.
         vocab_size: real tokens; head rows beyond them are padding.
+        key: the section of the configuration that names the model, for messages.
 
     Raises:
         UsageError: the layer is not linear, or has fewer rows than there are tokens.
     """
 
-    def __init__(self, layer: torch.nn.Module | None, rule: HeadRule, vocab_size: int) -> None:
+    def __init__(
+        self, layer: torch.nn.Module | None, rule: HeadRule, vocab_size: int, *, key: str = "teacher"
+    ) -> None:
+        where = f"{key}.path"
         if not isinstance(layer, torch.nn.Linear):
-            raise UsageError(f"the teacher's head is {type(layer).__name__}, not a linear layer", where="teacher.path")
+            raise UsageError(f"the teacher's head is {type(layer).__name__}, not a linear layer", where=where)
         rows = layer.weight.shape[0]
         if rows < vocab_size:
-            raise UsageError(f"the teacher's head has {rows} rows for {vocab_size} tokens", where="teacher.path")
+            raise UsageError(f"the teacher's head has {rows} rows for {vocab_size} tokens", where=where)
         self.rule = rule
         self.exact_in_bfloat16 = layer.weight.dtype == torch.bfloat16
         self.weight_VD = layer.weight.detach()[:vocab_size].float()

@@ -30,17 +30,30 @@ class HFTeacher:
     after it, so padding changes nothing, and an explicit mask of ones would only select slower attention kernels.
     """
 
-    def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
+    def __init__(self, model: PreTrainedModel, vocab_size: int, *, key: str = "teacher") -> None:
         self.model = model
         self.device = model.device
         layer = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        self.head = Head(layer, HeadRule.of(model.config), vocab_size)
+        self.head = Head(layer, HeadRule.of(model.config), vocab_size, key=key)
 
     @classmethod
     def load(
-        cls, files: ModelDirectory, *, vocab_size: int, device: torch.device, dtype: torch.dtype, attention: str
+        cls,
+        files: ModelDirectory,
+        *,
+        vocab_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        attention: str,
+        key: str = "teacher",
     ) -> HFTeacher:
         """Load safetensors weights and check on a few tokens that hidden states and head give the model's own logits.
+
+        Args:
+            files: the model.
+            vocab_size: real tokens.
+            device, dtype, attention: how it computes.
+            key: the section of the configuration that names the model, for messages.
 
         Raises:
             UsageError: not a causal language model, weights that are broken, lacking or of other shapes than the
@@ -49,10 +62,10 @@ class HFTeacher:
             OutOfSpaceError: it does not fit into memory.
         """
         where = str(files.directory)
-        with _memory_told(where):
-            model = _from_pretrained(files, dtype=dtype, attention=attention)
-            teacher = cls(model.to(device).eval().requires_grad_(False), vocab_size)
-        teacher._check_head(where)
+        with _memory_told(where, key):
+            model = _from_pretrained(files, dtype=dtype, attention=attention, key=key)
+            teacher = cls(model.to(device).eval().requires_grad_(False), vocab_size, key=key)
+        teacher._check_head(where, key)
         return teacher
 
     def hidden(self, ids_BT: Tensor) -> Tensor:
@@ -66,14 +79,14 @@ class HFTeacher:
         return self.head(hidden_ND)
 
     @torch.inference_mode()
-    def _check_head(self, where: str) -> None:
+    def _check_head(self, where: str, key: str) -> None:
         """Compare with the model's own logits, within what a bfloat16 product may differ by."""
         vocab_size = self.head.weight_VD.shape[0]
         ids_BT = torch.arange(min(PROBE_TOKENS, vocab_size), device=self.device)[None]
         expected_NV = self.model(input_ids=ids_BT, use_cache=False).logits[0, :, :vocab_size].float()
         found_NV = self.logits(self.hidden(ids_BT)[0])
         if not torch.isfinite(found_NV).all():
-            fix = "try teacher.dtype: float32; if it persists, the weights themselves are broken"
+            fix = f"try {key}.dtype: float32; if it persists, the weights themselves are broken"
             raise NumericsError("the teacher's logits hold NaN or infinity", where=where, fix=fix)
         error = (found_NV - expected_NV).abs().max().item()
         allowed = 0.02 * found_NV.abs().max().item() + 1e-3
@@ -86,7 +99,7 @@ class HFTeacher:
             )
 
 
-def _from_pretrained(files: ModelDirectory, *, dtype: torch.dtype, attention: str) -> Any:
+def _from_pretrained(files: ModelDirectory, *, dtype: torch.dtype, attention: str, key: str) -> Any:
     where = str(files.directory)
     try:
         with quiet():
@@ -103,7 +116,7 @@ def _from_pretrained(files: ModelDirectory, *, dtype: torch.dtype, attention: st
     except Exception as error:  # transformers builds a model of the user's files here, and fails in many ways
         if _is_out_of_memory(error):
             raise
-        fix = "check the files; if it is the attention that fails, set teacher.attention: eager"
+        fix = f"check the files; if it is the attention that fails, set {key}.attention: eager"
         raise UsageError(f"cannot load the teacher: {first_line(error)}", where=where, fix=fix) from error
     model, report = loaded
     _refuse_mismatched(report["mismatched_keys"], where)
@@ -112,7 +125,7 @@ def _from_pretrained(files: ModelDirectory, *, dtype: torch.dtype, attention: st
 
 
 @contextmanager
-def _memory_told(where: str) -> Iterator[None]:
+def _memory_told(where: str, key: str) -> Iterator[None]:
     """Say what does not fit where memory runs out."""
     try:
         yield
@@ -120,7 +133,7 @@ def _memory_told(where: str) -> Iterator[None]:
         if not _is_out_of_memory(error):
             raise
         what = "the teacher does not fit into memory"
-        raise OutOfSpaceError(what, where=where, fix="use a larger device, or dtype: bfloat16") from error
+        raise OutOfSpaceError(what, where=where, fix=f"use a larger device, or {key}.dtype: bfloat16") from error
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -8,7 +8,7 @@ A reader finds a codec by the id in the plan and in no other way, so nothing in 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from storage.codecs.exact import Exact
 from storage.codecs.sqrt_delta import SqrtDelta
 from storage.errors import UsageError
-from storage.plan import Json, TargetSpec
+if TYPE_CHECKING:  # plans name codecs: at run time the import goes the other way
+    from storage.plan import Json, TargetSpec
 
 
 class LogprobCodec(Protocol):

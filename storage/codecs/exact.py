@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.plan import Json
+if TYPE_CHECKING:
+    from storage.plan import Json
 
 
 @dataclass(frozen=True)

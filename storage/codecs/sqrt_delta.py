@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.plan import Json
 from storage.segments import cumsum_rows, diff_rows, sum_ranks
 
+if TYPE_CHECKING:
+    from storage.plan import Json
+
 LARGEST_CODE = np.iinfo(np.uint16).max
+LOWEST = -1000.0  # nats that every choice of steps must reach: e to this is 0 in any precision
 
 
 @dataclass(frozen=True)
@@ -33,16 +36,17 @@ class SqrtDelta:
     negative because l falls.
 
     Bound, before the reader scales the head to 1 - r: |sqrt p' - sqrt p| <= D/4 for l >= l0 and |l' - l| <= E/2 for
-    l < l0; in log p it is at most 0.53 E everywhere (`error_bound` gives it per value). Values below the largest
-    code, l < l0 - 65535 E (beyond -8000 nats by default), come back as that.
+    l < l0; in log p it is at most 0.53 E everywhere (`error_bound` gives it per value). The largest code stands for
+    l0 - (65535 - 2/D + 2/E) E, -8183 nats by default; values below come back as that. Steps so fine that it lies
+    above -1000 nats are refused: they leave too few codes for small p, or none.
 
     The numbers that a row has one of are rounded to multiples of F = row_step, then to float16. Half a step of
     tail_logit costs a KL of at most F^2/32.
 
     Attributes:
         root_step: D, twice the step in sqrt(p).
-        log_step: E, the step in log p for small p, nats.
-        row_step: F, nats.
+        log_step: E, the step in log p for small p, nats; at most 1.
+        row_step: F, nats; at most 1.
     """
 
     root_step: float = 0.02
@@ -55,12 +59,24 @@ class SqrtDelta:
     renormalises: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        for name in ("root_step", "log_step", "row_step"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, found {value!r}")
+            object.__setattr__(self, name, float(value))  # 1 and 1.0 are the same codec, and the same plan
         if not 0.0 < self.root_step < self.log_step <= 1.0:
             raise ValueError(
                 f"root_step {self.root_step} and log_step {self.log_step} must satisfy 0 < root_step < log_step <= 1"
             )
         if not 0.0 < self.row_step <= 1.0:
             raise ValueError(f"row_step {self.row_step} must be above 0 and at most 1")
+        joint, joint_code = self._joint
+        lowest = joint - (LARGEST_CODE - joint_code) * self.log_step
+        if not lowest <= LOWEST:
+            raise ValueError(
+                f"root_step {self.root_step} and log_step {self.log_step} are too fine: 65536 codes must reach"
+                f" {LOWEST:.0f} nats, and they end at {min(lowest, 0.0):.0f}"
+            )
 
     @property
     def _joint(self) -> tuple[float, float]:
