@@ -53,7 +53,14 @@ def save(found: dict[str, Any]) -> None:
     """Write all numbers as JSON, and those with a goal as a table."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "storage.json").write_text(json.dumps(found, indent=1) + "\n")
-    lines = ["| measured | value | goal | |", "|---|---|---|---|"]
+    lines = [
+        "# Storage: size, fidelity, speed and memory",
+        "",
+        "Written by `python -m benchmarks.storage --save`; all numbers are in storage.json.",
+        "",
+        "| measured | value | goal | |",
+        "|---|---|---|---|",
+    ]
     for what, value, limit, met in found["goals"]:
         lines.append(f"| {what} | {value:,.4g} | {limit:,.4g} | {'met' if met else 'MISSED'} |")
     (RESULTS / "storage.md").write_text("\n".join(lines) + "\n")
