@@ -84,12 +84,18 @@ def check_window(window: int, model_config: PretrainedConfig) -> None:
     Raises:
         UsageError: names window, limit and the fix.
     """
+    limit = position_limit(model_config)
+    if limit is not None and limit < window:
+        raise UsageError(
+            f"window = {window} is more than the {limit} positions that the teacher knows",
+            where="rendering.window",
+            fix=f"set rendering.window to at most {limit}",
+        )
+
+
+def position_limit(model_config: PretrainedConfig) -> int | None:
+    """How many positions a model knows; None for a model without a limit."""
     text = model_config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions"):
-        limit = getattr(text, name, None)
-        if isinstance(limit, int) and 0 < limit < window:  # a model without a limit has none, None or -1 here
-            raise UsageError(
-                f"window = {window} is more than the {limit} positions that the teacher knows ({name})",
-                where="rendering.window",
-                fix=f"set rendering.window to at most {limit}",
-            )
+    limits = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions")]
+    # A model without a limit has none, None or -1 here.
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PretrainedConfig
 
 from pipeline.config.train import TrainConfig
+from pipeline.reading import position_limit
 from pipeline.training_data import TrainingData
 from stages.batches.microbatch import MicroBatch
 from stages.batches.order import Order
 from stages.batches.steps import StepShape, microbatches, steps_of_epochs
+from stages.corpus.files import unchanged
 from stages.devices import resolve_device, resolve_dtype
 from stages.losses import FusedLinearKDLoss, KDLossConfig, SparseTargets, build_loss_config
 from stages.losses.objective import Objective
@@ -57,6 +60,7 @@ def build_learner(config: TrainConfig, data: TrainingData, processes: Processes 
     same = check_tokenizer(source, data.tokenizer_files)
     model = build_student(source, seed=config.seed)
     check_vocabulary(model, data.vocab_size, same_tokenizer=same)
+    _check_positions(data, model.config)
     model.to(device)  # type: ignore[arg-type]  # transformers types this method for its own decorator
     use_packed_attention(model, config.attention)
     if processes.mesh is not None:
@@ -71,6 +75,19 @@ def build_learner(config: TrainConfig, data: TrainingData, processes: Processes 
     return Learner(student=student, loss=loss, kd_ratio=config.kd_ratio, teacher=teacher)
 
 
+def _check_positions(data: TrainingData, student: PretrainedConfig) -> None:
+    limit = position_limit(student)
+    if limit is None or data.window <= limit:
+        return
+    longest = int(data.train.lengths().max(initial=0))
+    if longest > limit:
+        raise UsageError(
+            f"the longest sequence has {longest} tokens, the student knows {limit} positions",
+            where="student.path",
+            fix=f"choose a student with at least {longest} positions, or learn from windows of at most {limit} tokens",
+        )
+
+
 def _live_teacher(
     config: TrainConfig, data: TrainingData, loss: FusedLinearKDLoss, device: torch.device
 ) -> LiveTeacher | None:
@@ -83,13 +100,14 @@ def _live_teacher(
             where="loss.tail",
             fix="leave loss.tail out",
         )
-    return LiveTeacher.load(
-        data.teacher,
-        vocab_size=data.vocab_size,
-        device=device,
-        dtype=resolve_dtype(config.teacher_model.dtype, device),
-        attention=config.teacher_model.attention,
-    )
+    with unchanged(*data.teacher_files):  # what is loaded is what was hashed
+        return LiveTeacher.load(
+            data.teacher,
+            vocab_size=data.vocab_size,
+            device=device,
+            dtype=resolve_dtype(config.teacher_model.dtype, device),
+            attention=config.teacher_model.attention,
+        )
 
 
 def _loss(config: TrainConfig, student: Student, vocab_size: int) -> FusedLinearKDLoss:
@@ -145,15 +163,20 @@ def _check_loss_fits(loss: FusedLinearKDLoss, reader: StoreReader) -> None:
 def _loss_advice(target: TargetSpec, objective: Objective) -> tuple[str, str]:
     """Say which key of the configuration asks for what the rows lack, and what to do."""
     scale, temperature = objective.target_logits_scale, objective.temperature
+    stored = [1.0, *target.temperatures]
     if target.k == 0:
-        where = "loss.tail" if objective.divergence.linear and temperature == scale else "loss.temperature"
-        where = where if objective.divergence.linear else "loss.divergence"
-        allowed = "divergence: forward_kl, temperature: 1.0 and tail: sampled, which are the defaults"
-        return where, f"keep {allowed}, or train on a store with an exact head, such as target.kind: hybrid"
-    if temperature == scale:
+        off = {
+            "loss.divergence": not objective.divergence.linear,
+            "loss.temperature": temperature != 1.0,
+            "loss.target_logits_scale": scale != 1.0,
+            "loss.tail": objective.tail is not None,
+        }
+        keys = [key for key, differs in off.items() if differs]
+        fix = f"leave out {', '.join(keys)}, or train on a store with an exact head, such as target.kind: hybrid"
+        return keys[0], fix
+    if temperature / scale in stored:
         return "loss.tail", "leave loss.tail out: the best policy that the store's rows allow is taken"
     where = "loss.target_logits_scale" if temperature == 1.0 else "loss.temperature"
-    stored = [1.0, *target.temperatures]
     right = [1.0 / at if temperature == 1.0 else scale * at for at in stored]
     bare = ("renormalize", "renormalize_both") if objective.divergence.linear else ("renormalize_both",)
     values = " or ".join(str(value) for value in right)

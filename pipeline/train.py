@@ -17,7 +17,7 @@ from itertools import islice
 
 import torch
 
-from pipeline.config.train import TrainConfig
+from pipeline.config.train import TrainConfig, with_defaults
 from pipeline.processes import processes_of
 from pipeline.recipe import (
     build_learner,
@@ -144,7 +144,7 @@ def _begin(
     config: TrainConfig, data: TrainingData, run: RunDirectory, checkpoints: Checkpoints, schedule: Schedule
 ) -> Finish | None:
     """Make the run directory this run's, or check that it is; its totals if it is finished."""
-    run.begin(config.model_dump(mode="json"), data.record)
+    run.begin(config.model_dump(mode="json"), data.record, completed=with_defaults)
     done = run.finished()
     if done is not None and done.step == schedule.steps:
         return done

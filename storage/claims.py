@@ -65,8 +65,9 @@ class Claim:
         fields = data.decode("utf-8", errors="replace").split()
         if len(fields) not in (2, 5) or not fields[1].isdecimal() or int(fields[1]) < 1:
             return None
-        return cls(**dict(zip(("host", "started", "boot", "namespace"), fields[:1] + fields[2:], strict=False)),
-                   process=int(fields[1]))  # fmt: skip
+        host, process, *life = fields
+        started, boot, namespace = life or (_UNKNOWN, _UNKNOWN, _UNKNOWN)
+        return cls(host=host, process=int(process), started=started, boot=boot, namespace=namespace)
 
     def to_bytes(self) -> bytes:
         """Return the content of the claim's file."""
@@ -86,6 +87,12 @@ class Claim:
         if not _runs(self.process) or _differ(self.started, _started(self.process)):
             return "ended"
         return "runs"
+
+    def words(self, shard: int) -> str:
+        """Say who works on the shard."""
+        if self.worker == "unknown":
+            return f"process {self.process} of {self.host} works on shard {shard}, or was cut off there"
+        return f"process {self.process} of this machine works on shard {shard}"
 
 
 def _differ(noted: str, found: str) -> bool:
@@ -162,6 +169,13 @@ class Claims:
             claimed.remove(spec)
             yield from self._turn(spec, notes, is_committed)
 
+    def about(self, entry: str) -> str:
+        """Say what an entry of `tmp` is: who may be at work by it, or that it was left behind."""
+        match, claim = _CLAIM.fullmatch(entry), self._read(f"{TEMPORARY}/{entry}")
+        if match is None or claim is None or claim.worker == "ended":
+            return "left by a run that was cut off"
+        return f"a claim: {claim.words(int(match[1]))}"
+
     def in_work(self) -> dict[str, tuple[int, Claim]]:
         """Return shard and claim, by the name of the note, of every worker that is not known to have ended."""
         found = {}
@@ -180,14 +194,14 @@ class Claims:
                 yield spec
         finally:
             for name in notes if is_committed(spec) else notes[-1:]:
-                self._files.remove(name)
+                self._files.remove(name, durable=False)
 
     def _take(self, shard: int, *, beside: bool = False) -> list[str] | None:
         """Claim a shard; return the names of dead workers' notes on it and of the own one, the last.
 
         None if another worker claims it; with `beside`, that is no hindrance.
         """
-        ended = []
+        ended: list[str] = []
         for number in count():
             name = f"{TEMPORARY}/claim-{shard:06d}" + (f"-{number}" if number else "")
             data = self._files.read(name)

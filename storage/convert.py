@@ -2,7 +2,8 @@
 
 Data path: sealed store -> `StoreReader` -> **changed rows** -> `StoreWriter` -> new store. Never in place: the new plan
 says in `derived_from` what it was made from and how, so the new store has an identity of its own. It goes through the
-ordinary commit protocol: killed anywhere, the same call again ends in the same bytes.
+ordinary commit protocol: killed anywhere, the same call again ends in the same bytes, and several at once share the
+work.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from storage.claims import Claims
 from storage.codecs import logprob_codec
 from storage.columns import ColumnFile
 from storage.commit import StoreWriter
@@ -54,7 +57,7 @@ class Converted:
         shards, committed: shards of the new store, and how many of them are committed.
         rows: written by this run.
         bytes: of the shards written by this run.
-        seconds, seconds_left: since the start of this run, and left at that pace.
+        seconds, seconds_left: since the start of this run, and left at the pace of all who work on it.
         digest: of the new store; None until it is complete.
     """
 
@@ -84,42 +87,48 @@ def convert(
         CorruptionError: the source is damaged.
         OutOfSpaceError, StorageUnavailableError: the file system refuses; what is committed stays valid.
     """
-    began = time.perf_counter()
     readers = {split: StoreReader(source, split=split) for split in SPLITS}
     origin = readers["train"]
-    if Path(source).resolve() == Path(target).resolve():
-        raise UsageError("a store is never converted in place", where=str(target), fix="name a new directory")
+    if Path(target).resolve().is_relative_to(Path(source).resolve()):
+        raise UsageError("a store is never converted in place", where=str(target), fix="name a directory outside of it")
     plan = converted_plan(origin, conversion)
     writer = StoreWriter.create(target, plan, remap=origin.remap, tokenizer_files=origin.tokenizer_files())
-    missing = writer.missing()
-    shards, rows, size = len(plan.shards()), 0, 0
-    for done, spec in enumerate(missing, start=1):
-        batch = _converted(readers[spec.split], spec, plan, conversion.columns)
-        size += writer.commit(spec, batch).size
-        rows += batch.rows
-        seconds = time.perf_counter() - began
-        yield Converted(
-            store=Path(target),
-            shards=shards,
-            committed=shards - len(missing) + done,
-            rows=rows,
-            bytes=size,
+    progress = _Progress(store=Path(target), plan=plan, writer=writer)
+    with closing(Claims(target).turns(writer.missing(), writer.is_committed)) as turns:
+        for spec in turns:
+            batch = _converted(readers[spec.split], spec, plan, conversion.columns)
+            progress.count(batch.rows, writer.commit(spec, batch).size)
+            yield progress.told()
+    yield progress.told(writer.seal())
+
+
+class _Progress:
+    """How far this run is, and the store, at which others may work too."""
+
+    def __init__(self, *, store: Path, plan: Plan, writer: StoreWriter) -> None:
+        self._store, self._writer, self._shards = store, writer, len(plan.shards())
+        self._began = time.perf_counter()
+        self._done_before = len(writer.committed())
+        self._rows = self._bytes = 0
+
+    def count(self, rows: int, size: int) -> None:
+        self._rows += rows
+        self._bytes += size
+
+    def told(self, digest: str | None = None) -> Converted:
+        """Return what to tell after a shard, or with the digest in the end."""
+        committed = len(self._writer.committed())
+        seconds = time.perf_counter() - self._began
+        return Converted(
+            store=self._store,
+            shards=self._shards,
+            committed=committed,
+            rows=self._rows,
+            bytes=self._bytes,
             seconds=seconds,
-            seconds_left=seconds / done * (len(missing) - done),
-            digest=None,
+            seconds_left=seconds / max(committed - self._done_before, 1) * (self._shards - committed),
+            digest=digest,
         )
-    digest = writer.seal()
-    seconds = time.perf_counter() - began
-    yield Converted(
-        store=Path(target),
-        shards=shards,
-        committed=len(writer.committed()),
-        rows=rows,
-        bytes=size,
-        seconds=seconds,
-        seconds_left=0.0,
-        digest=digest,
-    )
 
 
 def converted_plan(origin: StoreReader, conversion: Conversion) -> Plan:
@@ -185,7 +194,7 @@ def _converted(reader: StoreReader, spec: ShardSpec, plan: Plan, columns: tuple[
         sequence_columns={**(batch.sequence_columns or {}), **new["sequence"]} or None,
     )
     if plan.target.k < reader.plan.target.k:
-        return smaller_head(batch, plan.target)
+        return smaller_head(batch, plan.target, origin=reader.plan.store_id)
     if plan.codecs["logprob"] == reader.plan.codecs["logprob"]:
         codec = logprob_codec(plan.codecs["logprob"])
         return replace(batch, logprob=settle(codec, batch.logprob, batch.head_size, batch.tail_logit))

@@ -160,7 +160,10 @@ class LocalFiles:
         with storage_errors(path):
             temporary = self._temporary()
             try:
-                _write_file(temporary, data, sync=durable)
+                if durable:
+                    _write_synced(temporary, data)
+                else:
+                    temporary.write_bytes(data)
                 if point is not None:
                     fault_point(f"{point}-link")
                 try:
@@ -263,7 +266,7 @@ class LocalFiles:
             _sync_directory((self.root / name).parent)
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str, *, durable: bool = True) -> None:
         """Remove a file or directory that nothing refers to, if it is there."""
         path = self.root / name
         with storage_errors(path):
@@ -274,7 +277,8 @@ class LocalFiles:
                     os.unlink(path)
             except FileNotFoundError:
                 return
-            _sync_directory(path.parent)
+            if durable:
+                _sync_directory(path.parent)
 
     def _temporary(self) -> Path:
         _make_directory(self.root / TEMPORARY)
@@ -315,12 +319,11 @@ def _make_directory(path: Path) -> None:
         os.mkdir(path)
 
 
-def _write_file(path: Path, data: bytes, *, sync: bool) -> None:
+def _write_synced(path: Path, data: bytes) -> None:
     with ExitStack() as opened:
         descriptor = _open(path, _CREATE, opened)
         _write(descriptor, data)
-        if sync:
-            os.fsync(descriptor)
+        os.fsync(descriptor)
 
 
 def _sync_directory(path: Path) -> None:

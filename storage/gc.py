@@ -1,7 +1,8 @@
 """Garbage collection: remove what nothing refers to. The only code that deletes files of a store.
 
-No worker may run meanwhile: what it is writing looks like what a dead one left. What a commit record names is never
-touched, and while the store is damaged nothing is, for then it is not known what its records named.
+No worker may run meanwhile: what it is writing looks like what a dead one left. Workers tell of themselves by claims,
+and while one may be alive, nothing is removed. What a commit record names is never touched, and while the store is
+damaged nothing is, for then it is not known what its records named.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from storage.claims import Claims
 from storage.errors import CorruptionError, UsageError
 from storage.files import QUARANTINE, TEMPORARY, LocalFiles
 from storage.manifest import Manifest
-from storage.records import SHARDS
+from storage.records import SHARDS, CommitRecord, record_name
 from storage.verify import verify
 
 _SHARD_DIRECTORY = re.compile(r"\d{6,}-[0-9a-f]{16}")
@@ -49,21 +50,31 @@ def collect_garbage(path: str | os.PathLike[str], *, apply: bool) -> list[Garbag
         apply: do it; without it, only say what would be done.
 
     Raises:
-        UsageError: there is no store, or a worker on this machine has claimed one of its shards.
+        UsageError: there is no store; or, with `apply`, a worker that may be alive has claimed one of its shards.
         CorruptionError: the store is damaged: repair comes first.
         StorageUnavailableError: the file system refuses.
     """
     files = LocalFiles(Path(path))
     _refuse_damage(files.root)
+    if not apply:
+        return _find(files)
+    _refuse_workers(files.root)
     found = _find(files)
-    if apply:
-        _refuse_workers(files.root)
-        for item in found:
-            if item.name.startswith(f"{SHARDS}/"):
-                files.discard_directory(item.name)
-            else:
-                files.remove(item.name)
-    return found
+    return [item for item in found if _remove(files, item)]
+
+
+def _remove(files: LocalFiles, item: Garbage) -> bool:
+    """Remove it, unless a record names it by now. Between these looks and the removal no worker can compute a shard."""
+    _refuse_workers(files.root)
+    directory, name = item.name.split("/", 1)
+    if directory != SHARDS:
+        files.remove(item.name)
+        return True
+    record = files.read(record_name(int(name.split("-")[0])))
+    if record is not None and CommitRecord.from_json(record).directory == name:
+        return False
+    files.discard_directory(item.name)
+    return True
 
 
 def _find(files: LocalFiles) -> list[Garbage]:
@@ -73,7 +84,9 @@ def _find(files: LocalFiles) -> list[Garbage]:
     named = {record.directory for record in records if record is not None}
     orphans = {name for name in directories - named if _SHARD_DIRECTORY.fullmatch(name)}
     found = _garbage(files, SHARDS, orphans, "no commit record names it")
-    found += _garbage(files, TEMPORARY, files.entries(TEMPORARY), "left by a run that was cut off")
+    claims = Claims(files.root)
+    left = _garbage(files, TEMPORARY, files.entries(TEMPORARY), "")
+    found += [replace(item, reason=claims.about(item.name.split("/")[1])) for item in left]
     if manifest.seal() is not None:
         found += _garbage(files, QUARANTINE, files.entries(QUARANTINE), "a repair moved it out of the way")
     return found
@@ -97,9 +110,8 @@ def _refuse_damage(root: Path) -> None:
 
 
 def _refuse_workers(root: Path) -> None:
-    for shard, claim in Claims(root).alive_here().items():
-        raise UsageError(
-            f"process {claim.process} of this machine works on shard {shard}",
-            where=str(root),
-            fix="wait until it ends, or stop it; then run the same command again",
-        )
+    for name, (shard, claim) in Claims(root).in_work().items():
+        fix = "wait until it ends, or stop it; then run the same command again"
+        if claim.worker == "unknown":
+            fix = f"wait until it ends; if you know that it is dead, remove {name} by hand. Then run the command again"
+        raise UsageError(claim.words(shard), where=f"{root}/{name}", fix=fix)

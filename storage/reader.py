@@ -192,8 +192,11 @@ class StoreReader:
 
     def _nothing(self) -> Slices:
         """Return the slices of no sequence."""
-        specs = array_specs(self.plan, end_bytes=True, even=False).values()
-        return {spec.name: [np.zeros(int(spec.axis == "sequence_edge"), spec.dtype)] for spec in specs}
+        nothing: dict[str, list[NDArray[Any]]] = {}
+        for spec in array_specs(self.plan, end_bytes=True, even=False).values():
+            shape = (0,) if spec.ranks is None else (spec.ranks, 0)
+            nothing[spec.name] = [np.zeros((1,) if spec.axis == "sequence_edge" else shape, spec.dtype)]
+        return nothing
 
     def _shard(self, item: SealedShard) -> OpenShard:
         shard = self._open.get(item.shard)

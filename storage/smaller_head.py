@@ -10,6 +10,7 @@ Axis legend: R rows, K ranks of the widest head, M draws, P temperatures; H head
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from typing import Any
 
@@ -22,15 +23,16 @@ from storage.rows import SequenceBatch
 from storage.segments import row_starts
 
 _ROWS_AT_ONCE = 1 << 22  # divided by entries x draws, so that memory stays bounded
-_KEY = np.uint64(0x73_6D_61_6C_6C_5F_68_64)  # sets these random numbers apart from those of the extraction
 
 
-def smaller_head(batch: SequenceBatch, target: TargetSpec) -> SequenceBatch:
+def smaller_head(batch: SequenceBatch, target: TargetSpec, *, origin: str) -> SequenceBatch:
     """Return the batch with heads of at most `target.k` entries.
 
     Args:
         batch: sequences with larger heads.
-        target: what the new store holds. Its seed is the key of the draws made anew.
+        target: what the new store holds. Its seed is part of the key of the draws made anew.
+        origin: id of the store that the batch is from, the other part of the key: a head that is made smaller twice
+            must be given new random numbers, or those that decided which draws were kept decide again.
     """
     size_R = np.minimum(batch.head_size, target.k).astype(np.int32)
     kept_H = _rank_in_row(batch.head_size) < target.k
@@ -45,7 +47,7 @@ def smaller_head(batch: SequenceBatch, target: TargetSpec) -> SequenceBatch:
         tail_logit=tail_logit,
         tail_logit_T=_tail_by_temperature(logprob_RK, batch, target.k),
     )
-    return _with_samples(smaller, batch, left_R, target) if batch.draws else smaller
+    return _with_samples(smaller, batch, left_R, k=target.k, key=_key(target.seed, origin)) if batch.draws else smaller
 
 
 def _rank_in_row(size_R: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -91,19 +93,19 @@ def _tail_by_temperature(logprob_RK: NDArray[np.float64], batch: SequenceBatch, 
 
 
 def _with_samples(
-    smaller: SequenceBatch, batch: SequenceBatch, left_R: NDArray[np.float64], target: TargetSpec
+    smaller: SequenceBatch, batch: SequenceBatch, left_R: NDArray[np.float64], *, k: int, key: np.uint64
 ) -> SequenceBatch:
     """Return the batch with samples of the larger tail."""
-    width = max(1, int(batch.head_size.max(initial=0)) - target.k)
+    width = max(1, int(batch.head_size.max(initial=0)) - k)
     step = max(1, _ROWS_AT_ONCE // (width * batch.draws))
     head, tail = row_starts(batch.head_size), row_starts(batch.tail_size)
-    key_R = _row_keys(batch, target.seed)
+    key_R = _row_keys(batch, key)
     ids: list[NDArray[np.int64]] = []
     for first in range(0, batch.rows, step):
         rows = slice(first, min(first + step, batch.rows))
         heads, tails = slice(head[rows.start], head[rows.stop]), slice(tail[rows.start], tail[rows.stop])
-        logprob_RK = _padded(batch.logprob[heads], batch.head_size[rows], -np.inf, target.k)[:, target.k :]
-        ids_RK = _padded(batch.head_ids[heads], batch.head_size[rows], 0, target.k)[:, target.k :].astype(np.int64)
+        logprob_RK = _padded(batch.logprob[heads], batch.head_size[rows], -np.inf, k)[:, k:]
+        ids_RK = _padded(batch.head_ids[heads], batch.head_size[rows], 0, k)[:, k:].astype(np.int64)
         old_RM = _draws(batch.tail_ids[tails], batch.count[tails], batch.tail_size[rows], batch.draws)
         keep_RM, pick_RM = _uniform(key_R[rows], batch.draws)
         cumulative_RK = np.cumsum(np.exp(logprob_RK), axis=1)
@@ -113,14 +115,18 @@ def _with_samples(
     return _counted(smaller, np.concatenate(ids) if ids else np.zeros((0, batch.draws), np.int64))
 
 
-def _row_keys(batch: SequenceBatch, seed: int) -> NDArray[np.uint64]:
-    """Return a random number per row that depends on seed, document and position alone."""
+def _key(seed: int, origin: str) -> np.uint64:
+    """Return the key of a conversion, set apart from those of extractions."""
+    digest = hashlib.sha256(f"smaller_head:{seed}:{origin}".encode()).digest()
+    return np.uint64(int.from_bytes(digest[:8], "little"))
+
+
+def _row_keys(batch: SequenceBatch, key: np.uint64) -> NDArray[np.uint64]:
+    """Return a random number per row that depends on key, document and position alone."""
     token_R = np.flatnonzero(batch.has_row)
     sequence_R = np.repeat(np.arange(len(batch)), np.diff(batch.row_offset))
     position_R = batch.window_start[sequence_R] + token_R - batch.token_offset[sequence_R]
-    document_key = mix64(
-        mix64(np.full(batch.rows, seed, np.uint64) ^ _KEY) ^ batch.document[sequence_R].astype(np.uint64)
-    )
+    document_key = mix64(batch.document[sequence_R].astype(np.uint64) ^ key)
     return mix64(document_key ^ position_R.astype(np.uint64))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.claims import Claims
 from storage.decode import decode_batch
 from storage.errors import CorruptionError, DistillError
 from storage.files import QUARANTINE, TEMPORARY, LocalFiles, sha256
@@ -207,12 +208,12 @@ def _warn_of_strangers(files: LocalFiles, manifest: Manifest, known: set[str], r
     for directory, names in expected.items():
         for name in sorted(files.entries(directory) - names):
             label = name if directory == "." else f"{directory}/{name}"
-            report.warnings.append(f"{label}: {_stranger(directory, name)}")
+            report.warnings.append(f"{label}: {_stranger(files, directory, name)}")
 
 
-def _stranger(directory: str, name: str) -> str:
+def _stranger(files: LocalFiles, directory: str, name: str) -> str:
     if name == QUARANTINE:
         return "holds what was moved out of the way"
     if directory == TEMPORARY:
-        return "left by a run that was cut off; it may be removed while no worker runs"
+        return f"{Claims(files.root).about(name)}; `pipeline gc` removes such files while no worker runs"
     return "nothing refers to it"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from pipeline.config.base import Model
 from pipeline.config.extract import (
@@ -118,6 +119,14 @@ class DistributedConfig(Model):
 
     tp: Positive = 1
     """Tensor parallelism: processes among which student and live teacher are cut."""
+
+
+def with_defaults(stored: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A configuration as a run keeps it, with the defaults of fields that are newer than the run."""
+    try:
+        return TrainConfig.model_validate(stored).model_dump(mode="json")
+    except ValidationError:
+        return stored
 
 
 class TrainConfig(Model):

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from stages.targets.head import BLOCK, blocked
 
+_LARGEST_GATHER = 1 << 22  # probabilities of the drawn blocks that are held at once, whatever the number of draws
+
 
 def tail_blocks(tail_NV: Tensor) -> tuple[Tensor, Tensor]:
     """Return the probabilities in blocks, tail_NGB, and the cumulative mass of the blocks, float64 [N, G] on the CPU.
@@ -30,6 +32,12 @@ def draw(tail_NGB: Tensor, mass_NG: Tensor, uniform_NM: Tensor) -> Tensor:
 
     Rows without any tail mass give ids that mean nothing.
     """
+    together = max(1, _LARGEST_GATHER // (max(1, len(uniform_NM)) * BLOCK))
+    parts = [_draw(tail_NGB, mass_NG, part_NM) for part_NM in torch.split(uniform_NM, together, dim=1)]
+    return torch.cat(parts, dim=1)
+
+
+def _draw(tail_NGB: Tensor, mass_NG: Tensor, uniform_NM: Tensor) -> Tensor:
     total_N1 = mass_NG[:, -1:]
     target_NM = _below(uniform_NM * total_N1, total_N1)
     # right=True: the first block whose cumulative mass exceeds the target, hence never one without mass.

@@ -64,9 +64,7 @@ class Head:
         UsageError: the layer is not linear, or has fewer rows than there are tokens.
     """
 
-    def __init__(
-        self, layer: torch.nn.Module | None, rule: HeadRule, vocab_size: int, *, key: str = "teacher"
-    ) -> None:
+    def __init__(self, layer: torch.nn.Module | None, rule: HeadRule, vocab_size: int, *, key: str = "teacher") -> None:
         where = f"{key}.path"
         if not isinstance(layer, torch.nn.Linear):
             raise UsageError(f"the teacher's head is {type(layer).__name__}, not a linear layer", where=where)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +108,13 @@ class RunDirectory:
                 remove_leftovers(directory)
             yield
 
-    def begin(self, config: Mapping[str, Any], store: Mapping[str, Any]) -> None:
+    def begin(
+        self,
+        config: Mapping[str, Any],
+        store: Mapping[str, Any],
+        *,
+        completed: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+    ) -> None:
         """Make this directory that run's, or check that it is.
 
         A directory belongs to a run from its first checkpoint on: before that nothing would be lost, so that a
@@ -119,6 +125,7 @@ class RunDirectory:
             store: `digest`, `id` and whatever else is worth recording about what it learns from; `digest` is
                 compared, `id` tells another store from the same one with more shards, and `identity`, where there is
                 one, is what was hashed and names the difference.
+            completed: gives a configuration that an earlier version stored the fields that it did not know yet.
 
         Raises:
             IdentityError: the directory belongs to another configuration, store, corpus or teacher; every differing
@@ -130,7 +137,7 @@ class RunDirectory:
             replace_file(self.path / "run.json", _json({"store": dict(store), "finished": None}))
             replace_file(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False).encode())
             return
-        lines = _differences("", _semantic(stored), _semantic(config))
+        lines = _differences("", _semantic(completed(stored)), _semantic(config))
         began = self._record()["store"]
         if began["digest"] != store["digest"] and began.get("id") == store.get("id") is not None:
             raise IdentityError(

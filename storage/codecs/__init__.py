@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from storage.codecs.exact import Exact
 from storage.codecs.sqrt_delta import SqrtDelta
 from storage.errors import UsageError
+
 if TYPE_CHECKING:  # plans name codecs: at run time the import goes the other way
     from storage.plan import Json, TargetSpec
 

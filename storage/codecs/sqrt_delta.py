@@ -37,7 +37,7 @@ class SqrtDelta:
 
     Bound, before the reader scales the head to 1 - r: |sqrt p' - sqrt p| <= D/4 for l >= l0 and |l' - l| <= E/2 for
     l < l0; in log p it is at most 0.53 E everywhere (`error_bound` gives it per value). The largest code stands for
-    l0 - (65535 - 2/D + 2/E) E, -8183 nats by default; values below come back as that. Steps so fine that it lies
+    l0 - (65535 - 2/D + 2/E) E, -8185 nats by default; values below come back as that. Steps so fine that it lies
     above -1000 nats are refused: they leave too few codes for small p, or none.
 
     The numbers that a row has one of are rounded to multiples of F = row_step, then to float16. Half a step of

@@ -164,6 +164,7 @@ def test_other_divergences_take_the_exact_head(
         ({"divergence": "reverse_kl", "temperature": 2.0}, "loss.divergence"),
         ({"tail": "bucket"}, "loss.tail"),
         ({"temperature": 2.0}, "loss.temperature"),
+        ({"target_logits_scale": 0.5}, "loss.target_logits_scale"),
     ],
 )
 def test_samples_alone_serve_forward_kl_at_temperature_1(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from itertools import takewhile
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config.train import TrainConfig
@@ -124,6 +126,21 @@ def test_a_finished_run_says_so_and_does_nothing(reference: Path, tiny_store: Pa
     assert event.already
     after = {path: path.stat().st_mtime_ns for path in reference.rglob("*") if path.is_file()}
     assert {path for path in before if before[path] != after[path]} <= {reference / ".lock"}
+
+
+def test_a_run_that_is_older_than_a_field_of_the_configuration_goes_on(
+    reference: Path, tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(reference, run)
+    stored = yaml.safe_load((run / "config.yaml").read_text())
+    for newer in ("kd_ratio_schedule", "distributed", "teacher_model"):
+        del stored[newer]
+    (run / "config.yaml").write_text(yaml.safe_dump(stored))
+    (event,) = train(make_config(tiny_store, tiny_teacher_dir, run))
+    assert isinstance(event, Finished)
+    with pytest.raises(IdentityError, match="kd_ratio_schedule"):
+        list(train(make_config(tiny_store, tiny_teacher_dir, run, kd_ratio_schedule={"warmup_steps": 2})))
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 7])

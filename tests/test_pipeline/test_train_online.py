@@ -173,6 +173,19 @@ def test_another_corpus_rendering_or_teacher_is_refused_and_named(
         assert caught.value.exit_code == 3
 
 
+def test_a_teacher_that_changes_after_it_was_hashed_is_refused(
+    configure: MakeConfig, tiny_teacher_dir: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "teacher"
+    shutil.copytree(tiny_teacher_dir, place)
+    config = configure(teacher_model={"path": str(place), "dtype": "float32"})
+    data = open_training_data(config)
+    shutil.rmtree(place)
+    other_teacher(tiny_teacher_dir, place)
+    with pytest.raises(IdentityError, match="changed while it was being read"):
+        build_learner(config, data)
+
+
 def test_a_store_and_a_live_teacher_do_not_mix(configure: MakeConfig, tiny_store: Path) -> None:
     with pytest.raises(ValidationError, match="exactly one of store"):
         configure(store=tiny_store)

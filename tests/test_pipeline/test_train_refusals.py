@@ -81,6 +81,14 @@ def test_what_needs_no_stored_tail_trains(loss: dict[str, Any], configure: MakeC
     assert isinstance(list(train(configure(loss=loss)))[-1], Finished)
 
 
+def test_a_student_with_too_few_positions_is_refused(configure: MakeConfig, tiny_teacher_dir: Path) -> None:
+    overrides = {"max_position_embeddings": 16}
+    student = {"init": "from_config", "path": str(tiny_teacher_dir), "overrides": overrides}
+    with pytest.raises(UsageError, match="the student knows 16 positions") as caught:
+        list(train(configure(student=student)))
+    assert caught.value.where == "student.path"
+
+
 def test_samples_that_the_store_does_not_hold_are_refused(exact_store: Path, configure: MakeConfig) -> None:
     with pytest.raises(UsageError, match="no tail samples") as caught:
         list(train(configure(store=exact_store, loss={"tail": "sampled"})))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 
 from pipeline.config.extract import SourceConfig
 from stages.corpus import SourceSpec, open_corpus
-from stages.corpus.source import Document
+from stages.corpus.source import Document, Prompted
 from stages.corpus.tokenize import Rendering, Sequence, render
 from stages.corpus.tokenizer import load_tokenizer
 from storage.errors import UsageError
@@ -47,6 +48,16 @@ def test_documents_are_prompt_and_text_joined(corpus_file: Path) -> None:
     plain = open_corpus([SourceSpec(source="jsonl", path=str(corpus_file), field="answer")])
     assert "prompt_field" not in plain.sources[0].identity
     assert {document.prompt for document in plain.documents(range(3))} == {0}
+
+
+def test_prompts_are_read_once(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = SourceSpec(source="jsonl", path=str(corpus_file), field="answer", prompt_field="prompt")
+    corpus = open_corpus([spec])
+    prompts = cast(Prompted, corpus.sources[0]).prompts
+    spans, read = [], prompts.read
+    monkeypatch.setattr(type(prompts), "read", lambda self, *span: (spans.append(self is prompts), read(*span))[1])
+    list(corpus.documents(range(len(corpus))))
+    assert spans.count(True) == 1
 
 
 def test_a_prompt_field_that_is_not_there_is_told(corpus_file: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from stages.targets import KINDS, Positions, TargetRows
 from stages.targets.head import BLOCK, top_entries
 from stages.targets.randomness import uniforms
+from stages.targets.tail import draw, tail_blocks
 from storage.errors import NumericsError, UsageError
 from storage.plan import TargetSpec
 
@@ -257,3 +258,12 @@ def test_a_row_without_any_mass_is_refused() -> None:
 def test_k_beyond_the_vocabulary() -> None:
     with pytest.raises(UsageError, match="k = 101 is more than the vocabulary of 100 tokens"):
         rows_of(logits_of(3, 100), spec(k=101))
+
+
+def test_draws_do_not_depend_on_how_many_are_gathered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    blocks = tail_blocks(torch.rand(5, 700))
+    uniform_NM = torch.rand(5, 40, dtype=torch.float64)
+    at_once = draw(*blocks, uniform_NM)
+    monkeypatch.setattr("stages.targets.tail._LARGEST_GATHER", 5 * 64 * 3)
+    assert torch.equal(draw(*blocks, uniform_NM), at_once)

@@ -97,7 +97,9 @@ _WRITE, _TREE, _CREATE, _WRITE_DIRECTORY = (
 _AT_HAND: list[tuple[StoreWriter, CommitRecord, Mapping[str, bytes]]] = []  # the shard that is being committed
 
 
-def _create_by_rename(self: LocalFiles, name: str, data: bytes, *, point: str | None = None) -> bool:
+def _create_by_rename(
+    self: LocalFiles, name: str, data: bytes, *, point: str | None = None, durable: bool = True
+) -> bool:
     path = self.root / name
     with files.storage_errors(path):
         temporary = self._temporary()
@@ -107,7 +109,9 @@ def _create_by_rename(self: LocalFiles, name: str, data: bytes, *, point: str | 
     return True
 
 
-def _create_in_place(self: LocalFiles, name: str, data: bytes, *, point: str | None = None) -> bool:
+def _create_in_place(
+    self: LocalFiles, name: str, data: bytes, *, point: str | None = None, durable: bool = True
+) -> bool:
     path = self.root / name
     with files.storage_errors(path):
         try:
@@ -130,8 +134,10 @@ def _write_directory_later(self: StoreWriter, record: CommitRecord, objects: Map
     _AT_HAND[:] = [(self, record, objects)]
 
 
-def _create_then_write_directory(self: LocalFiles, name: str, data: bytes, *, point: str | None = None) -> bool:
-    created = _CREATE(self, name, data, point=point)
+def _create_then_write_directory(
+    self: LocalFiles, name: str, data: bytes, *, point: str | None = None, durable: bool = True
+) -> bool:
+    created = _CREATE(self, name, data, point=point, durable=durable)
     if point == "record":
         writer, record, objects = _AT_HAND[0]
         _WRITE_DIRECTORY(writer, record, objects)
@@ -143,13 +149,15 @@ def _write_directory_and_remember(self: StoreWriter, record: CommitRecord, objec
     _WRITE_DIRECTORY(self, record, objects)
 
 
-def _seal_then_create(self: LocalFiles, name: str, data: bytes, *, point: str | None = None) -> bool:
+def _seal_then_create(
+    self: LocalFiles, name: str, data: bytes, *, point: str | None = None, durable: bool = True
+) -> bool:
     if point == "record":
         writer, record, _ = _AT_HAND[0]
         if len(writer.missing()) == 1:
             seal = Seal.of(writer.plan.store_id, [*writer._records.values(), record])
             _CREATE(self, SEAL, seal.to_json(), point="seal")
-    return _CREATE(self, name, data, point=point)
+    return _CREATE(self, name, data, point=point, durable=durable)
 
 
 def _tree_of_known_names(self: LocalFiles, name: str) -> dict[str, int] | None:

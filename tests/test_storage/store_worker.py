@@ -36,8 +36,8 @@ def write(job: dict[str, Any]) -> dict[str, Any]:
     made: list[str] = []
     create = LocalFiles.create
 
-    def noted(self: LocalFiles, name: str, data: bytes, *, point: str | None = None) -> bool:
-        created = create(self, name, data, point=point)
+    def noted(self: LocalFiles, name: str, data: bytes, *, point: str | None = None, durable: bool = True) -> bool:
+        created = create(self, name, data, point=point, durable=durable)
         if created and name.startswith(f"{COMMITS}/"):
             made.append(name)
         return created

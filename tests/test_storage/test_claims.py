@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import asdict, replace
 
 import pytest
 import storage_cases as cases
@@ -78,7 +79,10 @@ def test_claims_of_other_machines_come_last(store):
 
 def test_a_claim_of_a_dead_process_of_this_machine_is_void(store):
     claim(store, 0, host=socket.gethostname(), process=dead_process())
-    assert order(store) == [0, 1, 2, 3, 4]
+    done = []
+    for spec in Claims(store).turns(cases.make_plan().shards(), lambda spec: spec.index in done):
+        done.append(spec.index)
+    assert done == [0, 1, 2, 3, 4]
     assert not list((store / "tmp").iterdir())
 
 
@@ -91,12 +95,49 @@ def test_a_claim_that_says_nothing_blocks_nothing(store, content):
 def test_a_worker_that_stops_early_takes_its_claim_away(store):
     worker = turns(store)
     assert next(worker).index == 0
-    assert list(Claims(store).alive_here()) == [0]
+    assert list(Claims(store).in_work()) == ["tmp/claim-000000"]
     worker.close()
     assert not list((store / "tmp").iterdir())
 
 
-def test_who_is_alive(store):
-    claim(store, 3, host=socket.gethostname(), process=os.getpid())
+def test_who_may_be_at_work(store):
+    mine = Claim.of_this_process()
+    claim(store, 3, **asdict(mine))
     claim(store, 4, host="elsewhere", process=os.getpid())
-    assert Claims(store).alive_here() == {3: Claim.of_this_process()}
+    assert Claims(store).in_work() == {
+        "tmp/claim-000003": (3, mine),
+        "tmp/claim-000004": (4, Claim(host="elsewhere", process=os.getpid())),
+    }
+
+
+@pytest.mark.parametrize("field", ["started", "boot"])
+def test_a_number_that_is_used_again_is_another_process(field):
+    assert Claim.of_this_process().worker == "runs"
+    assert replace(Claim.of_this_process(), **{field: "1"}).worker == "ended"
+
+
+def test_own_number_without_a_start_and_another_container():
+    assert Claim(host=socket.gethostname(), process=os.getpid()).worker == "ended"
+    assert Claim.read(f"{socket.gethostname()} 0".encode()) is None
+    assert replace(Claim.of_this_process(), namespace="pid:[1]").worker == "unknown"
+
+
+def test_a_worker_beside_another_leaves_its_own_note(store):
+    for shard in range(5):
+        claim(store, shard, host="elsewhere", process=1)
+    worker = turns(store)
+    assert next(worker).index == 0
+    assert Claims(store).in_work()["tmp/claim-000000-1"] == (0, Claim.of_this_process())
+    worker.close()
+    assert len(list((store / "tmp").iterdir())) == 5
+
+
+def test_claims_sync_nothing_and_ask_of_each_shard_once(store, monkeypatch):
+    for shard in (0, 1):
+        claim(store, shard, host="elsewhere", process=1)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: pytest.fail("synced"))
+    asked = []
+    worker = Claims(store).turns(cases.make_plan().shards(), lambda spec: asked.append(spec.index))
+    assert [next(worker).index, next(worker).index] == [2, 3]
+    assert asked.count(4) == 0
+    worker.close()

@@ -103,7 +103,7 @@ def test_sqrt_delta_is_within_a_quarter_step_of_the_root_and_half_a_step_of_the_
 @settings(max_examples=50, deadline=None)
 @given(root=st.floats(0.004, 0.2), ratio=st.floats(1.5, 20), rows=heads)
 def test_any_steps_keep_the_bound(root, ratio, rows):
-    codec = SqrtDelta(root_step=root, log_step=min(1.0, root * ratio))
+    codec = SqrtDelta(root_step=root, log_step=min(1.0, max(0.02, root * ratio)))
     logprob, sizes = flat(rows)
     back = codec.decode(codec.encode(logprob, sizes), sizes)
     assert np.all(np.abs(back.astype(np.float64) - logprob) <= codec.error_bound(logprob))
@@ -117,12 +117,27 @@ def test_any_steps_keep_the_bound(root, ratio, rows):
         {"id": "sqrt-delta", "root_step": 0.5, "log_step": 0.1},
         {"id": "sqrt-delta", "step": 1.0},
         {"id": "sqrt-delta", "row_step": 0.0},
+        {"id": "sqrt-delta", "row_step": True},
+        {"id": "sqrt-delta", "root_step": "0.01"},
+        {"id": "sqrt-delta", "root_step": float("nan")},
+        {"id": "sqrt-delta", "root_step": 3e-5},  # 2/D alone is more than 65535 codes
+        {"id": "sqrt-delta", "root_step": 1e-6},
+        {"id": "sqrt-delta", "root_step": 0.01, "log_step": 0.015},  # the last code would lie near -980 nats
         {"id": "exact", "root_step": 0.1},
     ],
 )
 def test_unknown_codecs_and_parameters_are_refused(parameters):
     with pytest.raises(UsageError):
         logprob_codec(parameters)
+
+
+@pytest.mark.parametrize(("root", "log"), [(0.02, 0.125), (3.5e-5, 0.125), (0.01, 0.0155), (0.1, 1.0)])
+def test_the_largest_code_is_where_the_format_says(root, log):
+    lowest = 2 * np.log(root / log) - (65535 - 2 / root + 2 / log) * log
+    codec, one = SqrtDelta(root_step=root, log_step=log), np.ones(1, np.int32)
+    assert lowest <= -1000
+    for value in (lowest, 2 * lowest):
+        np.testing.assert_allclose(codec.decode(codec.encode(np.float32([value]), one), one), lowest, rtol=1e-4)
 
 
 def test_default_is_in_the_table():

@@ -18,6 +18,7 @@ from storage.convert import Conversion, convert
 from storage.decode import scale_heads
 from storage.diff import diff
 from storage.errors import CorruptionError, IdentityError, UsageError
+from storage.gc import collect_garbage
 from storage.plan import TargetSpec
 from storage.reader import StoreReader
 from storage.smaller_head import smaller_head
@@ -164,7 +165,7 @@ def test_samples_of_the_larger_tail_stay_unbiased():
     """20,000 rows of 8 draws: the share of each id outside of the new head is its share of the distribution."""
     rows, draws = 20_000, 8
     batch, logprob, order = many_rows(rows, k=6, draws=draws)
-    small = smaller_head(batch, TargetSpec(kind="hybrid", k=2, draws=draws))
+    small = smaller_head(batch, TargetSpec(kind="hybrid", k=2, draws=draws), origin="here")
     drawn = np.bincount(small.tail_ids, weights=small.count, minlength=30)
     assert np.bincount(np.repeat(np.arange(rows), small.tail_size), weights=small.count).tolist() == [draws] * rows
     tail = np.exp(logprob)
@@ -182,9 +183,51 @@ def test_samples_of_the_larger_tail_stay_unbiased():
         per_row = np.bincount(row[chosen], weights=small.count[chosen], minlength=rows)
         assert per_row.mean() == pytest.approx(draws * share, rel=0.02)
         assert per_row.var() == pytest.approx(draws * share * (1 - share), rel=0.05)
-    assert smaller_head(batch, TargetSpec(kind="hybrid", k=2, draws=draws)).count.tobytes() == small.count.tobytes()
-    other = smaller_head(batch, TargetSpec(kind="hybrid", k=2, draws=draws, seed=1))
+    assert (
+        smaller_head(batch, TargetSpec(kind="hybrid", k=2, draws=draws), origin="here").count.tobytes()
+        == small.count.tobytes()
+    )
+    other = smaller_head(batch, TargetSpec(kind="hybrid", k=2, draws=draws, seed=1), origin="here")
     assert other.tail_ids.tobytes() != small.tail_ids.tobytes()
+
+
+def test_a_head_made_smaller_twice_stays_unbiased():
+    """6 -> 3 -> 1: what decided in the first step which draws were kept must not decide again in the second."""
+    rows, draws = 20_000, 2
+    batch, logprob, order = many_rows(rows, k=6, draws=draws)
+    for k, origin in ((3, "first"), (1, "second")):
+        batch = smaller_head(batch, TargetSpec(kind="hybrid", k=k, draws=draws), origin=origin)
+    drawn = np.bincount(batch.tail_ids, weights=batch.count, minlength=30)
+    outside = order[1:]
+    tail = np.exp(logprob[outside])
+    expected = rows * draws * tail / tail.sum()
+    chi_square = ((drawn[outside] - expected) ** 2 / expected).sum()
+    assert chi_square < 28 + 5 * np.sqrt(2 * 28), "28 degrees of freedom, five standard deviations"
+
+
+def test_each_conversion_of_a_chain_draws_by_its_origin(sealed, tmp_path, monkeypatch):
+    origins = []
+
+    def noted(batch, target, *, origin):
+        origins.append(origin)
+        return smaller_head(batch, target, origin=origin)
+
+    monkeypatch.setattr("storage.convert.smaller_head", noted)
+    run(sealed, tmp_path / "3", k=3)
+    run(tmp_path / "3", tmp_path / "1", k=1)
+    assert set(origins) == {StoreReader(path).plan.store_id for path in (sealed, tmp_path / "3")}
+
+
+def test_two_conversions_share_the_work_and_forbid_garbage_collection(sealed, tmp_path):
+    pair = [convert(sealed, tmp_path / "new", Conversion(k=2)) for _ in range(2)]
+    for _ in range(2):
+        for part in pair:
+            next(part)
+            with pytest.raises(UsageError, match="of this machine works on shard"):
+                collect_garbage(tmp_path / "new", apply=True)
+    ends = [list(part)[-1] for part in pair]
+    assert sum(end.rows for end in ends) == status(tmp_path / "new").rows, "each shard was computed once"
+    assert not list((tmp_path / "new" / "tmp").iterdir())
 
 
 def test_mass_outside_is_summed_without_cancellation():
@@ -192,13 +235,13 @@ def test_mass_outside_is_summed_without_cancellation():
     batch, _, _ = many_rows(1, k=2, draws=1)
     head = np.array([-1.1e-8, np.log(1e-8)], np.float32)
     batch = replace(batch, logprob=head, tail_logit=np.array([np.log(1e-9)], np.float32))
-    small = smaller_head(batch, TargetSpec(kind="hybrid", k=1, draws=1))
+    small = smaller_head(batch, TargetSpec(kind="hybrid", k=1, draws=1), origin="here")
     assert np.exp(float(small.tail_logit[0])) == pytest.approx(1.1e-8, rel=1e-5)
 
 
 def test_tail_mass_at_other_temperatures():
     batch, logprob, order = many_rows(3, k=6, draws=2, temperatures=(0.5, 2.0))
-    small = smaller_head(batch, TargetSpec(kind="hybrid", k=2, draws=2, temperatures=(0.5, 2.0)))
+    small = smaller_head(batch, TargetSpec(kind="hybrid", k=2, draws=2, temperatures=(0.5, 2.0)), origin="here")
     for column, temperature in enumerate((0.5, 2.0)):
         p = np.exp(logprob / temperature)
         r = p[order[2:]].sum() / p.sum()
@@ -218,10 +261,10 @@ def test_rows_without_a_tail():
         tail_ids=np.zeros(0, np.uint32),
         count=np.zeros(0, np.uint16),
     )
-    small = smaller_head(batch, TargetSpec(kind="hybrid", k=2, draws=8))
+    small = smaller_head(batch, TargetSpec(kind="hybrid", k=2, draws=8), origin="here")
     assert set(small.tail_ids.tolist()) == set(order[2:6].tolist())
     assert int(small.count.sum()) == 200 * 8
-    same = smaller_head(batch, TargetSpec(kind="hybrid", k=6, draws=8))
+    same = smaller_head(batch, TargetSpec(kind="hybrid", k=6, draws=8), origin="here")
     assert (len(same.tail_ids), same.tail_size.sum()) == (0, 0)
 
 
@@ -254,6 +297,8 @@ def test_rows_of_samples_have_no_head(tmp_path):
 def test_in_place_unfinished_foreign_and_damaged(sealed, tmp_path):
     with pytest.raises(UsageError, match="in place"):
         run(sealed, sealed, k=2)
+    with pytest.raises(UsageError, match="in place"):
+        run(sealed, sealed / "sub", k=2)
     cases.write_store(tmp_path / "part", shards=[0])
     with pytest.raises(UsageError, match="not finished"):
         run(tmp_path / "part", tmp_path / "new", k=2)

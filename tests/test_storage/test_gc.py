@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 import storage_cases as cases
 
+from storage import gc
 from storage.claims import Claim
 from storage.errors import CorruptionError, UsageError
 from storage.gc import collect_garbage
 from storage.repair import repair
 from storage.verify import verify
+
+DEAD = 99999999999999999999  # no system has a process of this number
 
 
 @pytest.fixture
@@ -30,7 +33,7 @@ def store(tmp_path, sealed) -> Path:
     (path / "tmp" / "77-abc" / "tokens" / "c").write_bytes(b"x" * 100)
     (path / "tmp" / "78-def").write_bytes(b"y" * 10)
     (path / "tmp" / "79-empty").mkdir()
-    (path / "tmp" / "claim-000003").write_bytes(Claim(host="elsewhere", process=5).to_bytes())
+    (path / "tmp" / "claim-000003").write_bytes(Claim(host=socket.gethostname(), process=DEAD).to_bytes())
     (path / "quarantine").mkdir()
     (path / "quarantine" / "commits-000001.json").write_bytes(b"old")
     return path
@@ -107,6 +110,41 @@ def test_a_worker_of_this_machine_forbids_it(store):
         worker.communicate(b"\n")
     collect_garbage(store, apply=True)
     assert not (store / "tmp" / "78-def").exists()
+
+
+def test_a_worker_of_another_machine_forbids_it(store):
+    note = store / "tmp" / "claim-000001"
+    note.write_bytes(Claim(host="node17", process=42).to_bytes())
+    before = cases.tree(store)
+    with pytest.raises(UsageError, match="process 42 of node17 works on shard 1") as refusal:
+        collect_garbage(store, apply=True)
+    assert "remove tmp/claim-000001 by hand" in str(refusal.value.fix)
+    assert cases.tree(store) == before
+    assert [item.reason for item in collect_garbage(store, apply=False) if item.name == "tmp/claim-000001"] == [
+        "a claim: process 42 of node17 works on shard 1, or was cut off there"
+    ]
+    assert any("a claim: process 42 of node17" in line for line in verify(store).warnings)
+    note.unlink()
+    assert collect_garbage(store, apply=True)
+
+
+def test_what_is_committed_after_the_look_stays(tmp_path, monkeypatch):
+    """A worker died before it linked the record; another adopts the directory while garbage is collected."""
+    writer = cases.open_writer(tmp_path / "store", cases.make_plan())
+    spec = writer.missing()[0]
+    writer.commit(spec, cases.make_batch(writer.plan, spec))
+    (tmp_path / "store" / "commits" / "000000.json").unlink()
+    find = gc._find
+
+    def found_before_the_commit(files):
+        found = find(files)
+        late = cases.open_writer(tmp_path / "store", cases.make_plan())
+        late.commit(spec, cases.make_batch(late.plan, spec))
+        return found
+
+    monkeypatch.setattr(gc, "_find", found_before_the_commit)
+    assert collect_garbage(tmp_path / "store", apply=True) == []
+    assert verify(tmp_path / "store").problems == []
 
 
 def test_no_store(tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import storage_cases as cases
-from storage_cases import zarr_quietly
+from storage_cases import TARGETS, make_plan, write_store, zarr_quietly
 
 import storage.arrays
 import storage.open_shard
@@ -312,3 +312,13 @@ def test_damage_is_reported_alike_in_threads(sealed, tmp_path, monkeypatch, name
 def test_threads_are_at_least_one(sealed):
     with pytest.raises(UsageError, match="at least 1"):
         StoreReader(sealed, threads=0)
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_no_sequences_have_the_shapes_of_some(target, tmp_path):
+    write_store(tmp_path / "store", make_plan(target=target))
+    nothing = StoreReader(tmp_path / "store").read([])
+    for name in ("tail_logit_T", "entropy_T"):
+        values = getattr(nothing, name)
+        assert (values is None) == (not target.temperatures)
+        assert values is None or values.shape == (0, len(target.temperatures))
