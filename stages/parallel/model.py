@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from transformers import PreTrainedModel
 
-from stages.student.attention import change_of, probe_hidden
+from stages.parallel.tensors import like
+from stages.student.attention import change_of, hidden_of_probe
 from storage.errors import UsageError
 
 _REPLICATED = "replicated_with_grad_allreduce"
@@ -29,6 +31,7 @@ _STYLES: Mapping[str, ParallelStyle] = {
     "rowwise_split_input": RowwiseParallel(input_layouts=Replicate()),
 }
 _WHERE = "distributed.tp"
+_ROUNDING_OF_GRADIENT, _ROUNDING_IN_HALF = 1e-2, 0.25  # relative; sound architectures stay below 1e-5 in float32
 
 
 def cut_model(model: PreTrainedModel, mesh: DeviceMesh, *, role: str = "student") -> None:
@@ -46,20 +49,88 @@ def cut_model(model: PreTrainedModel, mesh: DeviceMesh, *, role: str = "student"
     """
     plan = _plan_of(model, role)
     _check_division(model, plan, mesh.size(), role)
-    expected_TD = probe_hidden(model)
+    _check_dropout(model, role)
+    expected_TD, expected = _probe(model)
     body = model.base_model
     styles = {name: _STYLES[style] for name, style in plan.items() if style in _STYLES}
-    parallelize_module(body, mesh, styles, src_data_rank=None)
-    _sum_partial_gradients(body, [name for name, style in plan.items() if style == _REPLICATED], mesh)
-    if model is not body:
-        _cut_head(model, mesh)
-    change = change_of(model, probe_hidden(model), expected_TD)
+    try:
+        parallelize_module(body, mesh, styles, src_data_rank=None)
+        _sum_partial_gradients(body, [name for name, style in plan.items() if style == _REPLICATED], mesh)
+        if model is not body:
+            _cut_head(model, mesh)
+        found_TD, found = _probe(model)
+    except (RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # a process is lost: not the model's fault
+            raise
+        raise _cannot_be_cut(model, role, str(error).splitlines()[0]) from error
+    change = change_of(model, found_TD, expected_TD)
     if change is not None:
-        raise UsageError(
-            f"{type(model).__name__} computes something else when it is cut (hidden states change by {change:.1%})",
-            where=f"{_WHERE}, {role}",
-            fix="train without distributed.tp, and report the architecture",
-        )
+        raise _cannot_be_cut(model, role, f"hidden states change by {change:.1%}")
+    wrong = _largest_change(model, expected, found, mesh)
+    if wrong is not None:
+        raise _cannot_be_cut(model, role, f"the gradient of {wrong} changes")
+
+
+def _cannot_be_cut(model: PreTrainedModel, role: str, why: str) -> UsageError:
+    return UsageError(
+        f"{type(model).__name__} computes something else when it is cut ({why})",
+        where=f"{_WHERE}, {role}",
+        fix="train without distributed.tp, and report the architecture",
+    )
+
+
+def _probe(model: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor]]:
+    """Hidden states [T, D] of a few tokens, and this process's gradient of each weight that learns, for a fixed
+    gradient of the hidden states."""
+    learns = any(parameter.requires_grad for parameter in model.base_model.parameters())
+    with torch.set_grad_enabled(learns):
+        hidden_TD = hidden_of_probe(model)
+    if learns:
+        given_TD = torch.randn(hidden_TD.shape, generator=torch.Generator().manual_seed(0))
+        torch.autograd.backward(hidden_TD, given_TD.to(hidden_TD))
+    gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return hidden_TD.detach(), gradients
+
+
+def _largest_change(
+    model: PreTrainedModel, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], mesh: DeviceMesh
+) -> str | None:
+    """The weight whose gradient differs most on any process, if it differs by more than rounding.
+
+    A gradient that is summed over a part of the heads only is off by at least half on one of two processes.
+    """
+    if not expected:
+        return None
+    names = sorted(expected)
+    total = float(torch.stack([expected[name].float().norm() for name in names]).norm())
+    changes = []
+    for name in names:
+        wanted = _local(like(expected[name], found[name])).float()
+        change = (_local(found[name]).float() - wanted).norm() / (wanted.norm() + 1e-4 * total)
+        changes.append(torch.nan_to_num(change, nan=torch.inf))
+    worst = torch.stack(changes)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=mesh.get_group())
+    limit = _ROUNDING_OF_GRADIENT if model.dtype == torch.float32 else _ROUNDING_IN_HALF
+    return names[int(worst.argmax())] if bool((worst > limit).any()) else None
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _check_dropout(model: PreTrainedModel, role: str) -> None:
+    """Every process would draw the same mask for other heads: a student with dropout is refused."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    for name, module in model.base_model.named_modules():
+        for key, value in vars(module).items():
+            if (isinstance(module, nn.Dropout) or "drop" in key) and isinstance(value, float) and value > 0.0:
+                raise UsageError(
+                    f"the {role} has dropout ({name}.{key} = {value:g}), and processes that share heads draw one mask",
+                    where=f"{_WHERE}, {role}",
+                    fix="set its dropout to 0 in its configuration, or train without distributed.tp",
+                )
 
 
 def cut_rows(weight_VD: Tensor, rows: int, mesh: DeviceMesh) -> Tensor:

@@ -101,6 +101,11 @@ def use_packed_attention(
 @torch.no_grad()
 def probe_hidden(model: PreTrainedModel, sizes: Sequence[int] = _PROBE_LENGTHS) -> Tensor:
     """Hidden states [T, D] of packed sequences of these lengths; a sequence's tokens depend on its length only."""
+    return hidden_of_probe(model, sizes)
+
+
+def hidden_of_probe(model: PreTrainedModel, sizes: Sequence[int] = _PROBE_LENGTHS) -> Tensor:
+    """The same with gradients, where they are enabled."""
     device = next(model.parameters()).device
     vocabulary = model.config.get_text_config().vocab_size
     ids_1T = torch.cat([torch.arange(1, size + 1, device=device) * (6 + size) % vocabulary for size in sizes])[None]

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, PhiConfig, Qwen3Config
 
 from pipeline.config.train import TrainConfig
 from pipeline.train import Finished, Saved, Started, train
@@ -89,6 +89,8 @@ def cases(
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     Qwen3Config(vocab_size=512, head_dim=8, **SHAPE, **shape).save_pretrained(place / "qwen3")
     qwen3 = {"init": "from_config", "path": str(place / "qwen3" / "config.json")}
+    PhiConfig(vocab_size=512, qk_layernorm=True, resid_pdrop=0.0, **SHAPE, **shape).save_pretrained(place / "phi")
+    phi = {"init": "from_config", "path": str(place / "phi" / "config.json")}
     jsd = {"divergence": "jsd(0.3)", "temperature": 2.0}
     pretrained = {"init": "layers_of_teacher", "path": str(tiny_teacher_dir), "layers": 2}
     chosen = {
@@ -102,6 +104,7 @@ def cases(
         "traffic": content(place / "traffic", loss=jsd),
         "traffic, untied": content(place / "traffic", student=untied),
         "three heads": content(place / "three", student=three),
+        "gradients of a part": content(place / "phi-run", student=phi),
         "foreign run directory": content(place / "tied", seed=5),
         "another corpus": content(place / "another"),
         "killed": content(place / "killed"),  # the last: its second process does not live on
@@ -222,6 +225,7 @@ def test_the_vocabulary_is_never_whole_and_copies_stay_equal(name: str, outcomes
     ("name", "kind", "words"),
     [
         ("three heads", "UsageError", "has 3 attention heads, which 2 processes cannot share evenly"),
+        ("gradients of a part", "UsageError", "PhiForCausalLM computes something else when it is cut (the gradient of"),
         ("foreign run directory", "IdentityError", "seed: 0 -> 5"),
         ("another corpus", "IdentityError", "the processes differ in what they learn from"),
     ],

@@ -43,6 +43,14 @@ def test_architectures_without_a_plan_or_with_experts_are_refused(mesh: DeviceMe
     assert caught.value.where == "distributed.tp, teacher"
 
 
+def test_dropout_is_refused_in_a_student_only(mesh: DeviceMesh) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=1, vocab_size=41, attention_dropout=0.1))
+    use_packed_attention(model, "sdpa")
+    with pytest.raises(UsageError, match=r"the student has dropout \(layers.0.self_attn.attention_dropout = 0.1\)"):
+        cut_model(model, mesh)
+    cut_model(model.requires_grad_(False), mesh, role="teacher")
+
+
 def test_a_cut_model_has_whole_tensors_under_the_same_names(mesh: DeviceMesh) -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=1, vocab_size=41, tie_word_embeddings=True))
