@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -19,7 +17,7 @@ import pyarrow as pa
 
 from storage.arrow import SEQUENCES_PER_BATCH, record_batches, to_parquet
 from storage.errors import UsageError
-from storage.files import storage_errors
+from storage.files import whole_file
 from storage.jsonl import sequence_lines
 from storage.reader import StoreReader
 
@@ -61,7 +59,7 @@ def export_store(reader: StoreReader, output: Path, form: FileFormat, *, limit: 
     sequences = range(len(reader) if limit is None else min(limit, len(reader)))
     if form != "jsonl":
         return export_rows(reader, form, output, sequences=sequences)
-    with _whole_file(output) as file:
+    with whole_file(output) as file:
         return sum(_write_sequences(reader, numbers, file) for numbers in _parts(sequences))
 
 
@@ -93,7 +91,7 @@ def export_rows(
         return _write_json(batches, sys.stdout.buffer)
     if form == "parquet":
         return to_parquet(batches, output)
-    with _whole_file(output) as file:
+    with whole_file(output) as file:
         if form == "json":
             return _write_json(batches, file)
         with pa.ipc.new_file(file, batches.schema) as writer:
@@ -131,18 +129,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@contextmanager
-def _whole_file(target: Path) -> Iterator[BinaryIO]:
-    """Open a file that appears under its name only when it is complete."""
-    if target.exists():
-        raise UsageError("the file exists already", where=str(target), fix="name another file with --output")
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    with storage_errors(target):
-        try:
-            with partial.open("xb") as file:
-                yield file
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)

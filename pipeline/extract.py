@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 from pipeline.config.extract import ExtractConfig
-from pipeline.planning import BACKEND, PlannedExtraction, build_plan, bytes_per_row, rate_key
+from pipeline.planning import PlannedExtraction, build_plan, bytes_per_row, rate_key
 from pipeline.rates import write_rate
+from pipeline.reading import BACKEND
 from stages.corpus.tokenize import Sequence, render
 from stages.targets import KINDS, TargetRows, assemble
 from stages.targets.positions import document_order, wanted_mask, wanted_positions
@@ -31,12 +32,12 @@ from stages.teacher import BACKENDS, Teacher
 from stages.teacher.batching import pad
 from storage.claims import Claims
 from storage.commit import StoreWriter
-from storage.errors import CorruptionError, OutOfSpaceError
+from storage.errors import OutOfSpaceError
 from storage.faults import fault_point
 from storage.plan import ShardSpec, Split, TargetSpec
 from storage.records import PLAN
 from storage.rows import SequenceBatch
-from storage.verify import verify
+from storage.verify import require_whole
 
 CONTEXT_TOKENS = 48  # of the first event: what the teacher read before it names its candidates
 CANDIDATES = 5
@@ -169,7 +170,9 @@ def extract(config: ExtractConfig, *, limit: int | None = None) -> Iterator[Even
         with closing(Claims(config.store).turns(todo, writer.is_committed)) as turns:
             yield from extract_shards(planned, teacher, writer, islice(turns, limit), meter)
     digest = writer.seal()
-    check_whole(config.store)
+    store = config.store
+    advice = f"pipeline verify {store} lists them, pipeline repair {store} sets damaged shards aside"
+    require_whole(store, advice=advice)
     yield ExtractSummary(
         store=config.store,
         digest=digest,
@@ -219,27 +222,12 @@ def from_own_place(shards: list[ShardSpec]) -> list[ShardSpec]:
     return shards[first:] + shards[:first]
 
 
-def check_whole(store: Path) -> None:
-    """Check that everything committed is where it should be, by name and size.
-
-    Raises:
-        CorruptionError: something is missing or has another size.
-    """
-    problems = verify(store, quick=True).problems
-    if problems:
-        raise CorruptionError(
-            f"the store is damaged: {problems[0].name}: {problems[0].message}",
-            where=f"{store}, {len(problems)} problems in all",
-            fix=f"pipeline verify {store} lists them, pipeline repair {store} sets damaged shards aside",
-        )
-
-
 def load_teacher(planned: PlannedExtraction) -> Teacher:
     """Load the weights that the plan names. Errors: see the backend."""
     found = planned.survey
     return BACKENDS[BACKEND](
-        found.model,
-        vocab_size=found.vocab_size,
+        found.reading.model,
+        vocab_size=found.reading.vocab_size,
         device=found.device,
         dtype=found.dtype,
         attention=str(planned.plan.teacher["attention"]),
@@ -259,8 +247,8 @@ def extract_shard(
     Returns None, and stops, once another process has done the shard.
     """
     found, plan = planned.survey, planned.plan
-    documents = found.corpus.documents(plan.documents_of(shard))
-    sequences = list(render(documents, found.tokenizer, found.rendering))
+    documents = found.reading.corpus.documents(plan.documents_of(shard))
+    sequences = list(render(documents, found.reading.tokenizer, found.reading.rendering))
     computed: list[int] = []
     blocks = [TargetRows.empty(plan.target)]
     for batch in planned.batching.batches(sequences):
@@ -298,7 +286,10 @@ def first_row(
     found = planned.survey
     numbers = (number for shard in shards for number in planned.plan.documents_of(shard))
     # One document at a time, so that long ones do not delay it.
-    sequences = (render(found.corpus.documents([number]), found.tokenizer, found.rendering) for number in numbers)
+    sequences = (
+        render(found.reading.corpus.documents([number]), found.reading.tokenizer, found.reading.rendering)
+        for number in numbers
+    )
     sequence = next(chain.from_iterable(sequences), None)
     if sequence is None:
         return
@@ -306,7 +297,7 @@ def first_row(
     ids_1T = torch.from_numpy(sequence.tokens[:length].astype(np.int64))[None].to(teacher.device)
     prob_V = torch.softmax(teacher.logits(teacher.hidden(ids_1T)[0, -1:])[0], dim=-1)
     top = prob_V.topk(min(CANDIDATES, len(prob_V)))
-    decode = found.tokenizer.decode
+    decode = found.reading.tokenizer.decode
     yield FirstRow(
         context=str(decode(sequence.tokens[:length].tolist(), skip_special_tokens=True)),
         following=str(decode([int(sequence.tokens[length])])),

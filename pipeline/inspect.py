@@ -17,6 +17,7 @@ from storage.errors import UsageError
 from storage.plan import Split
 from storage.reader import StoreReader
 from storage.rows import SequenceBatch
+from storage.segments import sigmoid
 
 CONTEXT = 12  # tokens shown before a position
 TOKENIZER_FILE = "tokenizer.json"
@@ -208,4 +209,4 @@ def _head_mass(batch: SequenceBatch) -> np.ndarray[tuple[int], np.dtype[np.float
     """1 - r for r = sigmoid(tail_logit), without cancellation; None without rows or without any head."""
     if len(batch.head_ids) == 0:
         return None
-    return np.exp(-np.logaddexp(0.0, batch.tail_logit.astype(np.float64)))
+    return sigmoid(-batch.tail_logit)

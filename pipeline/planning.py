@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.config.extract import ExtractConfig
 from pipeline.rates import RateKey, read_rate
+from pipeline.reading import BACKEND
 from pipeline.survey import Survey, survey
 from stages.corpus.files import file_sha256
 from stages.corpus.tokenizer import tokenizer_files, tokenizer_identity
@@ -26,7 +27,6 @@ from storage.codecs import default_codecs
 from storage.plan import HeldoutRule, Json, Plan, TargetSpec
 from storage.remap import build_remap, remap_sha256
 
-BACKEND = "hf"
 ROWS_PER_SHARD = 32_000
 LIBRARIES = ("topk-distill", "torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy", "zarr", "pcodec")
 
@@ -96,7 +96,11 @@ def build_plan(config: ExtractConfig) -> PlannedExtraction:
     """
     found = survey(config, weights=True)
     teacher = teacher_identity(
-        found.model, found.model_config, backend=BACKEND, dtype=found.dtype, attention=config.teacher.attention
+        found.reading.model,
+        found.reading.model_config,
+        backend=BACKEND,
+        dtype=found.dtype,
+        attention=config.teacher.attention,
     )
     return _planned(config, found, teacher)
 
@@ -130,7 +134,7 @@ def estimate(config: ExtractConfig, *, tokens_per_second: float | None = None) -
         tokens_per_second=rate,
         rate_source=None if rate is None else source,
         seconds=None if rate is None else tokens / rate,
-        teacher=found.model.name,
+        teacher=found.reading.model.name,
         device=str(found.device),
         dtype=dtype_name(found.dtype),
     )
@@ -148,28 +152,28 @@ def bytes_per_row(target: TargetSpec) -> float:
 def rate_key(found: Survey) -> RateKey:
     """Name what a measured rate belongs to: architecture, dtype, device, threads, window."""
     return RateKey(
-        model_config=file_sha256(found.model.directory / "config.json"),
+        model_config=file_sha256(found.reading.model.directory / "config.json"),
         dtype=dtype_name(found.dtype),
         device=_device_name(found.device),
         threads=torch.get_num_threads(),
-        window=found.rendering.window,
+        window=found.reading.rendering.window,
     )
 
 
 def _planned(config: ExtractConfig, found: Survey, teacher: dict[str, Json]) -> PlannedExtraction:
-    files = tokenizer_files(found.model.directory)
+    files = tokenizer_files(found.reading.model.directory)
     batching = resolve_batching(
-        _number(config.batch_size), _number(config.chunk_size), vocab_size=found.vocab_size, device=found.device
+        _number(config.batch_size), _number(config.chunk_size), vocab_size=found.reading.vocab_size, device=found.device
     )
     target = config.target.spec()
     remap = build_remap(found.sample.counts)
     plan = Plan(
         teacher=teacher,
-        tokenizer=tokenizer_identity(found.tokenizer, files, found.vocab_size),
-        vocab_size=found.vocab_size,
-        corpus=tuple(source.identity for source in found.corpus.sources),
-        documents=len(found.corpus),
-        rendering=found.rendering.to_plan(),
+        tokenizer=tokenizer_identity(found.reading.tokenizer, files, found.reading.vocab_size),
+        vocab_size=found.reading.vocab_size,
+        corpus=tuple(source.identity for source in found.reading.corpus.sources),
+        documents=len(found.reading.corpus),
+        rendering=found.reading.rendering.to_plan(),
         target=target,
         heldout=HeldoutRule(fraction=config.heldout.fraction, seed=config.heldout.seed),
         documents_per_shard=_documents_per_shard(config, found),
@@ -196,8 +200,8 @@ def _number(value: int | str) -> int | None:
 
 def _recorded(found: Survey) -> dict[str, Json]:
     return {
-        "teacher": found.model.recorded(),
-        "corpus": [dict(source.recorded) for source in found.corpus.sources],
+        "teacher": found.reading.model.recorded(),
+        "corpus": [dict(source.recorded) for source in found.reading.corpus.sources],
         "device": _device_name(found.device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -17,6 +17,8 @@ from stages.corpus.tokenizer import load_tokenizer, real_tokens
 from stages.teacher import ModelDirectory, find_model, load_config
 from storage.errors import UsageError
 
+BACKEND = "hf"  # of stages.teacher.BACKENDS: the one that both phases use
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.extract import ExtractConfig
-from pipeline.reading import open_reading
+from pipeline.reading import Reading, open_reading
 from stages.corpus import Corpus
 from stages.corpus.tokenize import Rendering, render
 from stages.devices import resolve_device, resolve_dtype
-from stages.teacher import ModelDirectory
 from storage.errors import UsageError
 
 SAMPLE_TOKENS = 200_000
@@ -46,24 +45,19 @@ class Sample:
 class Survey:
     """Everything about an extraction that can be known without hashing or loading weights."""
 
-    corpus: Corpus
-    model: ModelDirectory
-    model_config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    vocab_size: int
-    rendering: Rendering
+    reading: Reading
     sample: Sample
     device: torch.device
     dtype: torch.dtype
 
     def scaled(self, sampled: int) -> int:
         """Extrapolate a count over the sample to the whole corpus."""
-        return round(sampled * len(self.corpus) / self.sample.documents)
+        return round(sampled * len(self.reading.corpus) / self.sample.documents)
 
     @property
     def is_exact(self) -> bool:
         """Whether the sample is the whole corpus."""
-        return self.sample.documents == len(self.corpus)
+        return self.sample.documents == len(self.reading.corpus)
 
 
 def survey(config: ExtractConfig, *, weights: bool = False) -> Survey:
@@ -86,7 +80,7 @@ def survey(config: ExtractConfig, *, weights: bool = False) -> Survey:
         )
     device = resolve_device(config.device)
     return Survey(
-        **vars(reading),
+        reading=reading,
         sample=take_sample(reading.corpus, reading.tokenizer, reading.rendering),
         device=device,
         dtype=resolve_dtype(config.teacher.dtype, device),

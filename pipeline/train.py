@@ -174,9 +174,9 @@ def _train(
         for step in ready:
             number = progress.step + 1
             lr = config.optimizer.lr * schedule.factor(progress.step)
-            ratio = kd_ratio.ratio(progress.step)
+            learner = replace(learner, kd_ratio=kd_ratio.ratio(progress.step))
             losses, grad_norm = optimizer_step(
-                replace(learner, kd_ratio=ratio), optimizer, step, lr=lr, clip_norm=config.clip_norm, number=number
+                learner, optimizer, step, lr=lr, clip_norm=config.clip_norm, number=number
             )
             seconds = time.perf_counter() - began
             progress = Progress(
@@ -189,7 +189,7 @@ def _train(
                 **vars(losses),
                 step=number,
                 steps=schedule.steps,
-                kd_ratio=ratio,
+                kd_ratio=learner.kd_ratio,
                 lr=lr,
                 grad_norm=grad_norm,
                 tokens=step.tokens,
@@ -203,7 +203,7 @@ def _train(
 
             last = number == schedule.steps
             if heldout and (last or number % config.validation.every == 0):
-                validated = _validate(learner, heldout, number)
+                validated = _validate(replace(learner, kd_ratio=config.kd_ratio), heldout, number)
                 metrics.write(_metrics_line("validation", validated))
                 yield validated
             if last or number % config.checkpoint.every == 0:

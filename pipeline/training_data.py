@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.config.extract import HeldoutConfig, RenderingConfig
 from pipeline.config.train import TrainConfig
-from pipeline.reading import Reading, open_reading
+from pipeline.reading import BACKEND, Reading, open_reading
 from stages.batches.steps import Source
 from stages.corpus.files import FileState
 from stages.corpus.tokenize import render
@@ -25,7 +25,6 @@ from storage.errors import UsageError
 from storage.plan import HeldoutRule, Json, canonical_json
 from storage.reader import StoreReader
 
-BACKEND = "hf"
 TEACHER_KEY = "teacher_model"
 
 

@@ -17,12 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from storage.errors import UsageError
-from storage.files import storage_errors
+from storage.files import whole_file
 from storage.plan import COLUMN_AXES
 from storage.reader import StoreReader
 from storage.rows import SequenceBatch
-from storage.segments import row_starts
+from storage.segments import row_starts, sigmoid
 
 SEQUENCES_PER_BATCH = 64
 
@@ -168,35 +167,26 @@ def to_parquet(rows: StoreReader | pa.RecordBatchReader, path: str | os.PathLike
         UsageError: the file exists.
         OutOfSpaceError, StorageUnavailableError: it cannot be written; no partial file stays behind.
     """
-    target = Path(path)
-    if target.exists():
-        raise UsageError("the file exists already", where=str(target), fix="name another file")
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    try:
-        options = {"compression": "zstd", "use_dictionary": _DICTIONARY, "column_encoding": _SPLIT}
-        batches = record_batches(rows) if isinstance(rows, StoreReader) else rows
-        with storage_errors(target), pq.ParquetWriter(partial, batches.schema, **options) as writer:
-            written = 0
-            for batch in batches:
-                writer.write_batch(batch)
-                written += int(batch.num_rows)
-        with storage_errors(target):
-            os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    options = {"compression": "zstd", "use_dictionary": _DICTIONARY, "column_encoding": _SPLIT}
+    batches = record_batches(rows) if isinstance(rows, StoreReader) else rows
+    with whole_file(Path(path)) as file, pq.ParquetWriter(file, batches.schema, **options) as writer:
+        written = 0
+        for batch in batches:
+            writer.write_batch(batch)
+            written += int(batch.num_rows)
     return written
 
 
 def row_keys(batch: SequenceBatch, number_S: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     """Return document, sequence and position of each row, [R] each: the columns that name it."""
     token_R = np.flatnonzero(batch.has_row)
-    sequence_R = np.repeat(np.arange(len(batch)), np.diff(batch.row_offset))
+    sequence_R = batch.sequence_of_row
     return [batch.document[sequence_R], number_S[sequence_R], token_R - batch.token_offset[sequence_R]]
 
 
 def _record_batch(batch: SequenceBatch, number_S: NDArray[np.int64]) -> pa.RecordBatch:
     token_R = np.flatnonzero(batch.has_row)
-    sequence_R = np.repeat(np.arange(len(batch)), np.diff(batch.row_offset))
+    sequence_R = batch.sequence_of_row
     row_columns, sequence_columns = batch.row_columns or {}, batch.sequence_columns or {}
     document_R, number_R, position_R = row_keys(batch, number_S)
     columns = [
@@ -209,7 +199,7 @@ def _record_batch(batch: SequenceBatch, number_S: NDArray[np.int64]) -> pa.Recor
         _lists(batch.logprob, batch.head_size),
         batch.head_size,
         _lists(batch.count, batch.tail_size),
-        _sigmoid(batch.tail_logit),
+        sigmoid(batch.tail_logit).astype(np.float32),
         batch.entropy,
         batch.next_logprob,
         *_by_temperature(batch),
@@ -239,11 +229,10 @@ def _by_temperature(batch: SequenceBatch) -> list[pa.ListArray]:
     else:
         tail_logit, entropy = batch.tail_logit_T, batch.entropy_T
     size_R = np.full(batch.rows, len(at), np.int32)
-    return [_lists(values.reshape(-1), size_R) for values in (np.tile(at, batch.rows), _sigmoid(tail_logit), entropy)]
-
-
-def _sigmoid(logit: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.exp(-np.logaddexp(0.0, -logit.astype(np.float64))).astype(np.float32)
+    return [
+        _lists(values.reshape(-1), size_R)
+        for values in (np.tile(at, batch.rows), sigmoid(tail_logit).astype(np.float32), entropy)
+    ]
 
 
 def _lists(values: NDArray[np.generic], size_R: NDArray[np.int32]) -> pa.ListArray:

@@ -22,13 +22,11 @@ from storage.codecs import logprob_codec
 from storage.columns import ColumnFile
 from storage.commit import StoreWriter
 from storage.errors import UsageError
-from storage.plan import COLUMN_AXES, Json, Plan, ShardSpec, Split
+from storage.plan import COLUMN_AXES, SPLITS, Json, Plan, ShardSpec
 from storage.reader import StoreReader
 from storage.requantise import settle
 from storage.rows import SequenceBatch
 from storage.smaller_head import smaller_head
-
-SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.plan import Split, difference
+from storage.plan import SPLITS, Split, difference
 from storage.reader import StoreReader
 from storage.rows import SequenceBatch
 
@@ -116,8 +116,7 @@ def diff(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> Diffe
 
 
 def _open(path: str | os.PathLike[str]) -> dict[Split, StoreReader]:
-    splits: tuple[Split, ...] = ("train", "heldout")
-    return {split: StoreReader(path, split=split, allow_partial=True) for split in splits}
+    return {split: StoreReader(path, split=split, allow_partial=True) for split in SPLITS}
 
 
 def _compare_split(a: StoreReader, b: StoreReader) -> SplitDifference:
@@ -155,7 +154,7 @@ def _compare_block(a: SequenceBatch, b: SequenceBatch, shard_S: NDArray[np.int64
     same_S = np.array([_same_tokens(a, b, number) for number in range(len(a))], dtype=bool)
     temperatures = a.temperatures if a.temperatures == b.temperatures else ()
     rows_a, rows_b = (_Rows(batch, np.repeat(same_S, np.diff(batch.row_offset)), temperatures) for batch in (a, b))
-    sequence_R = np.repeat(np.arange(len(a)), np.diff(a.row_offset))[rows_a.chosen]
+    sequence_R = a.sequence_of_row[rows_a.chosen]
     other_head = _entries_differ(rows_a.head_ids, rows_a.head_size, rows_b.head_ids, rows_b.head_size)
     other_samples = _entries_differ(rows_a.samples, rows_a.tail_size, rows_b.samples, rows_b.tail_size)
     other_values = _entries_differ(rows_a.logprob, rows_a.head_size, rows_b.logprob, rows_b.head_size)

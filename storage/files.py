@@ -17,8 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from storage.errors import DistillError, OutOfSpaceError, StorageUnavailableError
+from storage.errors import DistillError, OutOfSpaceError, StorageUnavailableError, UsageError
 from storage.faults import fault_point
 
 TEMPORARY = "tmp"
@@ -65,6 +66,26 @@ def _translated(error: OSError, path: Path | str) -> DistillError:
     }
     fix = fixes.get(error.errno or 0, "check the path and the file system, then run the same command again")
     return StorageUnavailableError(f"storage refuses: {reason}", where=str(path), fix=fix)
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[BinaryIO]:
+    """Open a file, outside of any store, that appears under its name only when it is complete.
+
+    Raises:
+        UsageError: the file exists.
+        OutOfSpaceError, StorageUnavailableError: it cannot be written; no partial file stays behind.
+    """
+    if target.exists():
+        raise UsageError("the file exists already", where=str(target), fix="name another file")
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    with storage_errors(target):
+        try:
+            with partial.open("xb") as file:
+                yield file
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)

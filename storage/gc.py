@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from storage.claims import Claims
-from storage.errors import CorruptionError, UsageError
+from storage.errors import UsageError
 from storage.files import QUARANTINE, TEMPORARY, LocalFiles
 from storage.manifest import Manifest
 from storage.records import SHARDS, CommitRecord, record_name
-from storage.verify import verify
+from storage.verify import require_whole
 
 _SHARD_DIRECTORY = re.compile(r"\d{6,}-[0-9a-f]{16}")
 
@@ -55,7 +55,8 @@ def collect_garbage(path: str | os.PathLike[str], *, apply: bool) -> list[Garbag
         StorageUnavailableError: the file system refuses.
     """
     files = LocalFiles(Path(path))
-    _refuse_damage(files.root)
+    advice = f"run `pipeline repair {files.root}` first: with damage it is not known what may be removed"
+    require_whole(files.root, advice=advice)
     if not apply:
         return _find(files)
     _refuse_workers(files.root)
@@ -97,16 +98,6 @@ def _garbage(files: LocalFiles, directory: str, names: Iterable[str], reason: st
     for name, size in (files.tree(directory) or {}).items():
         sizes[name.split("/")[0]] += max(size, 0)
     return [Garbage(name=f"{directory}/{name}", reason=reason, bytes=sizes[name]) for name in sorted(names)]
-
-
-def _refuse_damage(root: Path) -> None:
-    problems = verify(root, quick=True).problems
-    if problems:
-        raise CorruptionError(
-            f"the store is damaged: {problems[0].name}: {problems[0].message}",
-            where=f"{root}, {len(problems)} problems in all",
-            fix=f"run `pipeline repair {root}` first: with damage it is not known what may be removed",
-        )
 
 
 def _refuse_workers(root: Path) -> None:

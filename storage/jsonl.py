@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from storage.plan import Json
 from storage.rows import SequenceBatch
-from storage.segments import row_starts
+from storage.segments import row_starts, sigmoid
 
 DECIMALS = 4  # of numbers: finer than what quantised log-probabilities and half-precision logsumexp carry
 
@@ -39,7 +39,7 @@ def sequence_lines(batch: SequenceBatch, *, numbers: Sequence[int], padding: int
     head, tail = row_starts(batch.head_size), row_starts(batch.tail_size)
     logit = _rounded(batch.logprob + np.repeat(batch.logsumexp, batch.head_size))
     logsumexp = _rounded(batch.logsumexp)
-    tail_mass = _rounded(np.exp(-np.logaddexp(0.0, -batch.tail_logit.astype(np.float64))))
+    tail_mass = _rounded(sigmoid(batch.tail_logit))
     for sequence, number in enumerate(numbers):
         start, end = batch.token_offset[sequence : sequence + 2]
         first = int(batch.row_offset[sequence])

@@ -20,6 +20,7 @@ from storage.errors import UsageError
 
 Json = Any  # a JSON value: dict, list, str, int, float, bool or None
 Split = Literal["train", "heldout"]
+SPLITS: tuple[Split, ...] = ("train", "heldout")
 FORMAT_VERSION = 1
 COLUMN_AXES = ("row", "sequence")
 COLUMN_DTYPES = ("uint8", "uint16", "uint32", "uint64", "float16", "float32")

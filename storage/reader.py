@@ -26,7 +26,7 @@ from storage.files import LocalFiles, sha256
 from storage.manifest import Manifest, tokenizer_hashes
 from storage.open_shard import CommittedObjects, DamageError, OpenShard, chunk_cache, no_stamps
 from storage.parallel import Each, default_threads, in_threads
-from storage.plan import Plan, Split
+from storage.plan import SPLITS, Plan, Split
 from storage.records import CommitRecord, Seal, SealedShard, record_name
 from storage.rows import SequenceBatch
 
@@ -68,7 +68,7 @@ class StoreReader:
         cache_bytes: int = CACHE_BYTES,
         threads: int | None = None,
     ) -> None:
-        if split not in ("train", "heldout"):
+        if split not in SPLITS:
             raise UsageError(f"split {split!r} is neither 'train' nor 'heldout'")
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads}; a reader needs at least 1")

@@ -81,3 +81,8 @@ class SequenceBatch:
     def rows(self) -> int:
         """Number of target rows."""
         return len(self.head_size)
+
+    @property
+    def sequence_of_row(self) -> NDArray[np.int64]:
+        """Number of the sequence that each row belongs to, int64 [R]."""
+        return np.repeat(np.arange(len(self)), np.diff(self.row_offset))

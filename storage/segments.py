@@ -1,4 +1,4 @@
-"""Differences and running sums within the rows of a flat array: what delta coding needs.
+"""Arithmetic on rows that lie in flat arrays: sizes, draws, differences and running sums within rows.
 
 Axis legend: R rows, N entries of all rows concatenated; `size_R` holds the entries of each row.
 """
@@ -17,6 +17,21 @@ def row_starts(size_R: NDArray[np.int32]) -> NDArray[np.int64]:
     offset = np.zeros(len(size_R) + 1, dtype=np.int64)
     np.cumsum(size_R, out=offset[1:])
     return offset
+
+
+def merge_draws(
+    drawn_RM: NDArray[np.uint32], *, empty_R: NDArray[np.bool_]
+) -> tuple[NDArray[np.uint32], NDArray[np.uint16], NDArray[np.int32]]:
+    """Return distinct ids uint32 [N], how often each was drawn uint16 [N], and how many there are per row int32 [R].
+
+    Ids rise within a row of `drawn_RM`; rows marked empty get none.
+    """
+    first_RM = np.ones(drawn_RM.shape, dtype=np.bool_)
+    first_RM[:, 1:] = drawn_RM[:, 1:] != drawn_RM[:, :-1]
+    # A run of equal ids ends where the next one begins, if not in its row then in the next.
+    count_N = np.diff(np.flatnonzero(first_RM), append=first_RM.size)
+    filled_RM = first_RM & ~empty_R[:, None]
+    return drawn_RM[filled_RM], count_N[filled_RM[first_RM]].astype(np.uint16), filled_RM.sum(axis=1, dtype=np.int32)
 
 
 def diff_rows(values_N: NDArray[Any], size_R: NDArray[np.int32]) -> NDArray[Any]:
@@ -60,3 +75,9 @@ def sum_ranks(deltas_KR: NDArray[Any]) -> NDArray[Any]:
     if np.any(sums_KR[1:] < sums_KR[:-1]):
         raise ValueError(f"the codes of a row sum beyond {np.iinfo(sums_KR.dtype).max}")
     return sums_KR
+
+
+def sigmoid(logit: NDArray[Any]) -> NDArray[np.float64]:
+    """Return exp(x) / (1 + exp(x)), exact to the last digits on both sides: of `tail_logit` it is the tail's mass."""
+    mass: NDArray[np.float64] = np.exp(-np.logaddexp(0.0, -logit.astype(np.float64)))
+    return mass

@@ -19,7 +19,7 @@ from storage.faults import fault_point
 from storage.plan import FORMAT_VERSION, Json, Plan, ShardSpec, canonical_json
 from storage.records import Counts
 from storage.rows import SequenceBatch
-from storage.segments import diff_rows
+from storage.segments import diff_rows, sigmoid
 
 GROUP = "zarr.json"
 
@@ -71,7 +71,7 @@ def group_metadata(plan: Plan, spec: ShardSpec) -> dict[str, Json]:
 def counts_of(plan: Plan, batch: SequenceBatch) -> Counts:
     """Return the counts that go into the commit record."""
     tail_logit = logprob_codec(plan.codecs["logprob"]).round_numbers(batch.tail_logit)  # so that a reader can check it
-    head_mass = np.exp(-np.logaddexp(0.0, tail_logit.astype(np.float64)))
+    head_mass = sigmoid(np.negative(tail_logit, dtype=np.float64))
     return Counts(
         sequences=len(batch),
         tokens=len(batch.tokens),

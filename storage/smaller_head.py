@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from storage.permutation import mix64
 from storage.plan import TargetSpec
 from storage.rows import SequenceBatch
-from storage.segments import row_starts
+from storage.segments import merge_draws, row_starts, sigmoid
 
 _ROWS_AT_ONCE = 1 << 22  # divided by entries x draws, so that memory stays bounded
 
@@ -69,7 +69,7 @@ def _tail(
 
     Sums of what is inside and of what is outside, never 1 minus something: no digit of a small mass is lost.
     """
-    old_R = np.exp(-np.logaddexp(0.0, -tail_logit_R.astype(np.float64)))
+    old_R = sigmoid(tail_logit_R)
     left_R = np.exp(logprob_RK[:, k:]).sum(axis=1)
     inside_R = np.exp(logprob_RK[:, :k]).sum(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -124,7 +124,7 @@ def _key(seed: int, origin: str) -> np.uint64:
 def _row_keys(batch: SequenceBatch, key: np.uint64) -> NDArray[np.uint64]:
     """Return a random number per row that depends on key, document and position alone."""
     token_R = np.flatnonzero(batch.has_row)
-    sequence_R = np.repeat(np.arange(len(batch)), np.diff(batch.row_offset))
+    sequence_R = batch.sequence_of_row
     position_R = batch.window_start[sequence_R] + token_R - batch.token_offset[sequence_R]
     document_key = mix64(batch.document[sequence_R].astype(np.uint64) ^ key)
     return mix64(document_key ^ position_R.astype(np.uint64))
@@ -150,16 +150,12 @@ def _draws(
 
 def _counted(batch: SequenceBatch, ids_RM: NDArray[np.int64]) -> SequenceBatch:
     """Return the batch with these draws as its samples: distinct ids of each row with counts. No tail, no samples."""
-    has_tail_R = batch.tail_logit > -np.inf
-    ids_RM = np.sort(ids_RM[has_tail_R], axis=1)
-    first_RM = np.ones(ids_RM.shape, dtype=bool)
-    first_RM[:, 1:] = ids_RM[:, 1:] != ids_RM[:, :-1]
-    size_R = np.zeros(batch.rows, np.int32)
-    size_R[has_tail_R] = first_RM.sum(axis=1)
+    drawn_RM = np.sort(ids_RM, axis=1).astype(np.uint32)
+    ids, count, size_R = merge_draws(drawn_RM, empty_R=np.isneginf(batch.tail_logit))
     return replace(
         batch,
         tail_size=size_R,
         tail_offset=row_starts(size_R)[batch.row_offset],
-        tail_ids=ids_RM[first_RM].astype(np.uint32),
-        count=np.diff(np.flatnonzero(first_RM), append=ids_RM.size).astype(np.uint16),
+        tail_ids=ids,
+        count=count,
     )

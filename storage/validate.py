@@ -16,7 +16,7 @@ from storage.arrays import BY_TEMPERATURE
 from storage.errors import NumericsError
 from storage.plan import Plan, ShardSpec
 from storage.rows import SequenceBatch
-from storage.segments import row_starts
+from storage.segments import row_starts, sigmoid
 
 LARGEST_HALF = 65504.0
 ROUNDING = 1e-3  # nats by which a log-probability or entropy may pass its limit through rounding
@@ -180,7 +180,7 @@ def _check_mass(batch: SequenceBatch) -> None:
     """Head and tail mass add up to 1: readers scale the head by the tail's."""
     row_H = np.repeat(np.arange(batch.rows), batch.head_size)
     mass_R = np.bincount(row_H, weights=np.exp(batch.logprob.astype(np.float64)), minlength=batch.rows)
-    total_R = mass_R + np.exp(-np.logaddexp(0.0, -batch.tail_logit.astype(np.float64)))
+    total_R = mass_R + sigmoid(batch.tail_logit)
     _refuse(batch, np.abs(total_R - 1.0) > MASS_TOLERANCE, "head and tail mass do not add up to 1", NumericsError)
 
 

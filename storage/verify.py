@@ -74,6 +74,25 @@ class Report:
         self.problems.append(Problem(shard=shard, name=name, message=message))
 
 
+def require_whole(root: Path, *, advice: str) -> None:
+    """Check that everything committed is where it should be, by name and size.
+
+    Args:
+        root: the store's directory.
+        advice: the last line of the message: what to do.
+
+    Raises:
+        CorruptionError: something is missing or has another size.
+    """
+    problems = verify(root, quick=True).problems
+    if problems:
+        raise CorruptionError(
+            f"the store is damaged: {problems[0].name}: {problems[0].message}",
+            where=f"{root}, {len(problems)} problems in all",
+            fix=advice,
+        )
+
+
 def verify(path: str | os.PathLike[str], *, quick: bool = False) -> Report:
     """Check a store.
 

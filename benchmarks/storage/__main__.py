@@ -93,6 +93,15 @@ def report_reading(material: Material, folder: Path, rounds: speed.Rounds) -> di
     return found
 
 
+def report_looking(material: Material, folder: Path) -> dict[str, Any]:
+    """Rows for other tools: a Parquet export, and sequences as slices of a decoded shard."""
+    reader = speed.StoreReader(replicated(material.kinds[MAIN], folder / "looking", 1))
+    found = speed.looking(reader, folder / "export.parquet")
+    print(f"\nParquet export {found['export_rows_per_second']:,.0f} rows per second of processor time;", end=" ")
+    print(f"a sequence as a slice of a decoded shard {found['slice_microseconds']:.1f} microseconds")
+    return found
+
+
 def report_memory(material: Material, folder: Path) -> dict[str, Any]:
     kind, found = material.kinds[MAIN], {}
     least = max(1, round(MEMORY_ROWS / kind.rows))
@@ -125,7 +134,7 @@ def _number(value: float | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="the whole corpus (bytes per row are those of the issue)")
+    parser.add_argument("--full", action="store_true", help="the whole corpus: bytes per row then have a goal")
     parser.add_argument("--tokens", type=int, default=QUICK_TOKENS, help="about so many tokens of it")
     parser.add_argument("--rounds", type=int, default=5, help="of each comparison")
     parser.add_argument("--cpu-time", action="store_true", help="ratios of processor time, for a busy machine")
@@ -143,6 +152,7 @@ def main() -> None:
         found: dict[str, Any] = {"full": arguments.full, "rows": material.kinds[MAIN].rows}
         found["writing"] = report_writing(material)
         found |= report_reading(material, folder, rounds)
+        found["looking"] = report_looking(material, folder)
         found["memory"] = report_memory(material, folder)
         found["opening"] = report_opening(material, folder)
         found["kinds"] = report_sizes(material, folder)

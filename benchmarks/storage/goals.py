@@ -15,6 +15,7 @@ ENCODE_SHARE, ENCODE_ROWS = 0.02, 150_000.0
 OVER_ZARR, OVER_PARQUET = 3.0, 2.0
 PLAIN = "without dictionary"  # Parquet as no writer writes it by default: shown, but not a goal
 OPENING_SECONDS = 10.0
+EXPORT_ROWS, SLICE_MICROSECONDS = 300_000.0, 20.0
 MEMORY_GROWTH = 1.5
 
 Goal = tuple[str, float, float, bool]  # what, measured, goal, met
@@ -37,12 +38,14 @@ def _at_most(found: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
         yield f"{name}: bytes per row", kinds[name]["all_in"], limit
     yield "encode, share of the teacher's time", found["writing"]["encode_share_of_teacher"], ENCODE_SHARE
     yield "opening 100,000 shards, seconds", found["opening"]["seconds"], OPENING_SECONDS
+    yield "a sequence as a slice, microseconds", found["looking"]["slice_microseconds"], SLICE_MICROSECONDS
     for order in ("sequential", "random"):
         yield f"memory of a {order} pass, 16x over 1x", memory[f"{order} 16x"] / memory[f"{order} 1x"], MEMORY_GROWTH
 
 
 def _at_least(found: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
     yield "encode, rows per second and core", found["writing"]["encode_rows_per_second"], ENCODE_ROWS
+    yield "Parquet export, rows per second", found["looking"]["export_rows_per_second"], EXPORT_ROWS
     for order in ("sequential", "random"):
         ratio = found[order]["ratio"]
         for name in sorted(name for name in ratio if not name.startswith("ours") and not name.endswith(PLAIN)):

@@ -17,6 +17,7 @@ from stages.corpus.tokenize import Sequence
 from stages.targets.rows import TargetRows
 from storage.plan import TargetSpec
 from storage.rows import SequenceBatch
+from storage.segments import merge_draws
 
 
 def assemble(sequences: Items[Sequence], rows: TargetRows, target: TargetSpec) -> SequenceBatch:
@@ -29,7 +30,7 @@ def assemble(sequences: Items[Sequence], rows: TargetRows, target: TargetSpec) -
     """
     rows_S = np.array([int(sequence.has_row.sum()) for sequence in sequences], dtype=np.int64)
     assert int(rows_S.sum()) == len(rows), "one row per wanted position"
-    tail_ids_C, count_C, tail_size_N = merge_draws(rows.drawn, empty_N=np.isneginf(rows.tail_logit))
+    tail_ids_C, count_C, tail_size_N = merge_draws(rows.drawn, empty_R=np.isneginf(rows.tail_logit))
     row_offset = _offsets(rows_S)
     head_NK = np.arange(rows.head_ids.shape[1]) < rows.head_size[:, None]
     return SequenceBatch(
@@ -57,26 +58,6 @@ def assemble(sequences: Items[Sequence], rows: TargetRows, target: TargetSpec) -
         tail_logit_T=rows.tail_logit_T if target.temperatures else None,
         entropy_T=rows.entropy_T if target.temperatures else None,
     )
-
-
-def merge_draws(
-    drawn_NM: NDArray[np.uint32], *, empty_N: NDArray[np.bool_]
-) -> tuple[NDArray[np.uint32], NDArray[np.uint16], NDArray[np.int32]]:
-    """Return distinct ids uint32 [C], how often each was drawn uint16 [C], and how many there are per row int32 [N].
-
-    Ids rise within a row of `drawn_NM`; rows marked empty get none.
-    """
-    rows, draws = drawn_NM.shape
-    first_NM = np.ones((rows, draws), dtype=np.bool_)
-    first_NM[:, 1:] = drawn_NM[:, 1:] != drawn_NM[:, :-1]
-    first_NM[empty_N] = False
-    # A run of equal ids ends where the next one of the row begins, or at the end of the row.
-    row_C, begin_C = np.nonzero(first_NM)
-    end_C = np.full(len(begin_C), draws, dtype=np.int64)
-    same_row_C = row_C[1:] == row_C[:-1]
-    end_C[:-1][same_row_C] = begin_C[1:][same_row_C]
-    count_C = (end_C - begin_C).astype(np.uint16)
-    return drawn_NM[first_NM], count_C, first_NM.sum(axis=1, dtype=np.int32)
 
 
 def _offsets(sizes: NDArray[np.integer[Any]]) -> NDArray[np.int64]:

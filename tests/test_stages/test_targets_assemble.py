@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from stages.corpus.tokenize import Sequence
 from stages.targets import TargetRows, assemble
-from stages.targets.assemble import merge_draws
 from stages.targets.positions import document_order, wanted_mask, wanted_positions
 from storage.plan import TargetSpec
+from storage.segments import merge_draws
 
 K, M = 3, 4
 TARGET = TargetSpec(kind="hybrid", k=K, draws=M)
@@ -57,7 +57,7 @@ def rows_for(sequences: list[Sequence]) -> TargetRows:
 def test_merge_draws_counts(rows: list[tuple[bool, list[int]]]) -> None:
     drawn = np.array([sorted(ids) for _, ids in rows], dtype=np.uint32).reshape(-1, M)
     empty = np.array([flag for flag, _ in rows], dtype=np.bool_)
-    ids, count, size = merge_draws(drawn, empty_N=empty)
+    ids, count, size = merge_draws(drawn, empty_R=empty)
     begin = 0
     for (flag, drawn_ids), length in zip(rows, size.tolist(), strict=True):
         found = dict(zip(ids[begin : begin + length].tolist(), count[begin : begin + length].tolist(), strict=True))
@@ -67,7 +67,7 @@ def test_merge_draws_counts(rows: list[tuple[bool, list[int]]]) -> None:
 
 
 def test_merge_draws_of_a_kind_without_any() -> None:
-    ids, count, size = merge_draws(np.zeros((3, 0), np.uint32), empty_N=np.zeros(3, np.bool_))
+    ids, count, size = merge_draws(np.zeros((3, 0), np.uint32), empty_R=np.zeros(3, np.bool_))
     assert (len(ids), len(count), size.tolist()) == (0, 0, [0, 0, 0])
 
 

@@ -71,4 +71,5 @@ def test_it_prints_numbers(bench, training, tmp_path):
     ):
         assert min(rates.values()) > 0
         assert ratios["ours, read"] == 1.0
+    assert min(speed.looking(reader, tmp_path / "export.parquet").values()) > 0
     assert memory.growth(training, "random", 1 << 20) >= 0
