@@ -341,7 +341,7 @@ def test_window_against_the_teachers_positions(
         changed = {**config, "teacher": {"path": str(directory)}, "rendering": {"window": window}}
         checked = ExtractConfig.model_validate(changed)
         if window == 100:
-            assert survey(checked).rendering.window == 100
+            assert survey(checked).reading.rendering.window == 100
         else:
             with pytest.raises(UsageError, match="window = 101 is more than the 100 positions") as caught:
                 survey(checked)
