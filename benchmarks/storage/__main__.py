@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 import tempfile
 import time
 import warnings
@@ -22,6 +21,7 @@ from benchmarks.storage import fidelity, formats, memory, speed
 from benchmarks.storage.goals import RESULTS, goals, save
 from benchmarks.storage.material import MAIN, Material, make, replicated
 from storage.commit import StoreWriter
+from storage.reader import StoreReader
 from storage.status import status
 
 QUICK_TOKENS = 15_000
@@ -72,7 +72,7 @@ def report_writing(material: Material) -> dict[str, Any]:
 def report_reading(material: Material, folder: Path, rounds: speed.Rounds) -> dict[str, Any]:
     kind = material.kinds[MAIN]
     store = replicated(kind, folder / "speed", max(1, round(SPEED_ROWS / kind.rows)))
-    reader = speed.StoreReader(store)
+    reader = StoreReader(store)
     table = formats.table(reader.read(range(len(reader))))
     files = {name: folder / f"speed {name}" for name in formats.PARQUET}
     for name, options in formats.PARQUET.items():
@@ -95,7 +95,7 @@ def report_reading(material: Material, folder: Path, rounds: speed.Rounds) -> di
 
 def report_looking(material: Material, folder: Path) -> dict[str, Any]:
     """Rows for other tools: a Parquet export, and sequences as slices of a decoded shard."""
-    reader = speed.StoreReader(replicated(material.kinds[MAIN], folder / "looking", 1))
+    reader = StoreReader(replicated(material.kinds[MAIN], folder / "looking", 1))
     found = speed.looking(reader, folder / "export.parquet")
     print(f"\nParquet export {found['export_rows_per_second']:,.0f} rows per second of processor time;", end=" ")
     print(f"a sequence as a slice of a decoded shard {found['slice_microseconds']:.1f} microseconds")
@@ -166,4 +166,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -131,7 +131,7 @@ def _first(targets: SparseTargets | None, k: int) -> SparseTargets:
 
 def _degrees(left: Tensor, right: Tensor) -> float:
     def dot(one: Tensor, other: Tensor) -> float:  # in float64, a part at a time: float32 would be off by a degree
-        parts = zip(one.split(1 << 20), other.split(1 << 20), strict=True)
+        parts = zip(torch.split(one, 1 << 20), torch.split(other, 1 << 20), strict=True)
         return sum(float(torch.dot(a.double(), b.double())) for a, b in parts)
 
     cosine = dot(left, right) / math.sqrt(dot(left, left) * dot(right, right))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,7 @@ from storage.segments import row_starts
 
 NEMO_KEYS = ("tokens", "labels", "loss_mask", "topk_logits", "topk_token_ids", "log_sum_exp_logits")
 # Options of the writer; a dictionary is its default.
-PARQUET = {
+PARQUET: dict[str, dict[str, Any]] = {
     "parquet snappy": {"compression": "snappy"},
     "parquet snappy, without dictionary": {"compression": "snappy", "use_dictionary": False},
     "parquet zstd": {"compression": "zstd"},

@@ -20,8 +20,8 @@ from stages.corpus.tokenize import Sequence as Tokens
 from stages.corpus.tokenize import render
 from stages.targets import KINDS, TargetRows, assemble
 from stages.targets.positions import document_order, wanted_mask, wanted_positions
-from stages.teacher import Teacher
 from stages.teacher.batching import pad
+from stages.teacher.hf import HFTeacher
 from stages.teacher.smollm2 import convert
 from storage.commit import StoreWriter
 from storage.plan import HeldoutRule
@@ -66,7 +66,7 @@ class Material:
     """
 
     kinds: dict[str, Kind]
-    teacher: Teacher
+    teacher: HFTeacher
     teacher_path: Path
     hidden_ND: Tensor
     teacher_seconds: float
@@ -81,9 +81,10 @@ def make(folder: Path, tokens: int | None) -> Material:
     kinds = {name: _plan(name, folder, corpus, path) for name in TARGETS}
     main = kinds[MAIN].planned
     teacher = load_teacher(main)
+    assert isinstance(teacher, HFTeacher)
     hidden, spent = [], {"teacher": 0.0, "encode": 0.0, "cpu": 0.0}
     for shard in main.plan.shards():
-        found = main.survey
+        found = main.survey.reading
         documents = found.corpus.documents(main.plan.documents_of(shard))
         sequences = list(render(documents, found.tokenizer, found.rendering))
         hidden.append(_extract(kinds, teacher, sequences, spent))
@@ -139,7 +140,9 @@ def _writer(kind: Kind) -> StoreWriter:
     return StoreWriter.create(kind.store, made.plan, remap=made.remap, tokenizer_files=made.tokenizer_files)
 
 
-def _extract(kinds: dict[str, Kind], teacher: Teacher, sequences: Sequence[Tokens], spent: dict[str, float]) -> Tensor:
+def _extract(
+    kinds: dict[str, Kind], teacher: HFTeacher, sequences: Sequence[Tokens], spent: dict[str, float]
+) -> Tensor:
     """Append a shard's batch to every kind; return the hidden states of its rows, document order."""
     batching = kinds[MAIN].planned.batching
     blocks = {name: [TargetRows.empty(kind.planned.plan.target)] for name, kind in kinds.items()}
