@@ -14,7 +14,7 @@ is mapped onto it: the operating system, memory, interruption, click. What fits 
 | 6 | out of space or memory |
 | 7 | numerics: NaN or infinity |
 | 70 | bug |
-| 75 | interrupted; the same command again goes on |
+| 75 | interrupted, or another process of the run is lost; the same command again goes on |
 | 130 | interrupted; nothing to go on from |
 """
 

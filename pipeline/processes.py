@@ -5,20 +5,20 @@ gloo on the CPU, nccl on CUDA. The latter has never been run.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from pipeline.config.train import TrainConfig
-from stages.devices import resolve_device
-from stages.parallel.processes import ALONE, Processes
-from storage.errors import UsageError
-
-_PEER_LOST = ("peer", "connection", "socket")  # how gloo words it, in lower case
+from stages.devices import dtype_name, resolve_device, resolve_dtype
+from stages.parallel.processes import ALONE, Processes, gather, is_peer_lost
+from storage.errors import PeerLostError, UsageError
 
 
 @contextmanager
@@ -26,10 +26,78 @@ def processes_of(config: TrainConfig) -> Iterator[Processes]:
     """Join the processes that torchrun started; one process is alone.
 
     Raises:
-        UsageError: there are more or fewer than `distributed` asks for, or the device cannot be shared.
-        KeyboardInterrupt: another process has ended, which tells why; this one cannot go on.
+        UsageError: they have different configurations, there are more or fewer than `distributed` asks for, or they
+            cannot share the device.
+        PeerLostError: another process has ended or cannot be reached; this one cannot go on.
     """
-    wanted, found = config.distributed.tp, int(os.environ.get("WORLD_SIZE", "1"))
+    found = int(os.environ.get("WORLD_SIZE", "1"))
+    if found == 1:
+        _require_number(config, found)
+        yield ALONE
+        return
+    mesh: DeviceMesh | None = None
+    try:
+        _join(found)
+        _require_same(
+            config.model_dump(mode="json"),
+            "the processes have different configurations",
+            fix="give all of them the same configuration and the same --set",
+        )
+        _require_number(config, found)
+        device = _own_device(config)
+        own = {"device": device.type, "dtype": dtype_name(resolve_dtype(config.dtype, device))}
+        _require_same(own, "auto is not the same everywhere", fix="set a device and a dtype that all processes have")
+        mesh = init_device_mesh(device.type, (found,), mesh_dim_names=("tp",))
+        yield Processes(mesh=mesh)
+    except RuntimeError as error:
+        if is_peer_lost(error):
+            raise _peer_lost(error) from error
+        raise
+    finally:
+        _leave(mesh)
+
+
+def _join(found: int) -> None:
+    """Join the group. It speaks over gloo before any device is chosen, so that even that may differ."""
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    except ValueError as error:
+        raise UsageError(
+            f"WORLD_SIZE is {found}, but this process cannot join the others: {error}",
+            where="environment",
+            fix="start the processes with torchrun, or unset WORLD_SIZE to run one process",
+        ) from error
+
+
+def _leave(mesh: DeviceMesh | None) -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    # torch keeps the mesh in caches, and with it the group, whose threads would run into the end of the interpreter
+    # and abort it now and then (seen on a busy machine). Without the last reference they are joined here.
+    getattr(mesh, "_pg_registry", {}).clear()
+
+
+def _require_same(own: Mapping[str, Any], what: str, *, fix: str) -> None:
+    """Raise UsageError, in every process, that names each field in which they differ."""
+    everyones = gather(dict(own))
+    differing: dict[str, str] = {}
+    for key in own:
+        ranks: dict[str, list[str]] = {}
+        for rank, values in enumerate(everyones):
+            ranks.setdefault(json.dumps(values[key]), []).append(str(rank))
+        if len(ranks) > 1:
+            differing[key] = ", ".join(f"{value} on rank {' and '.join(held)}" for value, held in ranks.items())
+    if differing:
+        raise UsageError(
+            f"{what}: {'; '.join(f'{key} is {found}' for key, found in differing.items())}",
+            where=", ".join(differing),
+            fix=fix,
+        )
+
+
+def _require_number(config: TrainConfig, found: int) -> None:
+    """Raise UsageError if `distributed` asks for another number of processes."""
+    wanted = config.distributed.tp
     if found != wanted:
         raise UsageError(
             f"distributed.tp is {wanted}, but there {'is 1 process' if found == 1 else f'are {found} processes'}",
@@ -38,23 +106,14 @@ def processes_of(config: TrainConfig) -> Iterator[Processes]:
             if wanted > 1
             else f"set distributed: {{tp: {found}}}, or run pipeline train CONFIG without torchrun",
         )
-    if wanted == 1:
-        yield ALONE
-        return
-    device = _own_device(config)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    mesh = init_device_mesh(device.type, (wanted,), mesh_dim_names=("tp",))
-    try:
-        yield Processes(mesh=mesh)
-    except RuntimeError as error:
-        if isinstance(error, dist.DistError) or any(word in str(error).lower() for word in _PEER_LOST):
-            raise KeyboardInterrupt("another process of this run has ended") from error
-        raise
-    finally:
-        dist.destroy_process_group()
-        # torch keeps the mesh in caches, and with it the group, whose threads would run into the end of the interpreter
-        # and abort it now and then (seen on a busy machine). Without the last reference they are joined here.
-        getattr(mesh, "_pg_registry", {}).clear()
+
+
+def _peer_lost(error: RuntimeError) -> PeerLostError:
+    reason = str(error).split("] ", 1)[-1].split(". ", 1)[0]  # without gloo's source file and its advice
+    return PeerLostError(
+        f"another process of this run has ended or cannot be reached: {reason}",
+        fix="look for the error of that process; the same command goes on from the newest checkpoint",
+    )
 
 
 def _own_device(config: TrainConfig) -> torch.device:

@@ -193,8 +193,13 @@ def extract_summary(event: pipeline.extract.ExtractSummary) -> str:
 def tell_train(event: pipeline.train.Event, place: Display) -> None:
     """Tell one event of phase 2."""
     import pipeline.train as phase
+    from stages.online.corpus import Tokenized
 
-    if isinstance(event, phase.Started):
+    if isinstance(event, Tokenized):
+        rate = f"{event.tokens / max(event.seconds, 1e-9):,.0f} tokens/s  {duration_text(event.seconds_left)} left"
+        done = f"{event.documents:,} of {event.total:,} documents tokenised"
+        place.advance(event.documents, event.total, f"{done}  {rate}")
+    elif isinstance(event, phase.Started):
         size = f"{event.parameters / 1e6:,.1f}M parameters, {event.dtype} on {event.device}"
         resumed = f", resuming after step {event.step}" if event.step else ""
         place.line(f"run {event.run}: {size}; {event.steps:,} steps, about {event.tokens:,} tokens{resumed}")

@@ -5,6 +5,7 @@ Data path: TrainConfig and TrainingData -> **student, loss, order of tokens, sch
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from stages.batches.order import Order
 from stages.batches.steps import StepShape, microbatches, steps_of_epochs
 from stages.corpus.files import unchanged
 from stages.devices import resolve_device, resolve_dtype
-from stages.losses import FusedLinearKDLoss, KDLossConfig, SparseTargets, build_loss_config
+from stages.losses import FusedLinearKDLoss, KDLossConfig, SparseTargets
 from stages.losses.objective import Objective
 from stages.losses.tail import prepare_teacher, resolve_tail
 from stages.online.teacher import LiveTeacher
@@ -101,25 +102,19 @@ def _live_teacher(
             fix="leave loss.tail out",
         )
     with unchanged(*data.teacher_files):  # what is loaded is what was hashed
-        return LiveTeacher.load(
+        teacher = LiveTeacher.load(
             data.teacher,
             vocab_size=data.vocab_size,
             device=device,
             dtype=resolve_dtype(config.teacher_model.dtype, device),
             attention=config.teacher_model.attention,
         )
+    return replace(teacher, files=data.teacher_files)
 
 
 def _loss(config: TrainConfig, student: Student, vocab_size: int) -> FusedLinearKDLoss:
     """The configured divergence in its fused form, mixed with cross-entropy, on this student's logits."""
-    fields = dict(config.loss)
-    chosen = build_loss_config(fields.pop("name", "KDLoss"), **fields)
-    if not isinstance(chosen, KDLossConfig):
-        raise UsageError(
-            f"training mixes cross-entropy with KDLoss, not with {type(chosen).__name__}",
-            where="loss.name",
-            fix="set loss.name: KDLoss; kd_ratio: 0 is cross-entropy alone",
-        )
+    chosen = KDLossConfig(**{key: value for key, value in config.loss.items() if key != "name"})
     fused = chosen.fused(
         chunk_size=chunk_rows(config, student.device),
         kd_ratio=config.kd_ratio,
@@ -237,7 +232,7 @@ def _steps(config: TrainConfig, data: TrainingData) -> int:
     return steps_of_epochs(data.train.lengths(), order_of(config, data), config.tokens_per_step, config.epochs)
 
 
-def check_learning_rates(config: TrainConfig, schedule: Schedule, run: RunDirectory, done: int) -> None:
+def check_learning_rates(config: TrainConfig, schedule: Schedule, *, run: RunDirectory, done: int) -> None:
     """A run may be prolonged, but not so that the steps already done would have had other learning rates.
 
     Args:

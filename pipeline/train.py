@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
@@ -30,10 +30,11 @@ from pipeline.recipe import (
     schedule_of,
     step_shape,
 )
-from pipeline.training_data import TrainingData, open_training_data
+from pipeline.training_data import TrainingData, open_training_data, read_training_data
 from stages.batches.microbatch import MicroBatch
 from stages.batches.steps import prefetch, training_steps
 from stages.devices import dtype_name
+from stages.online.corpus import Tokenized
 from stages.parallel.processes import Processes
 from stages.student.model import Student
 from stages.student.save import save_student
@@ -110,50 +111,52 @@ class Finished:
     already: bool
 
 
-Event = Started | StepDone | Validated | Saved | Finished
+Event = Tokenized | Started | StepDone | Validated | Saved | Finished
 
 
 def train(config: TrainConfig) -> Iterator[Event]:
     """Train a student, yielding an event for all that happens.
 
     Raises:
-        UsageError: no store, corpus, teacher or student of that name, sequences longer than a micro-batch, or another
-            number of processes than `distributed` says.
-        IdentityError: the student's tokenizer is not the teacher's, or the run directory belongs to another run.
+        UsageError: no store, corpus, teacher or student of that name, sequences longer than a micro-batch, another
+            number of processes than `distributed` says, or processes with different configurations.
+        IdentityError: the student's tokenizer is not the teacher's, the run directory belongs to another run, or the
+            processes do not learn from the same.
         CorruptionError: the store is damaged.
         NumericsError: loss, gradient or weights are not finite; the newest checkpoint is untouched.
         OutOfSpaceError, StorageUnavailableError: a checkpoint, the curve or the model cannot be written.
+        PeerLostError: another process of the run has ended.
     """
     run = RunDirectory(path=config.run)
-    with processes_of(config) as processes, ExitStack() as held:
-        data = open_training_data(config)
+    with processes_of(config) as processes:
+        data = yield from read_training_data(config)
         processes.require_same(data.digest, "what they learn from")
         schedule = schedule_of(config, data)
         checkpoints = Checkpoints(
             folder=run.checkpoints, store_digest=data.digest, keep=config.checkpoint.keep, processes=processes
         )
-        processes.on_main(lambda: held.enter_context(run.held()))
-        done = processes.on_main(lambda: _begin(config, data, run, checkpoints, schedule))
-        if done is not None:
-            yield Finished(**asdict(done), model=str(run.model), already=True)
-            return
-        yield from _train(config, data, run, checkpoints, schedule)
+        with processes.main_holds(run.held()):
+            done = processes.on_main(lambda: _begin(config, data, run=run, checkpoints=checkpoints, schedule=schedule))
+            if done is not None:
+                yield Finished(**asdict(done), model=str(run.model), already=True)
+                return
+            yield from _train(config, data, run=run, checkpoints=checkpoints, schedule=schedule)
 
 
 def _begin(
-    config: TrainConfig, data: TrainingData, run: RunDirectory, checkpoints: Checkpoints, schedule: Schedule
+    config: TrainConfig, data: TrainingData, *, run: RunDirectory, checkpoints: Checkpoints, schedule: Schedule
 ) -> Finish | None:
     """Make the run directory this run's, or check that it is; its totals if it is finished."""
     run.begin(config.model_dump(mode="json"), data.record, completed=with_defaults)
     done = run.finished()
     if done is not None and done.step == schedule.steps:
         return done
-    check_learning_rates(config, schedule, run, checkpoints.newest_step())
+    check_learning_rates(config, schedule, run=run, done=checkpoints.newest_step())
     return None
 
 
 def _train(
-    config: TrainConfig, data: TrainingData, run: RunDirectory, checkpoints: Checkpoints, schedule: Schedule
+    config: TrainConfig, data: TrainingData, *, run: RunDirectory, checkpoints: Checkpoints, schedule: Schedule
 ) -> Iterator[Event]:
     torch.manual_seed(config.seed)
     processes = checkpoints.processes
@@ -166,7 +169,7 @@ def _train(
     order = order_of(config, data)
     kd_ratio = kd_ratio_of(config, schedule)
     steps = islice(training_steps(data.train, order, shape, cursor=progress.cursor), schedule.steps - progress.step)
-    yield _started(config, data, student, schedule, progress)
+    yield _started(config, data, student=student, schedule=schedule, progress=progress)
 
     log = MetricsLog(run.metrics, last_step=progress.step) if processes.main else NoMetricsLog()
     with log as metrics, closing(prefetch(steps)) as ready:
@@ -246,7 +249,7 @@ def dry_run(config: TrainConfig) -> Estimate:
     """Build student and live teacher, measure one micro-batch, write nothing. Memory is that of this process.
 
     Raises:
-        UsageError, IdentityError, CorruptionError: as `train`.
+        UsageError, IdentityError, CorruptionError, PeerLostError: as `train`.
     """
     with processes_of(config) as processes:
         return _estimate(config, processes)
@@ -254,6 +257,7 @@ def dry_run(config: TrainConfig) -> Estimate:
 
 def _estimate(config: TrainConfig, processes: Processes) -> Estimate:
     data = open_training_data(config)
+    processes.require_same(data.digest, "what they learn from")
     schedule = schedule_of(config, data)
     learner = build_learner(config, data, processes)
     student = learner.student
@@ -285,7 +289,7 @@ def _validate(learner: Learner, heldout: tuple[MicroBatch, ...], number: int) ->
 
 
 def _started(
-    config: TrainConfig, data: TrainingData, student: Student, schedule: Schedule, progress: Progress
+    config: TrainConfig, data: TrainingData, *, student: Student, schedule: Schedule, progress: Progress
 ) -> Started:
     return Started(
         run=str(config.run),

@@ -6,7 +6,7 @@ Data path: TrainConfig -> **sequences of both splits, tokenizer, identity** -> o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from stages.corpus.files import FileState
 from stages.corpus.tokenize import render
 from stages.corpus.tokenizer import tokenizer_files, tokenizer_identity
 from stages.devices import resolve_device, resolve_dtype
-from stages.online.corpus import split_corpus
+from stages.online.corpus import Tokenized, split_corpus
 from stages.teacher import teacher_identity
 from stages.teacher.files import ModelDirectory, file_states
 from storage.errors import UsageError
@@ -69,14 +69,27 @@ class TrainingData:
         return Path(name).name if Path(name).is_absolute() else name
 
 
-def open_training_data(config: TrainConfig) -> TrainingData:
-    """Open the store, or read and tokenise the corpus.
+def read_training_data(config: TrainConfig) -> Generator[Tokenized, None, TrainingData]:
+    """Open the store, or read and tokenise the corpus, which may take long: the events tell how far it is.
 
     Raises:
         UsageError: store, corpus or teacher are missing or unfit.
         CorruptionError: the store is damaged.
     """
-    return _stored(config, config.store) if config.store is not None else _online(config)
+    if config.store is not None:
+        return _stored(config, config.store)
+    return (yield from _online(config))
+
+
+def open_training_data(config: TrainConfig) -> TrainingData:
+    """`read_training_data` without its events."""
+    reading = read_training_data(config)
+    while True:
+        try:
+            next(reading)
+        except StopIteration as end:
+            data: TrainingData = end.value
+            return data
 
 
 def _stored(config: TrainConfig, path: Path) -> TrainingData:
@@ -100,7 +113,7 @@ def _stored(config: TrainConfig, path: Path) -> TrainingData:
     )
 
 
-def _online(config: TrainConfig) -> TrainingData:
+def _online(config: TrainConfig) -> Generator[Tokenized, None, TrainingData]:
     """Tokenise the corpus. Without a share of the divergence the teacher is its tokenizer: no weight is looked at."""
     assert config.teacher_model is not None, "the configuration has one of store and teacher_model"
     assert config.corpus is not None, "the configuration has a corpus beside teacher_model"
@@ -122,7 +135,8 @@ def _online(config: TrainConfig) -> TrainingData:
         identity["teacher"] = _teacher_identity(config, reading)
     digest = _digest(identity)
     documents = reading.corpus.documents(range(len(reading.corpus)))
-    train, heldout = split_corpus(render(documents, reading.tokenizer, reading.rendering), rule)
+    sequences = render(documents, reading.tokenizer, reading.rendering)
+    train, heldout = yield from split_corpus(sequences, rule, documents=len(reading.corpus))
     if len(train) == 0:
         raise UsageError(
             f"no training sequence in {len(reading.corpus)} documents: they are held out, or shorter than "

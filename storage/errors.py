@@ -69,3 +69,9 @@ class NumericsError(DistillError):
     """NaN or infinity where a number is needed."""
 
     exit_code = 7
+
+
+class PeerLostError(DistillError):
+    """Another process of the same run has ended or cannot be reached. The same command goes on."""
+
+    exit_code = 75

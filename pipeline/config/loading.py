@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.extract import ExtractConfig
-from pipeline.config.loss import check_loss
 from pipeline.config.overrides import apply_overrides
 from pipeline.config.problems import Source, explain, shown
 from pipeline.config.train import TrainConfig
@@ -28,10 +27,8 @@ def load_extract(path: Path, overrides: Sequence[str] = ()) -> ExtractConfig:
 
 
 def load_train(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Load the configuration of `pipeline train` and check its loss, which loads torch. Raises UsageError."""
-    config, source = _load(TrainConfig, path, overrides)
-    check_loss(config.loss, source)
-    return config
+    """Load the configuration of `pipeline train`. Raises UsageError."""
+    return load(TrainConfig, path, overrides)
 
 
 def load(model: type[M], path: Path, overrides: Sequence[str] = ()) -> M:
@@ -46,15 +43,11 @@ def load(model: type[M], path: Path, overrides: Sequence[str] = ()) -> M:
         UsageError: the file is missing, is not a YAML mapping, or does not describe a `model`.
         StorageUnavailableError: the file cannot be read.
     """
-    return _load(model, path, overrides)[0]
-
-
-def _load(model: type[M], path: Path, overrides: Sequence[str]) -> tuple[M, Source]:
     located = _read(path)
     values: dict[str, Any] = located.values
     source = Source(name=str(path), lines=located.lines, origins=apply_overrides(values, overrides), values=values)
     try:
-        return model.model_validate(values), source
+        return model.model_validate(values)
     except ValidationError as error:
         raise explain(error, model, source) from None
 

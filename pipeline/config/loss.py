@@ -5,10 +5,10 @@ Checking builds the loss once, which loads torch; only training configurations p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from pipeline.config.problems import Source
-from storage.errors import UsageError
+from pipeline.config.base import FieldError
 
 LOSS = "KDLoss"
 # Fields of KDLoss that a training run takes from elsewhere, and from where.
@@ -21,33 +21,30 @@ SET_ELSEWHERE = {
 }
 
 
-def check_loss(loss: dict[str, Any], source: Source) -> None:
+def check_loss(loss: Mapping[str, Any]) -> None:
     """Check the name and the fields of the loss.
 
     Raises:
-        UsageError: an unknown loss or field, a value that the loss refuses, or a field that is not set here.
+        FieldError: an unknown loss or field, a value that the loss refuses, or a field that is not set here.
     """
     fields = dict(loss)
     name = fields.pop("name", LOSS)
     if name != LOSS:
-        raise UsageError(
+        raise FieldError(
             f"loss.name: expected {LOSS}, found {name!r}",
-            where=source.place(("loss", "name")),
+            path=("loss", "name"),
             fix=f"training mixes {LOSS} with cross-entropy by kd_ratio; kd_ratio: 0 is cross-entropy alone",
         )
     for key in fields.keys() & SET_ELSEWHERE.keys():
-        raise UsageError(
-            f"loss.{key} is not set here: it comes from {SET_ELSEWHERE[key]}", where=source.place(("loss", key))
-        )
-    _build(fields, source)
+        raise FieldError(f"loss.{key} is not set here: it comes from {SET_ELSEWHERE[key]}", path=("loss", key))
+    _build(fields)
 
 
-def _build(fields: dict[str, Any], source: Source) -> None:
+def _build(fields: dict[str, Any]) -> None:
     from stages.losses import build_loss_config
 
     try:
         build_loss_config(LOSS, **fields)
     except (TypeError, ValueError) as error:
         key = next((key for key in fields if key in str(error)), None)
-        path = ("loss",) if key is None else ("loss", key)
-        raise UsageError(f"loss: {error}", where=source.place(path)) from error
+        raise FieldError(f"loss: {error}", path=("loss",) if key is None else ("loss", key)) from error

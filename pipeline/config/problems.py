@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
+from pipeline.config.base import FieldError
 from pipeline.config.overrides import dotted
 from pipeline.config.yaml_text import KeyPath
 from storage.errors import UsageError
@@ -79,7 +80,9 @@ def explain(error: ValidationError, model: type[BaseModel], source: Source) -> U
     """Turn a validation error into the problem to put right first, with a pointer to the others."""
     groups: dict[KeyPath, list[ErrorDetails]] = {}
     for details in error.errors(include_url=False):
-        groups.setdefault(_path_in_file(details["loc"], source.values), []).append(details)
+        cause = details.get("ctx", {}).get("error")
+        below = cause.path if isinstance(cause, FieldError) else ()
+        groups.setdefault(_path_in_file((*details["loc"], *below), source.values), []).append(details)
     for path in [path for path, group in groups.items() if group[0]["type"] == "too_short"]:
         if any(other[: len(path)] == path != other for other in groups):
             del groups[path]  # pydantic counts a faulty item as an absent one
@@ -118,8 +121,10 @@ def _problem(path: KeyPath, group: Sequence[ErrorDetails], model: type[BaseModel
     if kind == "missing":
         return _Problem(path=path, rank=2, what=f"{key} is missing", fix=_describe(path, model))
     if kind == "value_error":
-        reason = str(details.get("ctx", {}).get("error", details["msg"]))
-        return _Problem(path=path, rank=1, what=f"{key}: {reason}" if key else reason, fix=None)
+        reason = details.get("ctx", {}).get("error", details["msg"])
+        if isinstance(reason, FieldError):
+            return _Problem(path=path, rank=1, what=reason.what, fix=reason.fix)
+        return _Problem(path=path, rank=1, what=f"{key}: {reason}" if key else str(reason), fix=None)
     expected = " or ".join(dict.fromkeys(_expected(item) for item in group))
     what = f"{key}: expected {expected}, found {shown(details['input'])}"
     return _Problem(path=path, rank=1, what=what, fix=_describe(path, model))

@@ -19,6 +19,7 @@ from pipeline.config.extract import (
     SourceConfig,
     TeacherConfig,
 )
+from pipeline.config.loss import check_loss
 
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -212,4 +213,9 @@ class TrainConfig(Model):
             raise ValueError("give exactly one of steps and epochs")
         if self.steps is not None and self.schedule.warmup_steps > self.steps:
             raise ValueError(f"schedule.warmup_steps {self.schedule.warmup_steps} must not exceed steps {self.steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _loss_is_known(self) -> TrainConfig:  # the last: it loads torch
+        check_loss(self.loss)
         return self

@@ -7,9 +7,11 @@ Axis legend as in storage/rows.py: T tokens, S sequences, R rows, H head entries
 
 from __future__ import annotations
 
+import time
 from array import array
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,44 +20,54 @@ from stages.corpus.tokenize import Sequence
 from storage.plan import HeldoutRule
 from storage.rows import SequenceBatch
 
+TOKENS_BETWEEN_EVENTS = 1 << 20  # a second or so of tokenisation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenized:
+    """How far a corpus is read: `documents` of `total`, and `tokens` of them. `seconds` are since the first."""
+
+    documents: int
+    total: int
+    tokens: int
+    seconds: float
+    seconds_left: float
+
 
 class TokenizedCorpus:
     """Sequences in memory, in the order in which they come: 5 bytes a token, 24 a sequence.
 
     Read like a store's split (`stages.batches.steps.Source`); rows have no targets.
-
-    Args:
-        sequences: taken one by one, so that no text has to stay.
     """
 
-    def __init__(self, sequences: Iterable[Sequence]) -> None:
+    def __init__(self, sequences: Iterable[Sequence] = ()) -> None:
         # Grown in place: a list of small arrays would take their memory twice while it is joined.
-        tokens, has_row = array("I"), array("B")
-        ends, document, window_start = array("q", [0]), array("q"), array("q")
+        self._tokens, self._has_row = array("I"), array("B")
+        self._ends, self._document, self._window_start = array("q", [0]), array("q"), array("q")
         for sequence in sequences:
-            tokens.frombytes(sequence.tokens.astype(np.uint32).tobytes())
-            has_row.frombytes(sequence.has_row.tobytes())
-            ends.append(len(tokens))
-            document.append(sequence.document)
-            window_start.append(sequence.window_start)
-        self._token_T = np.frombuffer(tokens, dtype=np.uint32)
-        self._has_row_T = np.frombuffer(has_row, dtype=np.bool_)
-        self._offset_S = np.frombuffer(ends, dtype=np.int64)
-        self._document_S = np.frombuffer(document, dtype=np.int64)
-        self._window_start_S = np.frombuffer(window_start, dtype=np.int64)
+            self.add(sequence)
+
+    def add(self, sequence: Sequence) -> None:
+        """Append a sequence."""
+        self._tokens.frombytes(sequence.tokens.astype(np.uint32).tobytes())
+        self._has_row.frombytes(sequence.has_row.tobytes())
+        self._ends.append(len(self._tokens))
+        self._document.append(sequence.document)
+        self._window_start.append(sequence.window_start)
 
     def __len__(self) -> int:
         """Return the number of sequences."""
-        return len(self._document_S)
+        return len(self._document)
 
     @property
     def tokens(self) -> int:
         """Number of tokens of all sequences."""
-        return len(self._token_T)
+        return len(self._tokens)
 
     def lengths(self) -> NDArray[np.int64]:
         """Return the tokens of each sequence, int64 [S]."""
-        return np.diff(self._offset_S)
+        ends_S = np.frombuffer(self._ends, dtype=np.int64)
+        return ends_S[1:] - ends_S[:-1]
 
     def read(self, indices: Items[int] | NDArray[np.integer], *, targets: bool = True) -> SequenceBatch:
         """Return sequences by number, in the order asked. Heads and tails are empty, values of rows 0.
@@ -70,32 +82,40 @@ class TokenizedCorpus:
         length_S = self.lengths()[wanted_S]
         offset_S = np.concatenate([[0], np.cumsum(length_S)]).astype(np.int64)
         # Where each token lies: the start of its sequence here, shifted to the start of that sequence in memory.
-        at_T = np.arange(offset_S[-1]) + np.repeat(self._offset_S[wanted_S] - offset_S[:-1], length_S)
-        has_row_T = self._has_row_T[at_T]
+        start_S = np.frombuffer(self._ends, dtype=np.int64)[wanted_S]
+        at_T = np.arange(offset_S[-1]) + np.repeat(start_S - offset_S[:-1], length_S)
+        has_row_T = np.frombuffer(self._has_row, dtype=np.bool_)[at_T]
         row_S = np.concatenate([[0], np.cumsum(has_row_T)]).astype(np.int64)[offset_S]
         return _without_targets(
-            tokens=self._token_T[at_T],
+            tokens=np.frombuffer(self._tokens, dtype=np.uint32)[at_T],
             has_row=has_row_T,
             token_offset=offset_S,
             row_offset=row_S,
-            document=self._document_S[wanted_S],
-            window_start=self._window_start_S[wanted_S],
+            document=np.frombuffer(self._document, dtype=np.int64)[wanted_S],
+            window_start=np.frombuffer(self._window_start, dtype=np.int64)[wanted_S],
         )
 
 
-def split_corpus(sequences: Iterable[Sequence], rule: HeldoutRule) -> tuple[TokenizedCorpus, TokenizedCorpus]:
-    """Training and held-out sequences, by the rule of a store. Held-out ones wait as arrays until the end."""
-    heldout: list[Sequence] = []
+def split_corpus(
+    sequences: Iterable[Sequence], rule: HeldoutRule, *, documents: int
+) -> Generator[Tokenized, None, tuple[TokenizedCorpus, TokenizedCorpus]]:
+    """Training and held-out sequences, by the rule of a store; on the way, how far it is.
 
-    def training() -> Iterable[Sequence]:
-        for sequence in sequences:
-            if rule.holds_out(sequence.document):
-                heldout.append(sequence)
-            else:
-                yield sequence
-
-    train = TokenizedCorpus(training())
-    return train, TokenizedCorpus(heldout)
+    Args:
+        sequences: of whole documents in the corpus's order, taken one by one, so that no text has to stay.
+        rule: which documents are held out.
+        documents: in the corpus.
+    """
+    train, heldout = TokenizedCorpus(), TokenizedCorpus()
+    began, told = time.perf_counter(), 0
+    for sequence in sequences:
+        (heldout if rule.holds_out(sequence.document) else train).add(sequence)
+        tokens, done = train.tokens + heldout.tokens, sequence.document + 1
+        if tokens >= told + TOKENS_BETWEEN_EVENTS:
+            told, seconds = tokens, time.perf_counter() - began
+            left = seconds / done * (documents - done)
+            yield Tokenized(documents=done, total=documents, tokens=tokens, seconds=seconds, seconds_left=left)
+    return train, heldout
 
 
 def _without_targets(

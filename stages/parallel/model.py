@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from transformers import PreTrainedModel
 
+from stages.parallel.processes import is_peer_lost
 from stages.parallel.tensors import like
 from stages.student.attention import change_of, hidden_of_probe
 from storage.errors import UsageError
@@ -60,7 +61,7 @@ def cut_model(model: PreTrainedModel, mesh: DeviceMesh, *, role: str = "student"
             _cut_head(model, mesh)
         found_TD, found = _probe(model)
     except (RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):  # a process is lost: not the model's fault
+        if isinstance(error, RuntimeError) and is_peer_lost(error):  # not the model's fault
             raise
         raise _cannot_be_cut(model, role, str(error).splitlines()[0]) from error
     change = change_of(model, found_TD, expected_TD)

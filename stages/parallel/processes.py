@@ -1,12 +1,13 @@
 """The processes of a run, which torchrun started, and what only one of them may do.
 
 The main process (rank 0) owns the run directory. Errors of it are raised in every process; an error of any other ends
-that process, upon which torchrun ends all.
+that process, and the others as soon as they need it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -33,11 +34,6 @@ class Processes:
         """Whether this process owns the run directory."""
         return self.mesh is None or self.mesh.get_local_rank() == 0
 
-    @property
-    def size(self) -> int:
-        """Number of processes."""
-        return 1 if self.mesh is None else self.mesh.size()
-
     def on_main(self, function: Callable[[], R]) -> R:
         """Call `function` in the main process alone; every process gets its result, or its error.
 
@@ -58,25 +54,50 @@ class Processes:
             except BaseException as caught:  # passed on, then raised below
                 error = caught
                 message[1] = caught if isinstance(caught, DistillError) else DistillError(f"rank 0: {caught!r}")
-        dist.broadcast_object_list(message, group=self.mesh.get_group(), group_src=0)
-        if error is not None:
-            raise error
+        try:
+            dist.broadcast_object_list(message, group=self.mesh.get_group(), group_src=0)
+        finally:
+            if error is not None:
+                raise error  # also where the others cannot be told any more
         if message[1] is not None:
             raise message[1]
         result: R = message[0]
         return result
 
+    @contextmanager
+    def main_holds(self, resource: AbstractContextManager[None]) -> Iterator[None]:
+        """Hold a resource in the main process alone. Every process raises the error of taking it, as `on_main` does."""
+        with ExitStack() as held:
+            self.on_main(lambda: held.enter_context(resource))
+            yield
+
     def require_same(self, value: str, what: str) -> None:
         """Raise IdentityError where the processes do not hold the same value of `what`."""
         if self.mesh is None:
             return
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.mesh.get_group())
+        values = gather(value)
         if len(set(values)) > 1:
             found = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
             raise IdentityError(
                 f"the processes differ in {what}: {found}", fix="give all of them the same files and the same versions"
             )
+
+
+def gather(value: R) -> list[R]:
+    """What each process of the default group gives, by rank. Every process calls; the value can be pickled."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def is_peer_lost(error: RuntimeError) -> bool:
+    """Whether this error of a collective operation says that another process has ended or cannot be reached.
+
+    torch has classes for its store and for nccl. What gloo throws is a plain RuntimeError that names its source file;
+    where it says `enforce fail`, the processes do not agree in what they send, which is a bug.
+    """
+    text = str(error)
+    return isinstance(error, dist.DistError) or ("gloo/transport" in text and "enforce fail" not in text)
 
 
 ALONE = Processes()

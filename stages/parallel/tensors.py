@@ -23,11 +23,13 @@ def whole(tensors: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tens
         tensors: by name.
         keep: False in processes that take part but need nothing: an empty dictionary.
     """
-    gathered: dict[int, Tensor] = {}
+    gathered: dict[tuple[int, int], Tensor] = {}
     kept: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
-            place = tensor.to_local().data_ptr() or -len(kept) - 1  # an empty part lies nowhere
+            part = tensor.to_local()
+            # Not its address, which is 0 for every empty part: all processes must find the same names to be one.
+            place = part.untyped_storage()._cdata, int(part.storage_offset())
             if place not in gathered:
                 full = tensor.full_tensor()
                 gathered[place] = full.cpu() if keep else full.new_empty(0)

@@ -151,7 +151,7 @@ class RunDirectory:
             raise IdentityError(
                 f"the run directory belongs to another run: {'; '.join(lines)}",
                 where=str(self.path),
-                fix="choose another run directory, or go back to the configuration in its config.yaml",
+                fix=_back_to(began, store),
             )
 
     def finish(self, totals: Finish) -> None:
@@ -230,6 +230,13 @@ def _what_changed(began: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[s
     if "identity" in began and "identity" in wanted:
         return _differences("", began["identity"], json.loads(json.dumps(wanted["identity"])))
     return [f"store digest: {began['digest']} -> {wanted['digest']}"]
+
+
+def _back_to(began: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What to do about a difference. What `dtype: auto` meant where the run began stands in its record alone."""
+    had, has = (record.get("identity", {}).get("teacher", {}).get("dtype") for record in (began, wanted))
+    dtype = f"set teacher_model.dtype: {had}; otherwise " if had and has and had != has else ""
+    return f"{dtype}choose another run directory, or go back to the configuration in its config.yaml"
 
 
 def _differences(path: str, stored: Any, wanted: Any) -> list[str]:

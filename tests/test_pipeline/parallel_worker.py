@@ -1,8 +1,14 @@
 """One process of the tensor-parallel tests: `parallel_worker.py RANK DIRECTORY`.
 
-Runs DIRECTORY/cases.json, a list of {name, port, config, stop_after, kill_rank_1}, each as `pipeline train` would in
-one of two processes, and writes DIRECTORY/RANK.json: name -> [kind of error or null, message]. Cases `traffic`
-watch steps instead.
+Runs DIRECTORY/cases.json in one of two processes, and writes DIRECTORY/RANK.json: name -> [kind of error or null,
+message]. A case has `name`, `port`, `config`, and what is special about it:
+
+    act            a name of ACTS; default: train as `pipeline train` does
+    stop_after     the step whose checkpoint is the last thing done
+    folders        where each process stands, for relative paths
+    only_rank_1    what differs in the configuration of the second process
+    break_rank_1   the step after which the second process raises an error of its own
+    other_machine  the second process computes in bfloat16 if the first does not, and the other way round
 """
 
 from __future__ import annotations
@@ -12,22 +18,28 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import stages.devices
 from pipeline.config.train import TrainConfig
 from pipeline.processes import processes_of
 from pipeline.recipe import build_learner, order_of, step_shape
-from pipeline.train import Saved, train
+from pipeline.train import Saved, StepDone, dry_run, train
 from pipeline.training_data import open_training_data
 from stages.batches.steps import training_steps
+from stages.parallel.processes import gather
+from stages.parallel.tensors import whole
 from stages.training.optimizer import AdamWSettings, build_optimizer
-from stages.training.step import optimizer_step, validate
+from stages.training.step import optimizer_step, require_finite_weights, validate
+from storage.errors import UsageError
 
 
 class Shapes(TorchDispatchMode):
@@ -45,12 +57,54 @@ class Shapes(TorchDispatchMode):
         return result
 
 
-def run(config: TrainConfig, stop_after: int | None) -> None:
+def run(config: TrainConfig, case: Mapping[str, Any], rank: int) -> None:
     events = train(config)
     for event in events:
-        if isinstance(event, Saved) and event.step == stop_after:
+        if isinstance(event, Saved) and event.step == case.get("stop_after"):
             break
-    events.close()  # type: ignore[attr-defined]  # a generator
+        if isinstance(event, StepDone) and rank == 1 and event.step == case.get("break_rank_1"):
+            events.throw(RuntimeError("something of its own"))  # type: ignore[attr-defined]  # a generator
+    events.close()  # type: ignore[attr-defined]
+
+
+def spoil(config: TrainConfig) -> None:
+    """Only the second process holds a weight that is not finite, and only in its own part."""
+    with processes_of(config) as processes:
+        model = build_learner(config, open_training_data(config), processes).student.model
+        part = next(weight.to_local() for weight in model.parameters() if isinstance(weight, DTensor))
+        if not processes.main:
+            with torch.no_grad():
+                part.view(-1)[-1] = torch.nan
+        require_finite_weights(model, 3)
+
+
+def gather_empty_parts(config: TrainConfig) -> None:
+    """Tensors of one row: the second process has nothing of any of them, and gathers the same ones as the first."""
+    with processes_of(config) as processes:
+        assert processes.mesh is not None
+        plain = {name: torch.full((1, 2), float(number)) for number, name in enumerate("abc")}
+        cut = {name: distribute_tensor(one, processes.mesh, [Shard(0)]) for name, one in plain.items()}
+        assert all(one.to_local().numel() == (2 if processes.main else 0) for one in cut.values())
+        found = whole(cut | {"tied": cut["b"].detach()}, keep=processes.main)
+        if processes.main:
+            assert {name: one.tolist() for name, one in found.items() if name != "tied"} == {
+                name: one.tolist() for name, one in plain.items()
+            }
+            assert found["tied"].data_ptr() == found["b"].data_ptr()
+        assert gather(len(found)) == [4, 0]
+
+
+def fail_alone(config: TrainConfig) -> None:
+    """The second process is gone when something goes wrong in the main one."""
+    with processes_of(config) as processes:
+        if processes.main:
+            with suppress(RuntimeError):
+                gather("until the other is gone")
+            processes.on_main(refuse)
+
+
+def refuse() -> None:
+    raise UsageError("what went wrong in the main process")
 
 
 def watch(config: TrainConfig) -> None:
@@ -83,22 +137,40 @@ def watch(config: TrainConfig) -> None:
         assert not any("gather" in kind or "scatter" in kind or "all_to_all" in kind for kind in kinds), kinds
 
 
+ACTS = {
+    "dry run": dry_run,
+    "fail alone": fail_alone,
+    "gather empty parts": gather_empty_parts,
+    "spoil": spoil,
+    "watch": watch,
+}
+
+
+def do(case: Mapping[str, Any], rank: int) -> None:
+    os.environ["MASTER_PORT"] = str(case["port"])
+    if "folders" in case:
+        os.chdir(case["folders"][rank])
+    config = TrainConfig.model_validate(case["config"] | (case.get("only_rank_1", {}) if rank == 1 else {}))
+    native = stages.devices.has_native_bfloat16
+    if rank == 1 and case.get("other_machine"):
+        stages.devices.has_native_bfloat16 = lambda device: not native(device)
+    try:
+        if "act" in case:
+            ACTS[case["act"]](config)
+        else:
+            run(config, case, rank)
+    finally:
+        stages.devices.has_native_bfloat16 = native
+
+
 def main(rank: int, directory: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     outcome: dict[str, tuple[str | None, str]] = {}
     for case in json.loads((directory / "cases.json").read_text()):
-        os.environ["MASTER_PORT"] = str(case["port"])
-        content = case["config"] | case.get(f"only_rank_{rank}", {})
         outcome[case["name"]] = None, ""
-        if rank == 1 and "kill_rank_1" in case:
-            os.environ["TOPK_DISTILL_FAULT"] = case["kill_rank_1"]
         try:
-            config = TrainConfig.model_validate(content)
-            if case["name"].startswith("traffic"):
-                watch(config)
-            else:
-                run(config, case.get("stop_after"))
+            do(case, rank)
         except BaseException as error:
             outcome[case["name"]] = type(error).__name__, f"{error}\n{traceback.format_exc()[-3000:]}"
         (directory / f"{rank}.json").write_text(json.dumps(outcome))

@@ -19,6 +19,7 @@ from storage.errors import (
     IdentityError,
     NumericsError,
     OutOfSpaceError,
+    PeerLostError,
     StorageUnavailableError,
     UsageError,
 )
@@ -49,6 +50,7 @@ def os_error(code: int) -> OSError:
         (torch.OutOfMemoryError("CUDA out of memory"), 6),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 6),
         (NumericsError("x"), 7),
+        (PeerLostError("x"), 75),
         (OSError(errno.ENOENT, "no file is named"), 70),
         (RuntimeError("x"), 70),
         (AssertionError(), 70),

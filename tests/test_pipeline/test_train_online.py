@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.cli import main
 from pipeline.config.train import TrainConfig
+from pipeline.progress import Lines, tell_train
 from pipeline.recipe import build_learner
 from pipeline.train import Finished, Started, StepDone, Validated, dry_run, train
 from pipeline.training_data import open_training_data
+from stages.devices import resolve_dtype
 from stages.online.teacher import LiveTeacher
 from stages.training.metrics import read_metrics
 from storage.errors import IdentityError, UsageError
@@ -173,6 +176,26 @@ def test_another_corpus_rendering_or_teacher_is_refused_and_named(
         assert caught.value.exit_code == 3
 
 
+def test_what_auto_meant_on_another_machine_is_named(configure: MakeConfig, tiny_teacher_dir: Path) -> None:
+    here = resolve_dtype("auto", torch.device("cpu"))
+    elsewhere = "float32" if here == torch.bfloat16 else "bfloat16"
+    list(train(configure(steps=2, teacher_model={"path": str(tiny_teacher_dir), "dtype": elsewhere})))
+    with pytest.raises(IdentityError, match=rf"teacher\.dtype: '{elsewhere}' -> ") as caught:
+        list(train(configure(steps=2, teacher_model={"path": str(tiny_teacher_dir)})))
+    assert str(caught.value.fix).startswith(f"set teacher_model.dtype: {elsewhere};")
+
+
+def test_reading_a_long_corpus_is_told(
+    configure: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("stages.online.corpus.TOKENS_BETWEEN_EVENTS", 1000)
+    events = train(configure())
+    tell_train(next(events), Lines())
+    events.close()  # type: ignore[attr-defined]  # a generator
+    told = capsys.readouterr().err
+    assert re.fullmatch(r" *\d+%  \d+ of 40 documents tokenised  [\d,]+ tokens/s  [\d.]+ s left\n", told), told
+
+
 def test_a_teacher_that_changes_after_it_was_hashed_is_refused(
     configure: MakeConfig, tiny_teacher_dir: Path, tmp_path: Path
 ) -> None:
@@ -184,6 +207,25 @@ def test_a_teacher_that_changes_after_it_was_hashed_is_refused(
     other_teacher(tiny_teacher_dir, place)
     with pytest.raises(IdentityError, match="changed while it was being read"):
         build_learner(config, data)
+
+
+def test_a_teacher_that_changes_during_the_run_ends_it(
+    configure: MakeConfig, tiny_teacher_dir: Path, tmp_path: Path
+) -> None:
+    """Weights on a CPU are mapped from their file. With the content back, the same call goes on."""
+    place = tmp_path / "teacher"
+    shutil.copytree(tiny_teacher_dir, place)
+    config = configure(teacher_model={"path": str(place), "dtype": "float32"})
+    weights = place / "model.safetensors"
+    content = weights.read_bytes()
+    events = train(config)
+    while not isinstance(next(events), StepDone):
+        pass
+    weights.write_bytes(content[:-1000] + bytes(1000))
+    with pytest.raises(IdentityError, match="changed while it was being read"):
+        list(events)
+    weights.write_bytes(content)
+    assert isinstance(list(train(config))[-1], Finished)
 
 
 def test_a_store_and_a_live_teacher_do_not_mix(configure: MakeConfig, tiny_store: Path) -> None:

@@ -70,16 +70,40 @@ def test_a_corpus_gives_back_its_sequences_in_any_order() -> None:
         corpus.read([0])
 
 
+def split(given: list[Sequence], rule: HeldoutRule) -> tuple[TokenizedCorpus, TokenizedCorpus]:
+    reading = split_corpus(iter(given), rule, documents=given[-1].document + 1)
+    while True:
+        try:
+            next(reading)
+        except StopIteration as end:
+            return end.value
+
+
 def test_documents_are_held_out_by_the_rule_of_a_store() -> None:
     rule = HeldoutRule(fraction=0.5, seed=3)
     given = sequences(60)
-    train, heldout = split_corpus(iter(given), rule)
+    train, heldout = split(given, rule)
     kept = [one for one in given if not rule.holds_out(one.document)]
     assert 0 < len(heldout) < 60
     assert len(train) + len(heldout) == 60
     assert train.read(range(len(train)), targets=False).tokens.tolist() == [
         token for one in kept for token in one.tokens.tolist()
     ]
+
+
+def test_a_long_tokenisation_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.online.corpus.TOKENS_BETWEEN_EVENTS", 50)
+    given = sequences(60)  # of 20 documents
+    expected, tokens = [], 0
+    for one, end in zip(given, np.cumsum([len(one) for one in given]).tolist(), strict=True):
+        if end >= tokens + 50:
+            tokens = end
+            expected.append((one.document + 1, end))
+    told = list(split_corpus(iter(given), HeldoutRule(fraction=0.5, seed=3), documents=20))
+    assert len(expected) > 3
+    assert [(event.documents, event.tokens) for event in told] == expected
+    for event in told:
+        assert event.seconds_left == pytest.approx(event.seconds / event.documents * (20 - event.documents))
 
 
 def saved(model: PreTrainedModel, tokenizer: Path, place: Path) -> Path:

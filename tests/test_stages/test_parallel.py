@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from stages.parallel.model import cut_model, cut_rows
-from stages.parallel.processes import ALONE, Processes
+from stages.parallel.processes import ALONE, Processes, is_peer_lost
 from stages.parallel.tensors import clip_gradients, is_finite, like, whole
 from stages.student.attention import use_packed_attention
 from storage.errors import CorruptionError, DistillError, UsageError
@@ -109,6 +109,21 @@ def test_the_main_process_gives_its_result_or_its_error(several: bool, mesh: Dev
     with pytest.raises(ZeroDivisionError):
         processes.on_main(lambda: fail(ZeroDivisionError("one over nothing")))
     processes.require_same("a", "something")
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (dist.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed."), True),
+        (dist.DistStoreError("Timed out after 31 seconds waiting for clients. 1/2 clients joined."), True),
+        (RuntimeError("[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:61628."), True),
+        (RuntimeError("[/x/gloo/transport/tcp/pair.cc:537] Read error [::1]:4: Connection reset by peer."), True),
+        (RuntimeError("[enforce fail at /x/gloo/transport/tcp/pair.cc:446] length <= op.nbytes. 20 vs 8"), False),
+        (RuntimeError("the connection between two layers is broken"), False),
+    ],
+)
+def test_a_lost_process_is_told_from_other_errors(error: RuntimeError, lost: bool) -> None:
+    assert is_peer_lost(error) == lost
 
 
 def fail(error: Exception) -> DistillError:
