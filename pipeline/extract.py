@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Items
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from pipeline.config.extract import ExtractConfig
 from pipeline.planning import PlannedExtraction, build_plan, bytes_per_row, rate_key
 from pipeline.rates import write_rate
 from pipeline.reading import BACKEND
+from stages.corpus.files import unchanged
 from stages.corpus.tokenize import Sequence, render
 from stages.targets import KINDS, TargetRows, assemble
 from stages.targets.positions import document_order, wanted_mask, wanted_positions
@@ -41,6 +42,11 @@ from storage.verify import require_whole
 
 CONTEXT_TOKENS = 48  # of the first event: what the teacher read before it names its candidates
 CANDIDATES = 5
+PROCESSES = (  # variables that number a process, and count them all: of torchrun, srun and Slurm's job arrays
+    ("RANK", "WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
+    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +102,10 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardDone:
-    """A shard is committed: what it holds, and how many of `shards` are committed now.
+    """A shard is committed, and what it holds.
 
-    `head_mass` is the mean probability of its heads; None for a kind without.
+    `committed` of `shards` are known to be committed now; of other processes' work, that may lag behind. `head_mass` is
+    the mean probability of its heads; None for a kind without.
     """
 
     shard: int
@@ -144,11 +151,11 @@ def extract(config: ExtractConfig, *, limit: int | None = None) -> Iterator[Even
     """Extract every shard that is not committed yet, seal the store, and tell about it; the last event is the summary.
 
     Args:
-        limit: stop after this many shards; the same call again goes on.
+        limit: stop once this run has committed so many shards; the same call again goes on.
 
     Raises:
         UsageError: bad configuration, corpus or teacher.
-        IdentityError: the store there was made with another plan.
+        IdentityError: the store there was made with another plan, or corpus or teacher change under the run.
         NumericsError: the teacher gives NaN or infinity; names document and position.
         OutOfSpaceError, StorageUnavailableError: memory or disk; what is committed stays valid.
     """
@@ -168,7 +175,10 @@ def extract(config: ExtractConfig, *, limit: int | None = None) -> Iterator[Even
         yield from first_row(planned, teacher, chosen, meter)
         meter.begin_work(expected_rows(planned, chosen))
         with closing(Claims(config.store).turns(todo, writer.is_committed)) as turns:
-            yield from extract_shards(planned, teacher, writer, islice(turns, limit), meter)
+            for event in extract_shards(planned, teacher, writer, turns, meter):
+                yield event
+                if meter.new_shards == limit:
+                    break
     digest = writer.seal()
     store = config.store
     advice = f"pipeline verify {store} lists them, pipeline repair {store} sets damaged shards aside"
@@ -179,8 +189,8 @@ def extract(config: ExtractConfig, *, limit: int | None = None) -> Iterator[Even
         committed=len(writer.committed()),
         shards=shards,
         new_shards=meter.new_shards,
-        new_rows=meter.rows,
-        new_tokens=meter.tokens,
+        new_rows=meter.new_rows,
+        new_tokens=meter.new_tokens,
         tokens_per_second=meter.tokens_per_second if meter.new_shards else None,
         seconds=meter.seconds,
     )
@@ -193,19 +203,21 @@ def extract_shards(
 
     A shard that another process commits meanwhile is given up.
     """
+    total = len(planned.plan.shards())
     for shard in shards:
         began = time.perf_counter()
-        batch = yield from extract_shard(planned, teacher, shard, meter, done_elsewhere=writer.is_committed)
+        with unchanged(*planned.teacher_files):  # torch may map them: what changes in them changes the weights in use
+            batch = yield from extract_shard(planned, teacher, shard, meter, done_elsewhere=writer.is_committed)
         if batch is None:
             continue
         record = writer.commit(shard, batch)
-        meter.new_shards += 1
+        meter.done(batch)
         write_rate(rate_key(planned.survey), meter.tokens_per_second)
         yield ShardDone(
             shard=shard.index,
             split=shard.split,
-            committed=len(writer.committed()),
-            shards=len(planned.plan.shards()),
+            committed=writer.count_committed(),
+            shards=total,
             sequences=len(batch),
             tokens=len(batch.tokens),
             rows=batch.rows,
@@ -216,22 +228,26 @@ def extract_shards(
 
 
 def from_own_place(shards: list[ShardSpec]) -> list[ShardSpec]:
-    """Begin at an evenly spaced place for each process that torchrun started, so that they meet only at the end."""
-    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    first = len(shards) * rank // max(processes, 1)
-    return shards[first:] + shards[:first]
+    """Begin at an evenly spaced place for each process that a launcher started, so that they meet only at the end."""
+    for rank, processes in PROCESSES:
+        count = int(os.environ.get(processes, "1"))
+        if count > 1:
+            first = len(shards) * (int(os.environ.get(rank, "0")) % count) // count
+            return shards[first:] + shards[:first]
+    return shards
 
 
 def load_teacher(planned: PlannedExtraction) -> Teacher:
-    """Load the weights that the plan names. Errors: see the backend."""
+    """Load the weights that the plan names. Raises as the backend, and IdentityError if they changed meanwhile."""
     found = planned.survey
-    return BACKENDS[BACKEND](
-        found.reading.model,
-        vocab_size=found.reading.vocab_size,
-        device=found.device,
-        dtype=found.dtype,
-        attention=str(planned.plan.teacher["attention"]),
-    )
+    with unchanged(*planned.teacher_files):  # what is loaded is what was hashed
+        return BACKENDS[BACKEND](
+            found.reading.model,
+            vocab_size=found.reading.vocab_size,
+            device=found.device,
+            dtype=found.dtype,
+            attention=str(planned.plan.teacher["attention"]),
+        )
 
 
 def extract_shard(
@@ -332,7 +348,8 @@ class _Meter:
 
     def __init__(self) -> None:
         self.began = self.work_began = time.perf_counter()
-        self.rows = self.tokens = self.new_shards = self.rows_total = 0
+        self.rows = self.tokens = self.rows_total = 0  # also of shards that were given up
+        self.new_shards = self.new_rows = self.new_tokens = 0
 
     @property
     def seconds(self) -> float:
@@ -350,6 +367,11 @@ class _Meter:
         self.rows += sum(int(sequence.has_row.sum()) for sequence in sequences)
         self.tokens += sum(len(sequence) for sequence in sequences)
         self.rows_total = max(self.rows_total, self.rows)
+
+    def done(self, batch: SequenceBatch) -> None:
+        self.new_shards += 1
+        self.new_rows += batch.rows
+        self.new_tokens += len(batch.tokens)
 
     def progress(self, shard: ShardSpec) -> Progress:
         elapsed = time.perf_counter() - self.work_began

@@ -7,7 +7,7 @@ fixed sample of documents; the plan adds the teacher's file hashes, the estimate
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
@@ -18,11 +18,12 @@ from pipeline.config.extract import ExtractConfig
 from pipeline.rates import RateKey, read_rate
 from pipeline.reading import BACKEND
 from pipeline.survey import Survey, survey
-from stages.corpus.files import file_sha256
+from stages.corpus.files import FileState, file_sha256
 from stages.corpus.tokenizer import tokenizer_files, tokenizer_identity
 from stages.devices import dtype_name
 from stages.teacher import teacher_identity
 from stages.teacher.batching import Batching, resolve_batching
+from stages.teacher.files import file_states
 from storage.codecs import default_codecs
 from storage.plan import HeldoutRule, Json, Plan, TargetSpec
 from storage.remap import build_remap, remap_sha256
@@ -42,13 +43,17 @@ BYTES_PER_TEMPERATURE = 2.2
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedExtraction:
-    """A plan, and what is needed to carry it out."""
+    """A plan, and what is needed to carry it out.
+
+    `teacher_files` are the teacher's files as they were before they were hashed.
+    """
 
     plan: Plan
     survey: Survey
     batching: Batching
     remap: NDArray[np.uint32]
     tokenizer_files: dict[str, bytes]
+    teacher_files: tuple[FileState, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +100,7 @@ def build_plan(config: ExtractConfig) -> PlannedExtraction:
         UsageError: as `survey`.
     """
     found = survey(config, weights=True)
+    states = file_states(found.reading.model)
     teacher = teacher_identity(
         found.reading.model,
         found.reading.model_config,
@@ -102,7 +108,7 @@ def build_plan(config: ExtractConfig) -> PlannedExtraction:
         dtype=found.dtype,
         attention=config.teacher.attention,
     )
-    return _planned(config, found, teacher)
+    return replace(_planned(config, found, teacher), teacher_files=states)
 
 
 def estimate(config: ExtractConfig, *, tokens_per_second: float | None = None) -> Estimate:

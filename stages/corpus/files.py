@@ -15,12 +15,17 @@ from storage.errors import IdentityError, StorageUnavailableError, UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class FileState:
-    """A file as it was when it was scanned. A source hashes its files once and reads them again hours later."""
+    """A file as it was when it was scanned. A source hashes its files once and reads them again hours later.
+
+    Nothing else vouches for the content by then. So the time of the last status change counts too: unlike the time of
+    modification, no program can set it back.
+    """
 
     path: Path
     inode: int
     size: int  # bytes
     modified_ns: int
+    changed_ns: int
 
     @classmethod
     def of(cls, path: Path) -> FileState:
@@ -33,7 +38,13 @@ class FileState:
                 where=str(path),
                 fix="put the file back, or mount its disk, and run the same command again: what is committed is kept",
             ) from error
-        return cls(path=path, inode=found.st_ino, size=found.st_size, modified_ns=found.st_mtime_ns)
+        return cls(
+            path=path,
+            inode=found.st_ino,
+            size=found.st_size,
+            modified_ns=found.st_mtime_ns,
+            changed_ns=found.st_ctime_ns,
+        )
 
 
 @contextmanager
@@ -41,7 +52,7 @@ def unchanged(*states: FileState) -> Iterator[None]:
     """Check before and after the block that files are still the ones that were scanned.
 
     Raises:
-        IdentityError: one was changed or replaced.
+        IdentityError: one was changed or replaced, or its owner, rights or links were changed.
         StorageUnavailableError: one is gone.
     """
     _compare(states)
@@ -57,7 +68,7 @@ def _compare(states: Iterable[FileState]) -> None:
             raise IdentityError(
                 "the file was changed while it was being read",
                 where=str(state.path),
-                fix="put its content back and run the same command again: what is committed is kept; "
+                fix="put its content back if it is another, and run the same command again: what is committed is kept; "
                 "for the new content use a new store or run directory",
             )
 

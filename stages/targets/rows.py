@@ -86,7 +86,7 @@ def fixed_rows(logits_NV: Tensor, at: Positions, target: TargetSpec) -> TargetRo
         at: where the rows belong.
         target: what is kept.
     """
-    return _rows(logits_NV, at, target, lambda prob_NK: torch.full(prob_NK.shape[:1], target.k))
+    return _rows(logits_NV, at, target, lambda prob_NK, outside_N: torch.full(prob_NK.shape[:1], target.k))
 
 
 def mass_rows(logits_NV: Tensor, at: Positions, target: TargetSpec) -> TargetRows:
@@ -97,14 +97,22 @@ def mass_rows(logits_NV: Tensor, at: Positions, target: TargetSpec) -> TargetRow
     assert target.p is not None, "the plan of this kind has p"
     mass = target.p
 
-    def size(prob_NK: Tensor) -> Tensor:
-        return 1 + (prob_NK.cumsum(-1)[:, :-1] < mass).sum(-1)
+    def size(prob_NK: Tensor, outside_N: Tensor) -> Tensor:
+        # Head against tail, each a sum of its own terms: near p = 1 a sum of the head alone is 1 but for rounding.
+        head_NK = prob_NK.cumsum(-1)[:, :-1]
+        tail_NK = outside_N[:, None] + prob_NK.flip(-1).cumsum(-1).flip(-1)[:, 1:]
+        return 1 + (tail_NK * mass > head_NK * (1.0 - mass)).sum(-1)
 
     return _rows(logits_NV, at, target, size)
 
 
-def _rows(logits_NV: Tensor, at: Positions, target: TargetSpec, head_size: Callable[[Tensor], Tensor]) -> TargetRows:
-    """Rows whose heads have the sizes int64 [N] that `head_size` gives for the k greatest probabilities, float64."""
+def _rows(
+    logits_NV: Tensor, at: Positions, target: TargetSpec, head_size: Callable[[Tensor, Tensor], Tensor]
+) -> TargetRows:
+    """Rows with heads of the sizes int64 [N] that `head_size` gives.
+
+    It is given the k greatest probabilities of each row, [N, K], and the sum of all others, [N], both float64.
+    """
     vocab_size = logits_NV.shape[1]
     if target.k > vocab_size:
         raise UsageError(
@@ -124,57 +132,58 @@ def _rows(logits_NV: Tensor, at: Positions, target: TargetSpec, head_size: Calla
     _refuse_nan(log_sum_N, at)
     logsumexp_N = logit_NK[:, 0] + log_sum_N
 
-    prob_NK = prob_NV.gather(1, ids_NK).cpu().double()
-    size_N = head_size(prob_NK)
-    head_NK = torch.arange(ids_NK.shape[1]) < size_N[:, None]
-    outside_NK = ~head_NK.to(ids_NK.device)
-    at_T = [_at_temperature(shifted_NV, t, ids_NK, outside_NK) for t in target.temperatures]
+    logit_NK, ids_NK = logit_NK[:, : target.k], ids_NK[:, : target.k]
+    at_T = [_at_temperature(shifted_NV, t, ids_NK) for t in target.temperatures]
     # A plain sum: a batched dot product would round differently for different numbers of rows.
     entropy_N = log_sum_N - shifted_NV.mul_(prob_NV).sum(-1)
-
-    head_mass_N = prob_NK.masked_fill(~head_NK, 0.0).sum(-1)
-    tail_NGB, mass_NG = tail_blocks(_struck_out(prob_NV, ids_NK, outside_NK))
-    # Masses below float32's range (1e-38) count as none: -inf, and no draws.
-    tail_logit_N = mass_NG[:, -1].log() - head_mass_N.log()
+    prob_NK = prob_NV.gather(1, ids_NK).cpu().double()
+    tail_NGB, mass_NG = tail_blocks(prob_NV.scatter_(1, ids_NK, 0.0))
+    size_N = head_size(prob_NK, mass_NG[:, -1])
+    head_NK = torch.arange(target.k) < size_N[:, None]
     uniform_NM = torch.from_numpy(uniforms(target.seed, at.document, at.position, target.draws))
     drawn_NM = draw(tail_NGB, mass_NG, uniform_NM).sort(-1).values
 
     return TargetRows(
-        head_ids=ids_NK[:, : target.k].cpu().numpy().astype(np.uint32),
-        logprob=_float32(logit_NK - logsumexp_N[:, None])[:, : target.k],
+        head_ids=ids_NK.cpu().numpy().astype(np.uint32),
+        logprob=_float32(logit_NK - logsumexp_N[:, None]),
         head_size=size_N.numpy().astype(np.int32),
         drawn=drawn_NM.numpy().astype(np.uint32),
-        tail_logit=_float32(tail_logit_N),
+        tail_logit=_float32(_tail_logit(prob_NK, mass_NG[:, -1], head_NK)),
         logsumexp=_float32(logsumexp_N),
         entropy=_float32(entropy_N),
         next_logprob=_float32(next_logit_N - logsumexp_N),
-        tail_logit_T=_columns([tail_logit_N for tail_logit_N, _ in at_T], len(at)),
-        entropy_T=_columns([entropy_N for _, entropy_N in at_T], len(at)),
+        tail_logit_T=_columns([_tail_logit(weight_NK, rest_N, head_NK) for weight_NK, rest_N, _ in at_T], len(at)),
+        entropy_T=_columns([entropy_N for *_, entropy_N in at_T], len(at)),
     )
 
 
-def _at_temperature(
-    shifted_NV: Tensor, temperature: float, ids_NK: Tensor, outside_NK: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return tail_logit [N] and entropy [N] of softmax(shifted / T), each sum over its own terms.
+def _at_temperature(shifted_NV: Tensor, temperature: float, ids_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return of softmax(shifted / T) the values at `ids_NK`, the sum of all others [N], and the entropy [N].
 
     Args:
         shifted_NV: logits relative to the greatest of the row.
         temperature: T.
-        ids_NK: the candidates of the head.
-        outside_NK: those that are not in it.
+        ids_NK: the candidates of the head, falling.
     """
     weight_NV = torch.softmax(shifted_NV / temperature, dim=-1)
     weight_NK = weight_NV.gather(1, ids_NK)
     log_sum_N = -weight_NK[:, 0].log()
     entropy_N = log_sum_N - (weight_NV * shifted_NV).sum(-1) / temperature
-    tail_N = _struck_out(weight_NV, ids_NK, outside_NK).sum(-1)
-    return tail_N.log() - weight_NK.masked_fill(outside_NK, 0.0).sum(-1).log(), entropy_N
+    return weight_NK.cpu(), weight_NV.scatter_(1, ids_NK, 0.0).sum(-1).cpu(), entropy_N
 
 
-def _struck_out(prob_NV: Tensor, ids_NK: Tensor, outside_NK: Tensor) -> Tensor:
-    """Set the head's probabilities to 0, in place, and leave those of other candidates."""
-    return prob_NV.scatter_(1, ids_NK, prob_NV.gather(1, ids_NK).mul_(outside_NK))
+def _tail_logit(prob_NK: Tensor, outside_N: Tensor, head_NK: Tensor) -> Tensor:
+    """Return log(r / (1 - r)) [N] of the mass r outside of the head, each sum over its own terms.
+
+    Masses below float32's range (1e-38) count as none: -inf, and no draws.
+
+    Args:
+        prob_NK: probabilities of the candidates.
+        outside_N: the sum of all others.
+        head_NK: which candidates are in the head.
+    """
+    tail_N = outside_N + prob_NK.masked_fill(head_NK, 0.0).sum(-1)
+    return tail_N.log() - prob_NK.masked_fill(~head_NK, 0.0).sum(-1).log()
 
 
 def _refuse_nan(log_sum_N: Tensor, at: Positions) -> None:

@@ -34,6 +34,17 @@ def config(tmp_path: Path, tiny_extraction: dict[str, Any]) -> dict[str, Any]:
     return {**tiny_extraction, "store": tmp_path / "store"}
 
 
+@pytest.fixture
+def copied_inputs(tmp_path: Path, tiny_teacher_dir: Path, tiny_corpus: Path) -> dict[str, Any]:
+    """The keys that name copies of teacher and corpus, to be altered."""
+    shutil.copytree(tiny_teacher_dir, tmp_path / "teacher")
+    shutil.copy(tiny_corpus, tmp_path / "corpus.jsonl")
+    return {
+        "teacher": {"path": str(tmp_path / "teacher"), "dtype": "float32"},
+        "corpus": [{"source": "jsonl", "path": str(tmp_path / "corpus.jsonl")}],
+    }
+
+
 def run(config: Mapping[str, Any], *, limit: int | None = None, **changes: Any) -> list[phase.Event]:
     return list(phase.extract(ExtractConfig.model_validate({**config, **changes}), limit=limit))
 
@@ -310,22 +321,35 @@ def test_nothing_is_written_for_bad_input(config: dict[str, Any], tmp_path: Path
         assert not config["store"].exists()
 
 
-def test_a_corpus_edited_during_the_run(config: dict[str, Any], tmp_path: Path, tiny_corpus: Path) -> None:
-    """No row of another text gets into the store; with the content back, the same call ends as if nothing had been."""
-    path = tmp_path / "corpus.jsonl"
-    shutil.copy(tiny_corpus, path)
-    edited = {**config, "corpus": [{"source": "jsonl", "path": str(path)}]}
+@pytest.mark.parametrize("name", ["corpus.jsonl", "teacher/model.safetensors"])
+@pytest.mark.parametrize("moment", [phase.Progress, phase.ShardDone])
+def test_a_file_edited_during_the_run(
+    moment: type, name: str, config: dict[str, Any], tmp_path: Path, copied_inputs: dict[str, Any]
+) -> None:
+    """No row of another text or teacher gets into the store (weights on a CPU are mapped from their file). With the
+    content back, the same call ends as if nothing had been."""
+    edited, path = {**config, **copied_inputs}, tmp_path / name
+    content = path.read_bytes()
     events = phase.extract(ExtractConfig.model_validate(edited))
-    while not isinstance(next(events), phase.ShardDone):
+    while not isinstance(next(events), moment):
         pass
-    path.write_text(path.read_text().replace("e", "e "))
+    path.write_bytes(content[:-1000] + bytes(1000))
     with pytest.raises(IdentityError, match="changed while it was being read") as caught:
         list(events)
     assert caught.value.where == str(path)
-    shutil.copy(tiny_corpus, path)
-    assert summary(run(edited)).new_shards == 3
+    path.write_bytes(content)
+    committed = len(list((config["store"] / "commits").iterdir()))
+    assert summary(run(edited)).new_shards == 4 - committed
     run(config, store=tmp_path / "whole")
     assert tree(config["store"]) == tree(tmp_path / "whole")
+
+
+def test_a_teacher_replaced_before_it_is_loaded(config: dict[str, Any], copied_inputs: dict[str, Any]) -> None:
+    planned = build_plan(ExtractConfig.model_validate({**config, **copied_inputs}))
+    other = altered(Path(copied_inputs["teacher"]["path"]), config["store"].parent / "other", 0.5)
+    (other / "model.safetensors").replace(copied_inputs["teacher"]["path"] + "/model.safetensors")
+    with pytest.raises(IdentityError, match="changed while it was being read"):
+        phase.load_teacher(planned)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

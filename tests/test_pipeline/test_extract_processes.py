@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import yaml
 from pipeline.config.extract import ExtractConfig
 from pipeline.extract import ExtractSummary, Progress, ShardDone, Started, extract
 from storage.errors import CorruptionError
+from storage.files import LocalFiles
 
 
 def config_for(store: Path, tiny_extraction: dict[str, Any]) -> ExtractConfig:
@@ -33,6 +35,54 @@ def test_a_shard_that_another_process_commits_is_passed_over(tmp_path: Path, tin
     assert not [event for event in rest if isinstance(event, ShardDone | Progress)]
     assert isinstance(rest[-1], ExtractSummary)
     assert rest[-1].digest is not None
+
+
+def test_a_limit_counts_the_shards_of_this_run_alone(tmp_path: Path, tiny_extraction: dict[str, Any]) -> None:
+    """Another process commits the shard in work: that is not one of the two, and its rows are not new."""
+    settings = {**tiny_extraction, "batch_size": 2}
+    whole, store = tmp_path / "whole", tmp_path / "store"
+    list(extract(config_for(whole, settings)))
+    mine = extract(config_for(store, settings), limit=2)
+    first = next(event for event in mine if isinstance(event, Progress))
+    (directory,) = whole.glob(f"shards/{first.shard:06d}-*")
+    shutil.copytree(directory, store / "shards" / directory.name)
+    shutil.copy(whole / "commits" / f"{first.shard:06d}.json", store / "commits")
+    rest = list(mine)
+    done = [event for event in rest if isinstance(event, ShardDone)]
+    end = rest[-1]
+    assert isinstance(end, ExtractSummary)
+    assert [event.shard for event in done] == [1, 2]
+    assert [event.committed for event in done] == [2, 3]
+    assert (end.new_shards, end.committed, end.digest) == (2, 3, None)
+    assert end.new_rows == sum(event.rows for event in done)
+    assert end.new_tokens == sum(event.tokens for event in done)
+
+
+def test_a_shard_costs_the_same_in_stores_of_any_size(
+    tmp_path: Path, tiny_extraction: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the number of looks for records, but for one at each batch: whether another process has done the shard."""
+    monkeypatch.setattr("storage.commit.LOOKS", 2)
+    looks: list[str] = []
+
+    def noted(real: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self, entry: looks.append(entry) or real(self, entry)
+
+    for name in ("read_stamped", "exists"):
+        monkeypatch.setattr(LocalFiles, name, noted(getattr(LocalFiles, name)))
+    found = []
+    for size in (4, 1):
+        looks.clear()
+        batches, counts = 0, []
+        for event in extract(config_for(tmp_path / str(size), {**tiny_extraction, "documents_per_shard": size})):
+            batches += isinstance(event, Progress)
+            if isinstance(event, ShardDone):
+                counts.append(sum(entry.startswith("commits/") for entry in looks) - batches)
+                batches, looks[:] = 0, []
+        found.append(counts)
+    few, many = found
+    assert len(many) > 3 * len(few)
+    assert set(few[1:-3]) == set(many[1:-3]) == {few[1]}
 
 
 def test_two_processes_share_the_work_and_a_dead_one_blocks_nothing(
@@ -58,13 +108,30 @@ def test_two_processes_share_the_work_and_a_dead_one_blocks_nothing(
     assert not list((tmp_path / "store" / "tmp").glob("claim-*"))
 
 
+@pytest.mark.parametrize(
+    ("rank_name", "first", "settings"),
+    [
+        ("RANK", 0, {"WORLD_SIZE": "2"}),
+        ("RANK", 0, {"WORLD_SIZE": "2", "SLURM_PROCID": "0", "SLURM_NTASKS": "9"}),
+        ("SLURM_PROCID", 0, {"SLURM_NTASKS": "2"}),
+        ("SLURM_PROCID", 0, {"SLURM_NTASKS": "2", "RANK": "0", "WORLD_SIZE": "1"}),
+        ("SLURM_ARRAY_TASK_ID", 2, {"SLURM_ARRAY_TASK_COUNT": "2", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}),
+    ],
+    ids=["torchrun", "torchrun-in-slurm", "srun", "srun-of-single-torchruns", "array"],
+)
 def test_each_process_begins_at_its_own_place(
-    tmp_path: Path, tiny_extraction: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    rank_name: str,
+    first: int,
+    settings: dict[str, str],
+    tmp_path: Path,
+    tiny_extraction: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     order = []
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
     for rank in (0, 1):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv(rank_name, str(first + rank))
         events = list(extract(config_for(tmp_path / f"store-{rank}", tiny_extraction)))
         order.append([event.shard for event in events if isinstance(event, ShardDone)])
     (started,) = (event for event in events if isinstance(event, Started))

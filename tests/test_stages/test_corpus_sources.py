@@ -253,6 +253,20 @@ def test_a_file_replaced_after_the_scan_is_refused(kind: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", FILE_KINDS)
+def test_a_file_edited_with_its_time_of_modification_set_back_is_refused(kind: str, tmp_path: Path) -> None:
+    """In place and of the same size, as a repair by `rsync --inplace --times` leaves it."""
+    source = SOURCES[kind](WRITERS[kind](tmp_path, TEXTS))
+    edited = min(path for path in tmp_path.iterdir())
+    before, content = edited.stat(), edited.read_bytes()
+    edited.write_bytes(content.replace(b"text", b"TEXT"))
+    while (after := edited.stat()).st_mtime_ns != before.st_mtime_ns or after.st_ctime_ns == before.st_ctime_ns:
+        os.utime(edited, ns=(before.st_atime_ns, before.st_mtime_ns))  # until the file system's clock has moved on
+    assert (after.st_ino, after.st_size) == (before.st_ino, before.st_size)
+    with pytest.raises(IdentityError, match="changed while it was being read"):
+        source.read(0, 1)
+
+
+@pytest.mark.parametrize("kind", FILE_KINDS)
 def test_a_file_that_vanishes_after_the_scan(kind: str, tmp_path: Path) -> None:
     source = SOURCES[kind](WRITERS[kind](tmp_path, TEXTS))
     gone = min(path for path in tmp_path.iterdir())

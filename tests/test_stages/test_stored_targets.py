@@ -21,6 +21,7 @@ from storage.plan import HeldoutRule, Plan, TargetSpec
 from storage.reader import StoreReader
 from storage.remap import build_remap, remap_sha256
 from storage.rows import SequenceBatch
+from storage.verify import verify
 
 VOCABULARY, ROWS = 3000, 600
 TARGETS = {
@@ -100,6 +101,16 @@ def test_decoding_costs_little(kind: str, codec: str, tmp_path: Path) -> None:
     assert kl_N.min() > -5e-6  # float32 sums over the vocabulary
     total_N = np.bincount(row_H, np.exp(batch.logprob.astype(np.float64)), minlength=ROWS) + tail_mass(batch.tail_logit)
     np.testing.assert_allclose(total_N, 1.0, atol=2e-6)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("p", [0.999, 1.0 - 1e-6, 1.0 - 1e-9, 1.0])
+def test_a_store_takes_heads_that_reach_nearly_all_of_the_mass(p: float, codec: str, tmp_path: Path) -> None:
+    """What the heads' sizes come from and what the writer and `verify` ask for agree, where 1 - p is faint too."""
+    logits_NV = logits_of(200) * torch.linspace(1.0, 40.0, 200)[:, None]
+    batch = stored(tmp_path / "store", logits_NV, TargetSpec(kind="topp", k=64, p=p), codec)
+    assert verify(tmp_path / "store").problems == []
+    assert len(set(batch.head_size.tolist())) > 10
 
 
 def buckets(logits_NV: Tensor, scale: float, batch: SequenceBatch) -> list[Tensor]:

@@ -8,6 +8,8 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -141,6 +143,29 @@ def test_the_head_of_topp_is_the_least_that_reaches_its_mass(p: float) -> None:
     more = rows.head_size > 1
     assert np.all(mass[more, rows.head_size[more] - 2] < p + 1e-6)
     np.testing.assert_allclose(1.0 / (1.0 + np.exp(rows.tail_logit.astype(np.float64))), reached, rtol=1e-5)
+
+
+@settings(max_examples=60)
+@given(
+    scale=st.floats(0.01, 30.0),  # from flat rows to peaked ones
+    faint=st.floats(0.0, 14.0),  # p = 1 - 10 ** -faint
+    k=st.integers(1, 300),
+    seed=st.integers(0, 2**32),
+)
+def test_the_head_of_topp_is_never_an_id_short_or_long(scale: float, faint: float, k: int, seed: int) -> None:
+    """Also where 1 - p is below what float32 resolves, and for the whole vocabulary; against sums in float64."""
+    p = 1.0 - 10.0**-faint
+    assume(p > 0.0)
+    logits_NV = logits_of(20, 300, scale=scale, seed=seed)
+    rows = rows_of(logits_NV, spec("topp", k=k, p=p))
+    rising = np.sort(np.exp(reference(logits_NV)[0]), axis=1)
+    after = rising.cumsum(1)[:, ::-1][:, 1:]  # mass outside of the 1, 2, ... most probable
+    for slack, compare in ((2e-6, np.less_equal), (-2e-6, np.greater_equal)):  # the teacher's logits are float32
+        size = np.minimum(1 + (after > (1.0 - p) * (1.0 + slack)).sum(1), k)
+        assert compare(size, rows.head_size).all()
+    outside = np.append(after, np.zeros((20, 1)), axis=1)[np.arange(20), rows.head_size - 1]
+    seen = outside > 1e-30
+    np.testing.assert_allclose(1.0 / (1.0 + np.exp(-rows.tail_logit[seen].astype(float))), outside[seen], rtol=3e-5)
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "sampled"])
