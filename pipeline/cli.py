@@ -96,7 +96,7 @@ def plan(config_path: Path, overrides: tuple[str, ...], rate: float | None, as_j
 @main.command()
 @config_argument
 @set_option
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Stop after N shards; run again to go on.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Stop after N new shards; run again to go on.")
 @dry_run_option
 @json_option
 @common_options
@@ -149,14 +149,15 @@ def verify(store: Path, quick: bool, as_json: bool) -> int:
 @json_option
 @common_options
 def repair(store: Path, yes: bool, as_json: bool) -> None:
-    """Move damaged shards out of a store, for `extract` to redo.
+    """Move damaged shards out of a store, to be computed anew.
 
     No worker may run meanwhile. Nothing is deleted: everything goes to STORE/quarantine.
     """
     from pipeline.console import show_repair
-    from storage.repair import repair
+    from storage.repair import command_after, repair
 
-    show_repair(repair(store, apply=yes), store, applied=yes, as_json=as_json)
+    actions = repair(store, apply=yes)
+    show_repair(actions, store, command=command_after(store), applied=yes, as_json=as_json)
 
 
 @main.command()

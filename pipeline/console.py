@@ -134,7 +134,7 @@ def show_status(status: Status, *, as_json: bool) -> None:
     facts.append(("contents", f"not checked here: pipeline verify {status.path} does"))
     print_facts(facts)
     if status.missing:
-        click.echo(f"{counted(status.missing, 'shard')} missing: run the same `pipeline extract` again to go on")
+        click.echo(f"{counted(status.missing, 'shard')} missing: run the same `{status.written_by}` again to go on")
 
 
 def show_verification(report: Report, store: Path, *, as_json: bool) -> int:
@@ -155,8 +155,8 @@ def show_verification(report: Report, store: Path, *, as_json: bool) -> int:
     return report.exit_code
 
 
-def show_repair(actions: Sequence[Action], store: Path, *, applied: bool, as_json: bool) -> None:
-    """Write what a repair did or would do."""
+def show_repair(actions: Sequence[Action], store: Path, *, command: str, applied: bool, as_json: bool) -> None:
+    """Write what a repair did or would do, and in the end the command that computes what is missing."""
     if as_json:
         print_json({"applied": applied, "actions": actions})
         return
@@ -167,7 +167,7 @@ def show_repair(actions: Sequence[Action], store: Path, *, applied: bool, as_jso
     if not actions:
         click.echo("nothing to repair")
     elif applied:
-        click.echo("run the same `pipeline extract` again: it computes exactly what is missing now")
+        click.echo(f"run the same `{command}` again: it computes exactly what is missing now")
     else:
         click.echo(f"no worker may run meanwhile; to do it: pipeline repair {store} --yes")
 
@@ -212,6 +212,8 @@ def _show_split_difference(split: str, part: SplitDifference) -> None:
         return
     if part.other_tokens:
         click.echo(f"{split}  {counted(part.other_tokens, 'sequence')} with other tokens or positions")
+    for name, count in part.other_parts.items():
+        click.echo(f"{split}  {counted(count, 'sequence')} with other values of {name}")
     click.echo(
         f"{split}  {part.rows_other_head:,} other heads, {part.rows_other_samples:,} other samples;"
         f" log-probabilities differ by up to {part.largest_logprob:.3g} nats, mean KL {part.mean_kl:.2e} nats"
@@ -222,7 +224,8 @@ def _show_split_difference(split: str, part: SplitDifference) -> None:
             if item.rows is None
             else f"{counted(item.rows, 'row')}, up to {item.largest_logprob:.3g} nats"
         )
-        click.echo(f"  shard {item.shard}, document {item.document}, window at {item.window_start}: {rows}")
+        what = ", ".join((rows, *item.parts))
+        click.echo(f"  shard {item.shard}, document {item.document}, window at {item.window_start}: {what}")
 
 
 def show_sequences(sequences: Sequence[SequenceText], total: int) -> None:

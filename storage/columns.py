@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
 from storage.arrow import row_keys, schema
-from storage.errors import UsageError
-from storage.files import storage_errors
+from storage.errors import IdentityError, UsageError
+from storage.files import Stamp, storage_errors
+from storage.jsonl import KEYS
 from storage.plan import check_columns
 from storage.rows import SequenceBatch
 
@@ -39,7 +42,7 @@ _TYPES = {
 
 
 class ColumnFile:
-    """One column in a Parquet file.
+    """One column in a Parquet file, which must not change from here on until its last value is read.
 
     Args:
         name: of the column, in the file and in the store.
@@ -51,26 +54,29 @@ class ColumnFile:
         sha256: of the file.
 
     Raises:
-        UsageError: no such file or column, or a name or type that cannot be stored.
+        UsageError: no such file or column, keys that are not whole numbers, or a name or type that cannot be stored.
+        IdentityError: the file was changed meanwhile.
         StorageUnavailableError: it cannot be read.
     """
 
     def __init__(self, name: str, path: str | os.PathLike[str]) -> None:
         self.name, self._path = name, Path(path)
         with storage_errors(self._path):
-            try:
-                self._data = ds.dataset(self._path, format="parquet")
-            except (pa.ArrowInvalid, FileNotFoundError) as error:
-                raise self._refused(f"no Parquet file: {error}") from error
+            if not self._path.is_file():
+                raise self._refused("no such file")
+            self._stamp = Stamp.of(self._path.stat())
+        with self._reading():
+            self._data = ds.dataset(self._path, format="parquet")
             with open(self._path, "rb") as file:
                 self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        found = self._data.schema
-        self.axis = "row" if {"sequence", "position"} <= set(found.names) else "sequence"
+        self.axis = "row" if {"sequence", "position"} <= set(self._data.schema.names) else "sequence"
         self._keys = ROW_KEYS if self.axis == "row" else ("document",)
-        missing = [key for key in (*self._keys, name) if key not in found.names]
-        if missing:
-            raise self._refused(f"it has no column {missing[0]!r}; it has {', '.join(found.names)}")
-        kind = found.field(name).type
+        for key in self._keys:
+            if not pa.types.is_integer(kind := self._type_of(key)):
+                raise self._refused(
+                    f"column {key} has type {kind}", fix="cast it to int64: it says where a value belongs"
+                )
+        kind = self._type_of(name)
         if kind not in _TYPES:
             raise self._refused(f"column {name} has type {kind}", fix="cast it to float32, or to an integer type")
         self.dtype = _TYPES[kind]
@@ -78,8 +84,8 @@ class ColumnFile:
             check_columns({name: self.about})
         except ValueError as error:
             raise self._refused(str(error)) from error
-        if name in schema().names:
-            raise self._refused(f"rows have a column {name} already")
+        if name in KEYS.union(schema().names):
+            raise self._refused("exports have something of that name already", fix="give the column another name")
 
     @property
     def about(self) -> dict[str, str]:
@@ -94,15 +100,20 @@ class ColumnFile:
             number_S: number of each sequence in its split.
 
         Raises:
-            UsageError: a value is missing, null, negative or given twice.
+            UsageError: a value is missing, null, negative or given twice, or the file is damaged.
+            IdentityError: the file was changed.
+            StorageUnavailableError: it is gone, or cannot be read.
         """
         wanted = np.stack(row_keys(batch, number_S) if self.axis == "row" else [batch.document], axis=1)
         if len(wanted) == 0:
             return np.zeros(0, self.dtype)
         document = ds.field("document")
         inside = (document >= int(batch.document[0])) & (document <= int(batch.document[-1]))
-        with storage_errors(self._path):
+        with self._reading():
             table = self._data.to_table(columns=[*self._keys, self.name], filter=inside)
+        for key in self._keys:
+            if table[key].null_count:
+                raise self._refused(f"column {key} has nulls", fix="drop these lines: nothing says where they belong")
         found = np.stack([table[key].to_numpy().astype(np.int64) for key in self._keys], axis=1)
         keys, first = np.unique(_records(found), return_index=True)
         if len(keys) < len(found):
@@ -124,6 +135,37 @@ class ColumnFile:
             raise self._refused(f"column {self.name} has negative numbers", fix="cast it to float32, or shift it")
         stored: NDArray[Any] = values.astype(self.dtype)
         return stored
+
+    def _type_of(self, name: str) -> pa.DataType:
+        found = self._data.schema
+        number = found.names.count(name)
+        if number != 1:
+            raise self._refused(f"it has {number or 'no'} column {name!r}; it has {', '.join(found.names)}")
+        return found.field(name).type
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Check before and after a read that the file is still the same, and tell what is wrong in it."""
+        with storage_errors(self._path):
+            self._require_same()
+            try:
+                yield
+            except (pa.ArrowException, OSError) as error:
+                self._require_same()  # what is replaced while it is read may seem damaged
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise
+                reason = str(error).partition("\n")[0]
+                raise self._refused(f"no readable Parquet file: {reason}", fix="write the file again") from error
+            self._require_same()
+
+    def _require_same(self) -> None:
+        if Stamp.of(self._path.stat()) != self._stamp:
+            raise IdentityError(
+                "the file was changed while the conversion was reading it",
+                where=str(self._path),
+                fix="put its content back and run the same command again: what is committed is kept; "
+                "for the new content name another target",
+            )
 
     def _refused(self, what: str, fix: str | None = None) -> UsageError:
         return UsageError(f"column {self.name}: {what}", where=str(self._path), fix=fix)

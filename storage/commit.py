@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.damage import damaged_file, damaged_shard
 from storage.errors import CorruptionError, IdentityError, UsageError
 from storage.faults import fault_point
 from storage.files import QUARANTINE, TEMPORARY, LocalFiles, sha256
@@ -36,6 +37,7 @@ from storage.validate import check_batch
 log = logging.getLogger("topk_distill.storage")
 
 _BEFORE_PLAN = {TEMPORARY, REMAP, TOKENIZER, COMMITS, SHARDS}  # what a creation that was cut off may leave
+LOOKS = 64  # for records of other processes, each time that progress is told
 
 
 class StoreWriter:
@@ -53,6 +55,7 @@ class StoreWriter:
         self._manifest = Manifest(files, plan)
         self._rank = invert(remap)
         self._records: dict[int, CommitRecord] = {}
+        self._unseen = OrderedDict((spec.index, spec) for spec in self._manifest.shards)  # no record seen of them yet
 
     @classmethod
     def create(
@@ -98,8 +101,20 @@ class StoreWriter:
             if spec.index not in self._records:
                 record = self._manifest.record(spec)
                 if record is not None:
-                    self._records[spec.index] = record
+                    self._remember(record)
         return frozenset(self._records)
+
+    def count_committed(self) -> int:
+        """Return how many shards are known to be committed, for telling progress; the cost is bounded.
+
+        Up to `LOOKS` of the others are looked for, a few more each time: where more are missing, what other processes
+        commit is counted late.
+        """
+        for _ in range(min(LOOKS, len(self._unseen))):
+            index, spec = self._unseen.popitem(last=False)
+            if not self.is_committed(spec):
+                self._unseen[index] = spec
+        return len(self._manifest.shards) - len(self._unseen)
 
     def missing(self) -> list[ShardSpec]:
         """Return the shards that are not committed yet, in order."""
@@ -110,12 +125,16 @@ class StoreWriter:
         """Tell whether a shard has a commit record now, without reading it."""
         return self._files.exists(record_name(shard.index))
 
-    def commit(self, shard: ShardSpec, batch: SequenceBatch) -> CommitRecord:
+    def commit(
+        self, shard: ShardSpec, batch: SequenceBatch, *, logprob: NDArray[np.float32] | None = None
+    ) -> CommitRecord:
         """Write a shard and commit it. If it is committed already, what is stored stays and is returned.
 
         Args:
             shard: one of the plan's.
             batch: all its sequences, in order of document and window; may be empty.
+            logprob: log-probabilities [H] to encode in place of the batch's: those that the same codec gives back, as
+                `StoreReader.read` has them without scaling, so that no value is rounded twice.
 
         Raises:
             ValueError, NumericsError: the batch is no valid content for this shard; names the document.
@@ -123,7 +142,8 @@ class StoreWriter:
             OutOfSpaceError, StorageUnavailableError: the file system refuses; the shard is not committed.
         """
         check_batch(self.plan, shard, batch)
-        objects = encode_shard(self.plan, shard, batch, self._rank)
+        content = batch if logprob is None else replace(batch, logprob=logprob)
+        objects = encode_shard(self.plan, shard, content, self._rank)
         mine = CommitRecord.of(self.plan.store_id, shard, objects, counts_of(self.plan, batch))
         fault_point("encoded")
         stored = self._manifest.record(shard)
@@ -136,7 +156,7 @@ class StoreWriter:
             self._compare_with_repaired(mine)
             stored = self._manifest.record(shard)
             if stored is None:
-                raise damaged_shard(self._files.root, shard, "its record vanished while it was written")
+                raise self._manifest.damage.shard(shard, "its record vanished while it was written")
         if stored != mine:
             log.warning(
                 "shard %d was committed by another process with other content (%s, here %s): keeping what is "
@@ -145,7 +165,7 @@ class StoreWriter:
             )  # fmt: skip
             if stored.path != mine.path:
                 self._files.discard_directory(mine.path)
-        self._records[shard.index] = stored
+        self._remember(stored)
         return stored
 
     def seal(self) -> str | None:
@@ -166,14 +186,18 @@ class StoreWriter:
             self._files.create(SEAL, seal.to_json(), point="seal")
             stored = self._manifest.seal()
         if stored != seal:
-            raise damaged_file(self._files.root, SEAL, "it does not agree with the commit records")
+            raise self._manifest.damage.file(SEAL, "it does not agree with the commit records")
         return seal.digest
+
+    def _remember(self, record: CommitRecord) -> None:
+        self._records[record.shard] = record
+        self._unseen.pop(record.shard, None)
 
     def _check_directories(self) -> None:
         """A repair that was cut off leaves records of shards that it has moved away: such a store is not whole."""
         for record in self._records.values():
             if not self._files.exists(record.path):
-                raise damaged_shard(self._files.root, record.spec(), "its directory is missing", name=record.path)
+                raise self._manifest.damage.shard(record.spec(), "its directory is missing", name=record.path)
 
     def _write_directory(self, record: CommitRecord, objects: Mapping[str, bytes]) -> None:
         """Step 4: the directory exists, whole and durable, when this returns."""
@@ -185,8 +209,8 @@ class StoreWriter:
                 return
             moved = self._files.quarantine(record.path)
             log.warning("shard %d: its directory was there, damaged; moved to %s", record.shard, moved)
-        raise damaged_shard(
-            self._files.root, record.spec(), "its directory is changed as fast as it is written", name=record.path
+        raise self._manifest.damage.shard(
+            record.spec(), "its directory is changed as fast as it is written", name=record.path
         )
 
     def _compare_with_repaired(self, record: CommitRecord) -> None:
@@ -213,9 +237,9 @@ class StoreWriter:
 
 def _check_arguments(plan: Plan, remap: NDArray[np.uint32], tokenizer_files: Mapping[str, bytes]) -> None:
     try:
-        plan.target.check()
+        plan.check()
     except ValueError as error:
-        raise UsageError(f"the plan's target: {error}", where="plan: target") from error
+        raise UsageError(f"the plan: {error}", where="plan") from error
     if len(remap) != plan.vocab_size or not is_permutation(remap) or remap_sha256(remap) != plan.remap_sha256:
         raise UsageError(
             f"the remap of {len(remap)} ids is not the one that the plan names (vocabulary {plan.vocab_size})",

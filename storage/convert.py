@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -22,9 +23,9 @@ from storage.codecs import logprob_codec
 from storage.columns import ColumnFile
 from storage.commit import StoreWriter
 from storage.errors import UsageError
-from storage.plan import COLUMN_AXES, SPLITS, Json, Plan, ShardSpec
+from storage.plan import COLUMN_AXES, SPLITS, Json, Plan, ShardSpec, Split
 from storage.reader import StoreReader
-from storage.requantise import settle
+from storage.records import PLAN
 from storage.rows import SequenceBatch
 from storage.smaller_head import smaller_head
 
@@ -52,7 +53,7 @@ class Converted:
 
     Attributes:
         store: the new store.
-        shards, committed: shards of the new store, and how many of them are committed.
+        shards, committed: shards of the new store, and how many of them are known to be committed.
         rows: written by this run.
         bytes: of the shards written by this run.
         seconds, seconds_left: since the start of this run, and left at the pace of all who work on it.
@@ -90,12 +91,17 @@ def convert(
     if Path(target).resolve().is_relative_to(Path(source).resolve()):
         raise UsageError("a store is never converted in place", where=str(target), fix="name a directory outside of it")
     plan = converted_plan(origin, conversion)
+    if not (Path(target) / PLAN).exists():  # whoever began it has checked the same files: the plan names their hashes
+        _check_values(readers, plan, conversion.columns)
     writer = StoreWriter.create(target, plan, remap=origin.remap, tokenizer_files=origin.tokenizer_files())
     progress = _Progress(store=Path(target), plan=plan, writer=writer)
     with closing(Claims(target).turns(writer.missing(), writer.is_committed)) as turns:
         for spec in turns:
-            batch = _converted(readers[spec.split], spec, plan, conversion.columns)
-            progress.count(batch.rows, writer.commit(spec, batch).size)
+            reader = readers[spec.split]
+            numbers = _sequences(reader, spec)
+            batch = _converted(reader, numbers, plan, conversion.columns)
+            points = reader.read(numbers, scaled=False).logprob if _keeps_heads(plan, reader.plan) else None
+            progress.count(batch.rows, writer.commit(spec, batch, logprob=points).size)
             yield progress.told()
     yield progress.told(writer.seal())
 
@@ -115,7 +121,7 @@ class _Progress:
 
     def told(self, digest: str | None = None) -> Converted:
         """Return what to tell after a shard, or with the digest in the end."""
-        committed = len(self._writer.committed())
+        committed = self._writer.count_committed()
         seconds = time.perf_counter() - self._began
         return Converted(
             store=self._store,
@@ -167,6 +173,15 @@ def _new_columns(plan: Plan, conversion: Conversion) -> dict[str, dict[str, str]
     return {column.name: column.about for column in conversion.columns}
 
 
+def _check_values(readers: Mapping[Split, StoreReader], plan: Plan, columns: tuple[ColumnFile, ...]) -> None:
+    """Look up every value once before anything is written: one that is missing would be found hours later."""
+    for spec in plan.shards() if columns else ():
+        numbers = _sequences(readers[spec.split], spec)
+        batch = readers[spec.split].read(numbers, targets=False)
+        for column in columns:
+            column.values(batch, np.asarray(numbers))
+
+
 def _check_k(plan: Plan, k: int) -> None:
     if plan.target.kind == "sampled":
         raise UsageError("rows of samples alone have no head", where="k", fix="leave k out")
@@ -178,9 +193,13 @@ def _check_k(plan: Plan, k: int) -> None:
         )
 
 
-def _converted(reader: StoreReader, spec: ShardSpec, plan: Plan, columns: tuple[ColumnFile, ...]) -> SequenceBatch:
-    """Return the content of a shard of the new store."""
-    numbers = _sequences(reader, spec)
+def _keeps_heads(plan: Plan, old: Plan) -> bool:
+    """Tell whether heads stay as they are stored. Rounded once more, one in 200 would have an entry that changes."""
+    return plan.target.k == old.target.k and plan.codecs["logprob"] == old.codecs["logprob"]
+
+
+def _converted(reader: StoreReader, numbers: range, plan: Plan, columns: tuple[ColumnFile, ...]) -> SequenceBatch:
+    """Return these sequences as the new store holds them."""
     batch = reader.read(numbers)
     new = {
         axis: {item.name: item.values(batch, np.asarray(numbers)) for item in columns if item.axis == axis}
@@ -193,24 +212,17 @@ def _converted(reader: StoreReader, spec: ShardSpec, plan: Plan, columns: tuple[
     )
     if plan.target.k < reader.plan.target.k:
         return smaller_head(batch, plan.target, origin=reader.plan.store_id)
-    if plan.codecs["logprob"] == reader.plan.codecs["logprob"]:
-        codec = logprob_codec(plan.codecs["logprob"])
-        return replace(batch, logprob=settle(codec, batch.logprob, batch.head_size, batch.tail_logit))
     return batch
 
 
 def _sequences(reader: StoreReader, spec: ShardSpec) -> range:
     """Return the numbers of the sequences of a document range, by looking into the old shards that meet it."""
     old = reader.plan.shards()
-    counts = np.cumsum([0, *(item.sequences for item in reader.shards)])
-    meet = [
-        number
-        for number, item in enumerate(reader.shards)
-        if old[item.shard].first_document < spec.end_document and spec.first_document < old[item.shard].end_document
-    ]
-    if not meet:
+    after = bisect_right(reader.shards, spec.first_document, key=lambda item: old[item.shard].end_document)
+    beyond = bisect_left(reader.shards, spec.end_document, key=lambda item: old[item.shard].first_document)
+    if after >= beyond:
         return range(0)
-    first, end = int(counts[meet[0]]), int(counts[meet[-1] + 1])
+    first, end = int(reader.starts[after]), int(reader.starts[beyond])
     documents = reader.read(range(first, end), targets=False).document
     inside = np.searchsorted(documents, [spec.first_document, spec.end_document])
     return range(first + int(inside[0]), first + int(inside[1]))

@@ -1,43 +1,56 @@
-"""How damage is told: which store, shard, array and documents, and the command that repairs it."""
+"""How damage is told: which store, shard, array and documents, and the commands that mend it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from storage.errors import CorruptionError
-from storage.plan import ShardSpec
+from storage.plan import Plan, ShardSpec
 from storage.records import PLAN
 
 
-def repair_command(root: Path) -> str:
-    """Return the command that repairs a store."""
-    return f"run `pipeline repair {root}`, then the same `pipeline extract` again"
+def written_by(plan: Plan) -> str:
+    """Return the command that writes a store of this plan, and computes what is missing in it."""
+    return "pipeline extract" if plan.derived_from is None else "pipeline convert"
 
 
-def describe(spec: ShardSpec) -> str:
-    """Return a shard's name for people."""
-    return f"shard {spec.index} ({spec.split}, documents {spec.first_document} to {spec.end_document - 1})"
+def damaged_plan(root: Path, problem: str) -> CorruptionError:
+    """Return the error for a damaged plan.json of the store at `root`."""
+    fix = "bring plan.json back from a copy: nothing else says what the store holds"
+    return CorruptionError(f"{PLAN} is damaged: {problem}", where=str(root / PLAN), fix=fix)
 
 
-def damaged_shard(root: Path, spec: ShardSpec, problem: str, *, name: str | None = None) -> CorruptionError:
-    """Return the error for a damaged shard.
+@dataclass(frozen=True)
+class Damage:
+    """The errors for damage in one store.
 
-    Args:
+    Attributes:
         root: of the store.
-        spec: the shard.
-        problem: what is wrong, with values found and expected.
-        name: path of the damaged file or array inside the store.
+        plan: of the store.
     """
-    return CorruptionError(
-        f"{describe(spec)} is damaged: {problem}",
-        where=str(root / name) if name else str(root),
-        fix=repair_command(root),
-    )
 
+    root: Path
+    plan: Plan
 
-def damaged_file(root: Path, name: str, problem: str) -> CorruptionError:
-    """Return the error for a damaged file that belongs to the whole store."""
-    if name == PLAN:
-        fix = "bring plan.json back from a copy: nothing else says what the store holds"
-        return CorruptionError(f"{name} is damaged: {problem}", where=str(root / name), fix=fix)
-    return CorruptionError(f"{name} is damaged: {problem}", where=str(root / name), fix=repair_command(root))
+    def shard(self, spec: ShardSpec, problem: str, *, name: str | None = None) -> CorruptionError:
+        """Return the error for a damaged shard.
+
+        Args:
+            spec: the shard.
+            problem: what is wrong, with values found and expected.
+            name: path of the damaged file or array inside the store.
+        """
+        documents = f"documents {spec.first_document} to {spec.end_document - 1}"
+        return self._error(f"shard {spec.index} ({spec.split}, {documents})", problem, name)
+
+    def file(self, name: str, problem: str) -> CorruptionError:
+        """Return the error for a damaged file that belongs to the whole store."""
+        return self._error(name, problem, name)
+
+    def _error(self, what: str, problem: str, name: str | None) -> CorruptionError:
+        return CorruptionError(
+            f"{what} is damaged: {problem}",
+            where=str(self.root / name) if name else str(self.root),
+            fix=f"run `pipeline repair {self.root}`, then the same `{written_by(self.plan)}` again",
+        )

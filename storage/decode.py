@@ -8,7 +8,8 @@ Axis legend: S sequences, R rows, H head entries, C tail entries, K ranks of an 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -22,18 +23,23 @@ from storage.plan import Plan
 from storage.rows import SequenceBatch
 from storage.segments import cumsum_rows, row_starts
 
+Task = Callable[[], None]
+Work = list[Task]  # tasks that fill arrays, in any order, in threads or one after the other
 Slices = Mapping[str, Sequence[NDArray[Any]]]  # stored values by array name, cut to a run of sequences, in pieces
 VALUES_AT_ONCE = 1 << 16  # a few hundred kilobytes with what is made of them: they stay in the processor's cache
 
 
-def decode_batch(plan: Plan, runs: Sequence[Slices], remap: NDArray[np.uint32], *, each: Each = map) -> SequenceBatch:
+def decode_batch(
+    plan: Plan, runs: Sequence[Slices], remap: NDArray[np.uint32], *, scaled: bool = True, each: Each = map
+) -> SequenceBatch:
     """Join runs of sequences, each cut from a shard, and decode them.
 
     Args:
         plan: of the store.
         runs: stored values by array name, as `OpenShard.sequences` cuts them. Offsets begin anywhere.
         remap: token id of each rank [V].
-        each: runs the work on heads and tails, in threads or one after the other.
+        scaled: False leaves log-probabilities as the codec gives them, before each head is scaled to its mass.
+        each: runs the work on ids, heads and tails, in threads or one after the other.
 
     Raises:
         ValueError: sizes contradict each other or a rank is outside the vocabulary.
@@ -45,8 +51,15 @@ def decode_batch(plan: Plan, runs: Sequence[Slices], remap: NDArray[np.uint32], 
     _check_sizes(edges, head_size, tail_size)
     # Rows of samples alone have no head: everything is outside of it.
     tail_logit = _joined(runs, "tail_logit", np.float32, rows=len(entropy), absent=np.inf)
+    codec, work = logprob_codec(plan.codecs["logprob"]), Work()
+    scale_to = tail_logit if scaled and codec.renormalises else None
+    logprob = _logprob(codec, _pieces(runs, "logprob"), head_size, scale_to, work=work)
+    tail_ids = _tail_ids(remap, _joined(runs, "tail_ids", None), tail_size, work=work)
+    head_ids = _ids(remap, _pieces(runs, "head_ids"), work=work)
+    tokens = _ids(remap, _pieces(runs, "tokens"), work=work)
+    list(each(_do, work))
     return SequenceBatch(
-        tokens=_ids(remap, _pieces(runs, "tokens")),
+        tokens=tokens,
         token_offset=edges["token_offset"],
         row_offset=edges["row_offset"],
         head_offset=edges["head_offset"] if plan.target.k else np.zeros_like(edges["row_offset"]),
@@ -57,11 +70,9 @@ def decode_batch(plan: Plan, runs: Sequence[Slices], remap: NDArray[np.uint32], 
         has_row=_joined(runs, "has_row", np.bool_),
         head_size=head_size,
         tail_size=tail_size,
-        head_ids=_ids(remap, _pieces(runs, "head_ids"), each),
-        logprob=_logprob(
-            logprob_codec(plan.codecs["logprob"]), _pieces(runs, "logprob"), head_size, tail_logit, each=each
-        ),
-        tail_ids=_ids(remap, [cumsum_rows(_joined(runs, "tail_ids", None), tail_size)]),
+        head_ids=head_ids,
+        logprob=logprob,
+        tail_ids=tail_ids,
         count=_joined(runs, "count", np.uint16),
         tail_logit=tail_logit,
         logsumexp=_joined(runs, "logsumexp", np.float32),
@@ -119,21 +130,35 @@ def _check_sizes(
             raise ValueError(f"the row sizes do not add up to {name}")
 
 
-def _ids(remap: NDArray[np.uint32], pieces: Sequence[NDArray[Any]], each: Each = map) -> NDArray[np.uint32]:
-    """Return the token ids of ranks, flat."""
+def _do(task: Task) -> None:
+    task()
+
+
+def _ids(remap: NDArray[np.uint32], pieces: Sequence[NDArray[Any]], *, work: Work) -> NDArray[np.uint32]:
+    """Return the token ids of ranks, flat; they are there once the work is done."""
     pieces = _merged([piece.reshape(-1) for piece in pieces], axis=0)
     edges = _edges([len(piece) for piece in pieces])
     ids = np.empty(edges[-1], np.uint32)
-
-    def fill(place: int) -> None:
-        ranks = pieces[place]
-        largest = int(ranks.max(initial=0))
-        if largest >= len(remap):
-            raise ValueError(f"rank {largest} lies outside the vocabulary of {len(remap)}")
-        remap.take(ranks, out=ids[edges[place] : edges[place + 1]], mode="clip")  # other modes write to a buffer first
-
-    list(each(fill, range(len(pieces))))
+    work.extend(
+        partial(_take, remap, piece, ids[edges[place] : edges[place + 1]]) for place, piece in enumerate(pieces)
+    )
     return ids
+
+
+def _tail_ids(
+    remap: NDArray[np.uint32], deltas_C: NDArray[Any], tail_size_R: NDArray[np.int32], *, work: Work
+) -> NDArray[np.uint32]:
+    """Return the token ids of differences of ranks, [C]; they are there once the work is done."""
+    ids_C = np.empty(len(deltas_C), np.uint32)
+    work.append(lambda: _take(remap, cumsum_rows(deltas_C, tail_size_R), ids_C))
+    return ids_C
+
+
+def _take(remap: NDArray[np.uint32], ranks: NDArray[Any], ids: NDArray[np.uint32]) -> None:
+    largest = int(ranks.max(initial=0))
+    if largest >= len(remap):
+        raise ValueError(f"rank {largest} lies outside the vocabulary of {len(remap)}")
+    remap.take(ranks, out=ids, mode="clip")  # other modes write to a buffer first
 
 
 def _merged(pieces: Sequence[NDArray[Any]], *, axis: int) -> list[NDArray[Any]]:
@@ -166,25 +191,28 @@ def _logprob(
     codec: LogprobCodec,
     pieces: Sequence[NDArray[Any]],
     head_size_R: NDArray[np.int32],
-    tail_logit_R: NDArray[np.float32],
+    tail_logit_R: NDArray[np.float32] | None,
     *,
-    each: Each,
+    work: Work,
 ) -> NDArray[np.float32]:
-    """Decode the heads of all runs, [H]. Shards of even heads hold their codes as [K, R], others as [H]."""
+    """Decode the heads of all runs, [H], and scale them to the mass outside of these tails, once the work is done.
+
+    Shards of even heads hold their codes as [K, R], others as [H].
+    """
     if pieces and all(piece.ndim == 2 for piece in pieces):
-        return _even_heads(codec, pieces, head_size_R, tail_logit_R, each=each)
+        return _even_heads(codec, pieces, head_size_R, tail_logit_R, work=work)
     codes_H = np.concatenate([piece.T.reshape(-1) for piece in pieces]) if pieces else np.zeros(0, codec.dtype)
     logprob_H = codec.decode(codes_H, head_size_R)
-    return scale_heads(logprob_H, head_size_R, tail_logit_R) if codec.renormalises else logprob_H
+    return logprob_H if tail_logit_R is None else scale_heads(logprob_H, head_size_R, tail_logit_R)
 
 
 def _even_heads(
     codec: LogprobCodec,
     pieces: Sequence[NDArray[Any]],
     head_size_R: NDArray[np.int32],
-    tail_logit_R: NDArray[np.float32],
+    tail_logit_R: NDArray[np.float32] | None,
     *,
-    each: Each,
+    work: Work,
 ) -> NDArray[np.float32]:
     """Decode pieces [K, n] whose columns are all the rows."""
     pieces = _merged(pieces, axis=1)
@@ -197,11 +225,11 @@ def _even_heads(
     def fill(place: int) -> None:
         rows = slice(edges[place], edges[place + 1])
         logprob_KN = codec.decode_ranks(pieces[place])
-        if codec.renormalises:
+        if tail_logit_R is not None:
             logprob_KN += _shift(np.exp(logprob_KN).sum(axis=0, dtype=np.float64), tail_logit_R[rows])
         logprob_RK[rows] = logprob_KN.T
 
-    list(each(fill, range(len(pieces))))
+    work.extend(partial(fill, place) for place in range(len(pieces)))
     return logprob_RK.reshape(-1)
 
 

@@ -3,13 +3,17 @@
 Data path: two stores -> sequences of the same document and window -> **what differs, and by how much**. Blocks of
 sequences are read side by side, so memory does not grow with the stores. Shards with equal records are not read.
 
+What only one of the stores has, an added column or another temperature, is a difference of the plans, not of rows.
+
 Axis legend: S sequences, R rows, H head entries, C tail entries; a, b: the two stores.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -32,6 +36,7 @@ class SequenceDifference:
         document, window_start: which it is.
         rows: how many of its rows differ; None if its tokens do, so that rows cannot be compared.
         largest_logprob: largest difference of log-probabilities, nats.
+        parts: which of the parts that `SplitDifference.other_parts` counts differ.
     """
 
     shard: int
@@ -39,6 +44,7 @@ class SequenceDifference:
     window_start: int
     rows: int | None
     largest_logprob: float
+    parts: tuple[str, ...]
 
 
 @dataclass(kw_only=True)
@@ -49,7 +55,8 @@ class SplitDifference:
         only_first, only_second: sequences that one store has alone, by document and window.
         sequences: sequences that both have.
         other_tokens: those of them whose tokens, or positions with a row, differ. Their rows are not compared.
-        sequences_different: those with other tokens or with a row that differs in anything.
+        other_parts: by name, `token_end_byte` or `column NAME`, in how many of the others it differs.
+        sequences_different: those with other tokens or parts, or with a row that differs in anything.
         rows, rows_different: rows compared, and those that differ in anything.
         rows_other_head, rows_other_samples: rows with another list of head ids, or other samples.
         largest_logprob: largest difference of the log-probability of an id that both heads have, nats.
@@ -63,6 +70,7 @@ class SplitDifference:
     only_second: int = 0
     sequences: int = 0
     other_tokens: int = 0
+    other_parts: dict[str, int] = field(default_factory=dict)
     sequences_different: int = 0
     rows: int = 0
     rows_different: int = 0
@@ -151,14 +159,16 @@ def _keys(reader: StoreReader) -> NDArray[Any]:
 
 def _compare_block(a: SequenceBatch, b: SequenceBatch, shard_S: NDArray[np.int64], found: SplitDifference) -> float:
     """Compare sequences pairwise, add what differs to `found`, and return the sum of KL over the rows compared."""
-    same_S = np.array([_same_tokens(a, b, number) for number in range(len(a))], dtype=bool)
+    same_S = _same_tokens(a, b, "tokens", "has_row")
     temperatures = a.temperatures if a.temperatures == b.temperatures else ()
     rows_a, rows_b = (_Rows(batch, np.repeat(same_S, np.diff(batch.row_offset)), temperatures) for batch in (a, b))
     sequence_R = a.sequence_of_row[rows_a.chosen]
     other_head = _entries_differ(rows_a.head_ids, rows_a.head_size, rows_b.head_ids, rows_b.head_size)
     other_samples = _entries_differ(rows_a.samples, rows_a.tail_size, rows_b.samples, rows_b.tail_size)
     other_values = _entries_differ(rows_a.logprob, rows_a.head_size, rows_b.logprob, rows_b.head_size)
-    different = other_head | other_samples | other_values | np.any(rows_a.numbers != rows_b.numbers, axis=1)
+    other_numbers = np.any(rows_a.numbers != rows_b.numbers, axis=1)
+    columns = _columns_differ(rows_a.columns, rows_b.columns)
+    different = np.any([other_head, other_samples, other_values, other_numbers, *columns.values()], axis=0)
     largest_R, kl_R = _distances(rows_a, rows_b)
     found.rows += len(different)
     found.rows_different += int(different.sum())
@@ -166,7 +176,13 @@ def _compare_block(a: SequenceBatch, b: SequenceBatch, shard_S: NDArray[np.int64
     found.rows_other_samples += int(other_samples.sum())
     found.largest_logprob = max(found.largest_logprob, float(largest_R.max(initial=0.0)))
     rows_S = np.bincount(sequence_R[different], minlength=len(a))
-    for number in np.flatnonzero(~same_S | (rows_S > 0)).tolist():
+    parts = {"token_end_byte": ~_same_tokens(a, b, "token_end_byte")}
+    parts |= _columns_differ(a.sequence_columns, b.sequence_columns)
+    parts |= {name: np.bincount(sequence_R[other], minlength=len(a)) > 0 for name, other in columns.items()}
+    parts = {name: other_S & same_S for name, other_S in parts.items() if np.any(other_S & same_S)}
+    for name, other_S in parts.items():
+        found.other_parts[name] = found.other_parts.get(name, 0) + int(other_S.sum())
+    for number in np.flatnonzero(np.any([~same_S, rows_S > 0, *parts.values()], axis=0)).tolist():
         found.sequences_different += 1
         found.other_tokens += not same_S[number]
         if int(shard_S[number]) not in found.shards:
@@ -179,15 +195,30 @@ def _compare_block(a: SequenceBatch, b: SequenceBatch, shard_S: NDArray[np.int64
                     window_start=int(a.window_start[number]),
                     rows=int(rows_S[number]) if same_S[number] else None,
                     largest_logprob=float(largest_R[sequence_R == number].max(initial=0.0)),
+                    parts=tuple(name for name, other_S in parts.items() if other_S[number]),
                 )
             )
     return float(kl_R.sum())
 
 
-def _same_tokens(a: SequenceBatch, b: SequenceBatch, number: int) -> bool:
-    parts = [slice(*batch.token_offset[number : number + 2].tolist()) for batch in (a, b)]
-    pairs = ((a.tokens, b.tokens), (a.has_row, b.has_row))
-    return all(np.array_equal(left[parts[0]], right[parts[1]]) for left, right in pairs)
+def _same_tokens(a: SequenceBatch, b: SequenceBatch, *names: str) -> NDArray[np.bool_]:
+    """Tell of each sequence [S] whether these arrays, on the token axis, are the same. Both may lack one."""
+    same_S = np.ones(len(a), dtype=bool)
+    for left, right in ((getattr(a, name), getattr(b, name)) for name in names):
+        edges = zip(pairwise(a.token_offset.tolist()), pairwise(b.token_offset.tolist()), strict=True)
+        if left is not None and right is not None:
+            same_S &= [np.array_equal(left[slice(*at_a)], right[slice(*at_b)]) for at_a, at_b in edges]
+        elif left is not right:
+            same_S[:] = False
+    return same_S
+
+
+def _columns_differ(
+    a: Mapping[str, NDArray[Any]] | None, b: Mapping[str, NDArray[Any]] | None
+) -> dict[str, NDArray[np.bool_]]:
+    """Tell of each value of the added columns that both have whether it differs. NaN is NaN."""
+    pairs = [(name, a[name], b[name]) for name in a if name in b] if a and b else []
+    return {f"column {name}": (left != right) & ~(np.isnan(left) & np.isnan(right)) for name, left, right in pairs}
 
 
 class _Rows:
@@ -203,6 +234,7 @@ class _Rows:
         if temperatures and batch.tail_logit_T is not None and batch.entropy_T is not None:
             values += [*batch.tail_logit_T.T, *batch.entropy_T.T]
         self.numbers = np.stack([value[chosen] for value in values], axis=1)
+        self.columns = {name: value[chosen] for name, value in (batch.row_columns or {}).items()}
 
 
 def _in_order(ids_C: NDArray[np.uint32], count_C: NDArray[np.uint16], size_R: NDArray[np.int32]) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -90,7 +90,11 @@ def whole_file(target: Path) -> Iterator[BinaryIO]:
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """What tells a file from its replacement without reading it: inode, size in bytes, modification time in ns."""
+    """What tells a file from its replacement without reading it: inode, size in bytes, modification time in ns.
+
+    Not the time of the last status change: a store that is copied by hard links, or given other rights, under its
+    readers would be hashed anew. A change that leaves all three as they were is found by the checksums of chunks.
+    """
 
     inode: int
     size: int
@@ -276,16 +280,27 @@ class LocalFiles:
             _sync_directory(path.parent)
         return target
 
-    def discard_directory(self, name: str) -> None:
-        """Remove a directory that nothing refers to, if it is there: out of sight in one step, then its files."""
-        with storage_errors(self.root / name):
+    def discard_directory(self, name: str, *, unless: Callable[[], bool] = lambda: False) -> bool:
+        """Remove a directory that nothing refers to, if it is there: out of sight in one step, then its files.
+
+        Then `unless` is asked: if it is true, the directory comes back, and this returns False; so if it raises.
+        """
+        path = self.root / name
+        with storage_errors(path):
             temporary = self._temporary()
             try:
-                os.rename(self.root / name, temporary)
+                os.rename(path, temporary)
             except FileNotFoundError:
-                return
-            _sync_directory((self.root / name).parent)
-            shutil.rmtree(temporary, ignore_errors=True)
+                return True
+            wanted = True
+            try:
+                wanted = unless()
+            finally:
+                if wanted:
+                    _rename_exclusively(temporary, path)
+                _sync_directory(path.parent)
+                shutil.rmtree(temporary, ignore_errors=True)
+        return not wanted
 
     def remove(self, name: str, *, durable: bool = True) -> None:
         """Remove a file or directory that nothing refers to, if it is there."""

@@ -1,8 +1,10 @@
 """Garbage collection: remove what nothing refers to. The only code that deletes files of a store.
 
 No worker may run meanwhile: what it is writing looks like what a dead one left. Workers tell of themselves by claims,
-and while one may be alive, nothing is removed. What a commit record names is never touched, and while the store is
-damaged nothing is, for then it is not known what its records named.
+and while one may be alive, nothing is removed. One that creates or seals the store, or is between two shards, has no
+claim: the file that it is making may go, and it ends with an error. Nothing is lost; the same command again goes on.
+What a commit record names is never touched, and while the store is damaged nothing is, for then it is not known what
+its records named.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from storage.claims import Claims
@@ -65,17 +68,25 @@ def collect_garbage(path: str | os.PathLike[str], *, apply: bool) -> list[Garbag
 
 
 def _remove(files: LocalFiles, item: Garbage) -> bool:
-    """Remove it, unless a record names it by now. Between these looks and the removal no worker can compute a shard."""
-    _refuse_workers(files.root)
+    """Remove it, unless a record names it by now.
+
+    This process may sleep anywhere while a worker finds the directory that a dead one left, and commits it. So it is
+    moved out of sight first: a worker that has found it before that claims its shard still, or has linked the record.
+    """
     directory, name = item.name.split("/", 1)
     if directory != SHARDS:
+        _refuse_workers(files.root)
         files.remove(item.name)
         return True
-    record = files.read(record_name(int(name.split("-")[0])))
-    if record is not None and CommitRecord.from_json(record).directory == name:
-        return False
-    files.discard_directory(item.name)
-    return True
+    in_use = partial(_in_use, files, name)
+    return not in_use() and files.discard_directory(item.name, unless=in_use)
+
+
+def _in_use(files: LocalFiles, directory: str) -> bool:
+    """Tell whether a record names a directory of a shard. Raises UsageError if a worker may be about to link one."""
+    _refuse_workers(files.root)  # the claim first: it goes away when the record is there
+    record = files.read(record_name(int(directory.split("-")[0])))
+    return record is not None and CommitRecord.from_json(record).directory == directory
 
 
 def _find(files: LocalFiles) -> list[Garbage]:

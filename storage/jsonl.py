@@ -3,7 +3,8 @@
 Data path: `SequenceBatch` -> **one JSON object per sequence** -> a file.
 
 The keys `tokens`, `labels`, `loss_mask`, `topk_logits`, `topk_token_ids` and `log_sum_exp_logits` are the ones that
-NeMo-Aligner's compute_topk_logits.py writes; the others say where the sequence is from and what is outside of the head.
+NeMo-Aligner's compute_topk_logits.py writes; the others say where the sequence is from and what else its rows hold, and
+are named as the columns of `storage.arrow.schema`.
 
 Axis legend: S sequences, R rows, N positions of a sequence that have a next token.
 """
@@ -21,15 +22,19 @@ from storage.plan import Json
 from storage.rows import SequenceBatch
 from storage.segments import row_starts, sigmoid
 
+_OF_THEIRS = ("tokens", "labels", "loss_mask", "topk_logits", "topk_token_ids", "log_sum_exp_logits")
+KEYS = frozenset((*_OF_THEIRS, "window_start", "sample_ids", "sample_counts"))  # beside those of the Arrow schema
 DECIMALS = 4  # of numbers: finer than what quantised log-probabilities and half-precision logsumexp carry
 
 
 def sequence_lines(batch: SequenceBatch, *, numbers: Sequence[int], padding: int) -> Iterator[bytes]:
     """Return a line of JSON for each sequence, with its line end.
 
-    Every list is as long as `tokens`, the sequence without its last token; `labels` are the tokens that follow.
-    `topk_logits` minus `log_sum_exp_logits` are log-probabilities. `sample_ids` and `sample_counts` are there if the
-    batch has draws. A position without a row has loss_mask 0.
+    Every list but `temperatures` is as long as `tokens`, the sequence without its last token; `labels` are the tokens
+    that follow. `topk_logits` minus `log_sum_exp_logits` are log-probabilities. `sample_ids` and `sample_counts` are
+    there if the batch has draws; `temperatures`, and `tail_mass_T` and `entropy_T` at each, if it has temperatures. An
+    added column is a list if it has a value per row, else one value. A position without a row has loss_mask 0, and
+    zeros elsewhere; null stands for what is not finite.
 
     Args:
         batch: the sequences.
@@ -38,8 +43,8 @@ def sequence_lines(batch: SequenceBatch, *, numbers: Sequence[int], padding: int
     """
     head, tail = row_starts(batch.head_size), row_starts(batch.tail_size)
     logit = _rounded(batch.logprob + np.repeat(batch.logsumexp, batch.head_size))
-    logsumexp = _rounded(batch.logsumexp)
-    tail_mass = _rounded(sigmoid(batch.tail_logit))
+    of_row = _of_row(batch)
+    of_sequence = {name: _plain(values) for name, values in (batch.sequence_columns or {}).items()}
     for sequence, number in enumerate(numbers):
         start, end = batch.token_offset[sequence : sequence + 2]
         first = int(batch.row_offset[sequence])
@@ -54,18 +59,46 @@ def sequence_lines(batch: SequenceBatch, *, numbers: Sequence[int], padding: int
             "loss_mask": has_row.astype(int).tolist(),
             "topk_logits": _lists(logit, head, row, [0.0] * padding),
             "topk_token_ids": _lists(batch.head_ids.tolist(), head, row, [0] * padding),
-            "log_sum_exp_logits": [logsumexp[at] if at >= 0 else 0.0 for at in row],
-            "tail_mass": [tail_mass[at] if at >= 0 else 0.0 for at in row],
         }
         if batch.draws:
             line["sample_ids"] = _lists(batch.tail_ids.tolist(), tail, row, [])
             line["sample_counts"] = _lists(batch.count.tolist(), tail, row, [])
+        if batch.temperatures:
+            line["temperatures"] = list(batch.temperatures)
+        line |= {name: [values[at] for at in row] for name, values in of_row.items()}
+        line |= {name: values[sequence] for name, values in of_sequence.items()}
         yield json.dumps(line, allow_nan=False).encode() + b"\n"
 
 
-def _rounded(values: NDArray[Any]) -> list[float]:
-    rounded: list[float] = np.round(values.astype(np.float64), DECIMALS).tolist()
-    return rounded
+def _of_row(batch: SequenceBatch) -> dict[str, list[Any]]:
+    """What a row has one of, by key: lists [R + 1], of which the last stands at positions without a row."""
+    numbers: dict[str, NDArray[Any]] = {
+        "log_sum_exp_logits": batch.logsumexp,
+        "tail_mass": sigmoid(batch.tail_logit),
+        "entropy": batch.entropy,
+        "next_logprob": batch.next_logprob,
+    }
+    if batch.tail_logit_T is not None and batch.entropy_T is not None:
+        numbers |= {"tail_mass_T": sigmoid(batch.tail_logit_T), "entropy_T": batch.entropy_T}
+    lists = {name: _rounded(_with_zeros(values)) for name, values in numbers.items()}
+    return lists | {name: _plain(_with_zeros(values)) for name, values in (batch.row_columns or {}).items()}
+
+
+def _with_zeros(values_R: NDArray[Any]) -> NDArray[Any]:
+    """Return the values with zeros behind them, [R + 1]; there may be a second axis."""
+    return np.concatenate([values_R, np.zeros_like(values_R, shape=(1, *values_R.shape[1:]))])
+
+
+def _rounded(values: NDArray[Any]) -> list[Any]:
+    return _plain(np.round(values.astype(np.float64), DECIMALS))
+
+
+def _plain(values: NDArray[Any]) -> list[Any]:
+    """Return values as JSON has them: null stands for NaN and infinity."""
+    objects = values.astype(object)
+    objects[~np.isfinite(values)] = None
+    plain: list[Any] = objects.tolist()
+    return plain
 
 
 def _lists(values: list[Any], starts_R: NDArray[np.int64], row_N: list[int], absent: list[Any]) -> list[list[Any]]:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import lzma
 from collections.abc import Mapping
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.damage import damaged_file, damaged_shard
+from storage.damage import Damage, damaged_plan
 from storage.errors import UsageError
 from storage.files import LocalFiles, sha256
 from storage.plan import Plan, ShardSpec
@@ -24,14 +23,19 @@ XZ_MEMORY = 1 << 27  # bytes that decompression may take; our files need a tenth
 
 
 def read_plan(files: LocalFiles) -> Plan | None:
-    """Return the plan, or None if there is no plan.json. Raises CorruptionError if it is damaged."""
+    """Return the plan, or None if there is no plan.json.
+
+    Raises:
+        CorruptionError: it is damaged, or holds what no plan may hold.
+        UsageError: this version cannot read it.
+    """
     data = files.read(PLAN)
     if data is None:
         return None
     try:
         plan = Plan.from_json(data)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise damaged_file(files.root, PLAN, str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise damaged_plan(files.root, str(error)) from error
     return plan
 
 
@@ -42,9 +46,7 @@ def tokenizer_hashes(plan: Plan) -> Mapping[str, str]:
 
 
 def tokenizer_name(name: str) -> str:
-    """Return the store's name for a tokenizer file. Raises UsageError for names that are not plain."""
-    if not name or name.startswith(".") or "/" in name or "\\" in name or "\0" in name:
-        raise UsageError(f"tokenizer file name {name!r} is not a plain file name")
+    """Return the store's name for a tokenizer file of a plan, which has plain names alone."""
     return f"{TOKENIZER}/{name}.xz"
 
 
@@ -68,12 +70,16 @@ class Manifest:
         files: of the store.
         plan: already read.
 
+    Attributes:
+        damage: the errors for damage in it.
+
     All methods raise CorruptionError, naming the file, if it is missing or its content does not agree with the plan.
     """
 
     def __init__(self, files: LocalFiles, plan: Plan) -> None:
         self.files = files
         self.plan = plan
+        self.damage = Damage(files.root, plan)
 
     @classmethod
     def open(cls, files: LocalFiles) -> Manifest:
@@ -88,11 +94,11 @@ class Manifest:
             raise UsageError(
                 "there is no store here: no plan.json",
                 where=str(files.root),
-                fix="name a directory that `pipeline extract` has written",
+                fix="name a directory that `pipeline extract` or `pipeline convert` has written",
             )
         return cls(files, plan)
 
-    @cached_property
+    @property
     def shards(self) -> tuple[ShardSpec, ...]:
         """The shards of the plan."""
         return self.plan.shards()
@@ -103,9 +109,9 @@ class Manifest:
         try:
             remap = decode_remap(data, self.plan.vocab_size)
         except ValueError as error:
-            raise damaged_file(self.files.root, REMAP, str(error)) from error
+            raise self.damage.file(REMAP, str(error)) from error
         if remap_sha256(remap) != self.plan.remap_sha256:
-            raise damaged_file(self.files.root, REMAP, "its hash is not the plan's")
+            raise self.damage.file(REMAP, "its hash is not the plan's")
         return remap
 
     def tokenizer_file(self, name: str) -> bytes:
@@ -115,9 +121,9 @@ class Manifest:
         try:
             content = _decompress(data)
         except (lzma.LZMAError, ValueError, EOFError) as error:
-            raise damaged_file(self.files.root, path, str(error)) from error
+            raise self.damage.file(path, str(error)) from error
         if sha256(content) != tokenizer_hashes(self.plan)[name]:
-            raise damaged_file(self.files.root, path, "its hash is not the plan's")
+            raise self.damage.file(path, "its hash is not the plan's")
         return content
 
     def record(self, spec: ShardSpec) -> CommitRecord | None:
@@ -131,11 +137,11 @@ class Manifest:
         try:
             record = CommitRecord.from_json(data)
         except ValueError as error:
-            raise damaged_shard(self.files.root, spec, f"its commit record: {error}", name=name) from error
+            raise self.damage.shard(spec, f"its commit record: {error}", name=name) from error
         if record.store_id != self.plan.store_id:
-            raise damaged_shard(self.files.root, spec, "its commit record is another store's", name=name)
+            raise self.damage.shard(spec, "its commit record is another store's", name=name)
         if record.spec() != spec:
-            raise damaged_shard(self.files.root, spec, "its commit record is another shard's", name=name)
+            raise self.damage.shard(spec, "its commit record is another shard's", name=name)
         return record
 
     def seal(self) -> Seal | None:
@@ -146,15 +152,15 @@ class Manifest:
         try:
             seal = Seal.from_json(data)
         except ValueError as error:
-            raise damaged_file(self.files.root, SEAL, str(error)) from error
+            raise self.damage.file(SEAL, str(error)) from error
         if seal.store_id != self.plan.store_id:
-            raise damaged_file(self.files.root, SEAL, "it is another store's")
+            raise self.damage.file(SEAL, "it is another store's")
         if [(item.shard, item.split) for item in seal.shards] != [(spec.index, spec.split) for spec in self.shards]:
-            raise damaged_file(self.files.root, SEAL, "its shards are not the plan's")
+            raise self.damage.file(SEAL, "its shards are not the plan's")
         return seal
 
     def _require(self, name: str) -> bytes:
         data = self.files.read(name)
         if data is None:
-            raise damaged_file(self.files.root, name, "it is missing")
+            raise self.damage.file(name, "it is missing")
         return data

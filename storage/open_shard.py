@@ -1,6 +1,6 @@
 """One committed shard, open for reading: verified files, chunks on demand, slices by sequence.
 
-Data path: commit record, files -> **open shard** -> slices of stored values -> `shard.decode_batch`.
+Data path: commit record, files -> **open shard** -> slices of stored values -> `decode.decode_batch`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from storage.shard import GROUP, axis_lengths, read_group
 
 ChunkCache = BoundedCache[Any]  # decoded chunks (arrays), and checked files (memoryviews)
 LARGE_CHUNK = 1 << 16  # bytes
+FILE_BYTES = 1000  # of memory that an open shard takes for each of its files, measured
 _AXIS_EDGES = {"row": "row_offset", "head": "head_offset", "tail": "tail_offset", "token": "token_offset"}
 
 
@@ -29,11 +30,11 @@ class DamageError(ValueError):
 
     Args:
         problem: what is wrong.
-        name: the file or array inside the shard's directory.
+        name: the file or array inside the shard's directory; None if the damage is in how they go together.
     """
 
-    def __init__(self, problem: str, name: str) -> None:
-        super().__init__(f"{name}: {problem}")
+    def __init__(self, problem: str, name: str | None = None) -> None:
+        super().__init__(problem if name is None else f"{name}: {problem}")
         self.problem = problem
         self.name = name
 
@@ -121,6 +122,9 @@ class OpenShard:
         objects: its files.
         cache: for decoded chunks, shared between shards.
 
+    Attributes:
+        nbytes: of memory that it holds for as long as it is open: what the record says, offsets, indices of chunks.
+
     Raises:
         DamageError: here and in every method, for content that is not as committed.
     """
@@ -148,6 +152,9 @@ class OpenShard:
             raise DamageError(str(error), GROUP) from error
         self.layouts = {name: self._layout(spec, lengths[spec.axis]) for name, spec in self.specs.items()}
         self._edges = {name: self._offsets(name, lengths) for name in OFFSETS if name in self.specs}
+        indices = sum(layout.index_bytes for layout in self.layouts.values())  # each is kept from its first use on
+        edges = sum(values.nbytes for values in self._edges.values())
+        self.nbytes = FILE_BYTES * len(record.objects) + indices + edges
 
     def _layout(self, spec: ArraySpec, length: int) -> ArrayLayout:
         name = f"{spec.name}/zarr.json"

@@ -8,15 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, Literal
 
+from storage.codecs import CODECS, logprob_codec
 from storage.errors import UsageError
+from storage.plain_values import (
+    as_float,
+    require_fields,
+    require_hash,
+    require_list,
+    require_number,
+    require_section,
+    require_whole,
+    short,
+)
+from storage.target import LARGEST_SEED, LARGEST_VOCABULARY
+from storage.target import TargetSpec as TargetSpec
 
 Json = Any  # a JSON value: dict, list, str, int, float, bool or None
 Split = Literal["train", "heldout"]
@@ -25,73 +36,14 @@ FORMAT_VERSION = 1
 COLUMN_AXES = ("row", "sequence")
 COLUMN_DTYPES = ("uint8", "uint16", "uint32", "uint64", "float16", "float32")
 _COLUMN_NAME = re.compile("[a-z][a-z0-9_]{0,62}")
-LARGEST_DRAWS = 65_535  # a shard holds counts of draws as uint16
+LARGEST_DOCUMENTS = 2**63 - 1  # rows hold document numbers as int64
+LARGEST_SHARDS = 1_000_000  # of training; a reader lists them all
 
 
 def canonical_json(value: Json) -> bytes:
     """Return the one byte string of a JSON value: sorted keys, no spaces, UTF-8, no NaN."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode()
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetSpec:
-    """What is kept of the teacher's distribution at each position.
-
-    Attributes:
-        kind: `topk` (exact head of k), `topp` (exact head of mass p, at most k), `sampled` (samples only) or `hybrid`
-            (exact head of k, and samples of the tail).
-        k: most entries of an exact head; 0 for `sampled`.
-        p: mass that the head of `topp` reaches unless k ends it first; None for other kinds.
-        draws: samples per row, drawn with replacement from what is outside of the head; 0 for exact kinds.
-        seed: key of the counter-based random numbers behind the draws.
-        temperatures: temperatures other than 1, rising, for which tail mass and entropy are stored too.
-    """
-
-    kind: Literal["topk", "topp", "sampled", "hybrid"]
-    k: int
-    p: float | None = None
-    draws: int = 0
-    seed: int = 0
-    temperatures: tuple[float, ...] = ()
-
-    def check(self) -> None:
-        """Check that the fields fit the kind. Raises ValueError."""
-        if self.kind == "sampled" and self.k != 0:
-            raise ValueError(f"kind sampled has no exact head, found k: {self.k}; kind hybrid has both")
-        if self.kind != "sampled" and self.k < 1:
-            raise ValueError(f"kind {self.kind} needs k > 0, found k: {self.k}; kind sampled stores no head")
-        if self.kind == "topp" and self.p is None:
-            raise ValueError("kind topp needs p, the mass that its head reaches, such as p: 0.95")
-        if self.kind != "topp" and self.p is not None:
-            raise ValueError(f"p belongs to kind topp, found p: {self.p} with kind {self.kind}")
-        if self.p is not None and not 0.0 < self.p <= 1.0:
-            raise ValueError(f"p must be above 0 and at most 1, found p: {self.p}")
-        if self.kind in ("topk", "topp") and self.draws != 0:
-            raise ValueError(f"kind {self.kind} draws no samples, found draws: {self.draws}; kind hybrid has both")
-        if self.kind in ("sampled", "hybrid") and not 0 < self.draws <= LARGEST_DRAWS:
-            raise ValueError(f"kind {self.kind} needs draws from 1 to {LARGEST_DRAWS}, found draws: {self.draws}")
-        self._check_temperatures()
-
-    def describe(self) -> str:
-        """Say in words what a row holds."""
-        head = {
-            "topk": f"{self.k} exact entries",
-            "topp": f"exact entries up to mass {self.p}, at most {self.k}",
-            "sampled": f"{self.draws} draws of the whole distribution",
-            "hybrid": f"{self.k} exact entries, {self.draws} tail draws",
-        }[self.kind]
-        stored = ", ".join(f"{value:g}" for value in (1.0, *self.temperatures))
-        return f"{self.kind}: {head}" + (f"; temperatures {stored}" if self.temperatures else "")
-
-    def _check_temperatures(self) -> None:
-        values = self.temperatures
-        if self.kind == "sampled" and values:
-            raise ValueError("temperatures say how an exact head and its tail share the mass; kind sampled has no head")
-        if not all(math.isfinite(value) and value > 0.0 and value != 1.0 for value in values):
-            raise ValueError(f"temperatures must be above 0 and other than 1 (always stored), found {list(values)}")
-        if any(right <= left for left, right in pairwise(values)):
-            raise ValueError(f"temperatures must rise, found {list(values)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +55,16 @@ class HeldoutRule:
 
     fraction: float = 0.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fraction", as_float(self.fraction))
+
+    def check(self) -> None:
+        """Check types and ranges. Raises ValueError."""
+        require_number("heldout.fraction", self.fraction)
+        if not 0.0 <= self.fraction < 1.0:
+            raise ValueError(f"heldout.fraction must be at least 0 and below 1, found {self.fraction}")
+        require_whole("heldout.seed", self.seed, least=0, most=LARGEST_SEED)
 
     def holds_out(self, document: int) -> bool:
         """Tell whether document number `document` belongs to the held-out split."""
@@ -159,6 +121,37 @@ class Plan:
     format_version: int = FORMAT_VERSION
     recorded: Mapping[str, Json] = field(default_factory=dict)
 
+    def check(self) -> None:
+        """Check that every field has the right type and a legal value.
+
+        Raises:
+            UsageError: the codec is not one that this version knows.
+            ValueError: anything else; names the field.
+        """
+        require_whole("format_version", self.format_version, least=FORMAT_VERSION, most=FORMAT_VERSION)
+        for name in ("teacher", "tokenizer", "rendering", "batching", "recorded"):
+            require_section(name, getattr(self, name))
+        require_section("recorded.teacher", self.recorded.get("teacher", {}))
+        _check_tokenizer_files(self.tokenizer.get("files", {}))
+        require_list("corpus", self.corpus)
+        for source in self.corpus:
+            require_section("each source of corpus", source)
+        require_whole("vocab_size", self.vocab_size, least=1, most=LARGEST_VOCABULARY)
+        require_whole("documents", self.documents, least=0, most=LARGEST_DOCUMENTS)
+        require_whole("documents_per_shard", self.documents_per_shard, least=1, most=LARGEST_DOCUMENTS)
+        if self.documents > LARGEST_SHARDS * self.documents_per_shard:
+            raise ValueError(
+                f"documents_per_shard {self.documents_per_shard} makes more than {LARGEST_SHARDS} shards of"
+                f" {self.documents} documents"
+            )
+        self.target.check()
+        self.heldout.check()
+        _check_codecs(self.codecs)
+        require_hash("remap_sha256", self.remap_sha256)
+        if self.derived_from is not None:
+            require_section("derived_from", self.derived_from)
+        check_columns(self.columns)
+
     def semantic(self) -> dict[str, Json]:
         """Return the fields that make up the identity, as plain JSON values."""
         values = asdict(self)
@@ -183,32 +176,41 @@ class Plan:
         """Read plan.json.
 
         Raises:
-            UsageError: it is a whole plan, of another format version.
-            ValueError, KeyError, TypeError, AttributeError: these are not the bytes of a plan.
+            UsageError: it is a whole plan, of another format version or with a codec that this version does not know.
+            ValueError, RecursionError: these are not the bytes of a plan.
         """
         content = json.loads(data)
-        own = content.pop("sha256")
+        require_section("plan.json", content)
+        own = content.pop("sha256", None)
         if hashlib.sha256(canonical_json(content)).hexdigest() != own:
             raise ValueError("its own sha256 does not agree with its content")
-        if content["format_version"] != FORMAT_VERSION:
-            raise UsageError(
-                f"the store has format version {content['format_version']!r}, this program reads {FORMAT_VERSION}",
-                where="plan.json: format_version",
-                fix="use the version of topk-distill that wrote it, or a newer one",
-            )
-        stated = content.pop("store_id")
-        content["target"] = TargetSpec(
-            **{**content["target"], "temperatures": tuple(content["target"]["temperatures"])}
-        )
-        content["heldout"] = HeldoutRule(**content["heldout"])
-        content["corpus"] = tuple(content["corpus"])
-        plan = cls(**content)
-        check_columns(plan.columns)
+        _check_version(content.get("format_version"))
+        stated = content.pop("store_id", None)
+        plan = cls._built({"columns": {}, **content})
+        plan.check()
         if plan.store_id != stated:
-            raise ValueError(f"the store id says {stated}, the content is {plan.store_id}")
+            raise ValueError(f"the store id says {stated}; written as plans are, the content is {plan.store_id}")
         if plan.to_json() != data:
             raise ValueError("it is not in the one form in which plans are written")
         return plan
+
+    @classmethod
+    def _built(cls, content: dict[str, Json]) -> Plan:
+        """Build a plan from parsed JSON, whose fields may hold anything yet."""
+        require_fields("plan.json", content, cls)
+        target, heldout = content["target"], content["heldout"]
+        require_fields("target", target, TargetSpec)
+        require_list("target.temperatures", target["temperatures"])
+        require_fields("heldout", heldout, HeldoutRule)
+        require_list("corpus", content["corpus"])
+        return cls(
+            **{
+                **content,
+                "target": TargetSpec(**target),
+                "heldout": HeldoutRule(**heldout),
+                "corpus": tuple(content["corpus"]),
+            }
+        )
 
     def shards(self) -> tuple[ShardSpec, ...]:
         """List every shard: training shards in document order, then held-out ones.
@@ -216,6 +218,10 @@ class Plan:
         A held-out shard covers a document range wide enough to hold about as many held-out documents as a training
         shard holds training documents.
         """
+        return self._shards
+
+    @cached_property
+    def _shards(self) -> tuple[ShardSpec, ...]:
         specs: list[ShardSpec] = []
         for split, step in (("train", self.documents_per_shard), ("heldout", self._heldout_step())):
             if step is None:
@@ -228,7 +234,9 @@ class Plan:
     def _heldout_step(self) -> int | None:
         if self.heldout.fraction <= 0.0:
             return None
-        return max(self.documents_per_shard, round(self.documents_per_shard / self.heldout.fraction))
+        # A step of all documents is as good as any longer one, and the quotient may be infinite.
+        step = min(self.documents_per_shard / self.heldout.fraction, self.documents)
+        return max(self.documents_per_shard, round(step))
 
     def documents_of(self, shard: ShardSpec) -> list[int]:
         """Document numbers of a shard, in order: its range, restricted to its split."""
@@ -239,11 +247,48 @@ class Plan:
 
 def check_columns(columns: Mapping[str, Mapping[str, str]]) -> None:
     """Check the names, axes and types of columns. Raises ValueError."""
+    require_section("columns", columns)
     for name, about in columns.items():
+        require_section(f"columns: {short(name)}", about)
         if not _COLUMN_NAME.fullmatch(name):
             raise ValueError(f"column {name!r}: a name is a letter, then up to 62 of a-z, 0-9 and _")
         if about.keys() != {"axis", "dtype"} or about["axis"] not in COLUMN_AXES or about["dtype"] not in COLUMN_DTYPES:
             raise ValueError(f"column {name}: {dict(about)} is no axis of {COLUMN_AXES} and dtype of {COLUMN_DTYPES}")
+
+
+def _check_version(version: Json) -> None:
+    require_whole("format_version", version, least=1, most=2**31)
+    if version != FORMAT_VERSION:
+        raise UsageError(
+            f"the store has format version {version}, this program reads {FORMAT_VERSION}",
+            where="plan.json: format_version",
+            fix="use the version of topk-distill that wrote it, or a newer one",
+        )
+
+
+def _check_tokenizer_files(hashes: Json) -> None:
+    require_section("tokenizer.files", hashes)
+    for name, value in hashes.items():
+        if not name or name.startswith(".") or set(name) & set("/\\\0"):
+            raise ValueError(f"tokenizer.files: {short(name)} is not a plain file name")
+        require_hash(f"tokenizer.files: {name}", value)
+
+
+def _check_codecs(codecs: Json) -> None:
+    """Check that there is one, with all of its parameters. Raises UsageError if this version does not know it."""
+    require_section("codecs", codecs)
+    if codecs.keys() != {"logprob"}:
+        raise ValueError(f"codecs must hold logprob alone, found {short(sorted(codecs))}")
+    parameters = codecs["logprob"]
+    require_section("codecs.logprob", parameters)
+    try:
+        written = logprob_codec(parameters).parameters()
+    except UsageError as error:
+        if parameters.get("id") in CODECS:
+            raise ValueError(f"codecs.logprob: {error.what}") from error
+        raise
+    if canonical_json(dict(parameters)) != canonical_json(written):
+        raise ValueError(f"codecs.logprob must be {written}, found {short(dict(parameters))}")
 
 
 def difference(stored: Plan, wanted: Plan) -> list[str]:

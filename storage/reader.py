@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from storage.arrays import array_specs
 from storage.cache import BoundedCache
-from storage.damage import damaged_shard
+from storage.damage import written_by
 from storage.decode import Slices, decode_batch
 from storage.errors import CorruptionError, UsageError
 from storage.files import LocalFiles, sha256
@@ -34,7 +34,7 @@ Indices = Sequence[int] | NDArray[np.integer]
 Run = tuple[SealedShard, int, int]  # neighbouring sequences in one shard: it, the first, the end
 CACHE_BYTES = 256 * 2**20
 ROWS_FOR_THREADS = 8192  # a read of fewer gains little, and memory that threads free is slower to be used again
-OPEN_SHARDS = 128  # whose metadata is kept, about 40 kB each
+OPEN_BYTES = 32 * 2**20  # of the metadata of shards that is kept: about 40 kB each, and 32 bytes for each sequence
 
 
 class StoreReader:
@@ -52,6 +52,7 @@ class StoreReader:
         remap: uint32 [V], token id of each frequency rank.
         digest: sha256 (hex) of the seal; of a partial store, of the seal that its frozen set of shards would have.
         shards: the shards of this split that are read, in order.
+        starts: int64 [shards + 1], number of the first sequence of each shard, and of all sequences.
 
     Raises:
         UsageError: no store there, or it is not sealed and `allow_partial` is not given.
@@ -78,7 +79,7 @@ class StoreReader:
         self._threads = default_threads() if threads is None else threads
         self._loading = threading.Lock()  # held while shards are opened and chunks loaded, not while rows are decoded
         self._checked: dict[int, NDArray[np.int64]] = {}  # of shards that were used, half a kilobyte each
-        self._open: BoundedCache[OpenShard] = BoundedCache(OPEN_SHARDS, lambda shard: 1)
+        self._open: BoundedCache[OpenShard] = BoundedCache(OPEN_BYTES, lambda shard: shard.nbytes)
         self.plan: Plan = self._manifest.plan
         self.split: Split = split
         self.remap: NDArray[np.uint32] = self._manifest.remap()
@@ -86,7 +87,7 @@ class StoreReader:
         self.digest: str = seal.digest
         self.shards: tuple[SealedShard, ...] = tuple(item for item in seal.shards if item.split == split)
         counts = [item.sequences for item in self.shards]
-        self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+        self.starts: NDArray[np.int64] = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
 
     def _sealed(self, allow_partial: bool) -> Seal:
         seal = self._manifest.seal()
@@ -98,13 +99,13 @@ class StoreReader:
                 f"the store is not finished: {len(records)} of {len(self._manifest.shards)} shards are committed"
                 " and it is not sealed",
                 where=str(self._files.root),
-                fix="run the same `pipeline extract` again to finish it, or allow a partial store",
+                fix=f"run the same `{written_by(self.plan)}` again to finish it, or allow a partial store",
             )
         return Seal.of(self.plan.store_id, records)
 
     def __len__(self) -> int:
         """Return the number of sequences of the split."""
-        return int(self._starts[-1])
+        return int(self.starts[-1])
 
     @property
     def rows(self) -> int:
@@ -128,12 +129,14 @@ class StoreReader:
                 parts.append(np.diff(self._shard(item).token_offset))
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
-    def read(self, indices: Indices, *, targets: bool = True) -> SequenceBatch:
+    def read(self, indices: Indices, *, targets: bool = True, scaled: bool = True) -> SequenceBatch:
         """Return sequences by their number in the split, in the order asked.
 
         Args:
             indices: numbers in range(len(self)); repeats are allowed.
             targets: False reads no head, tail or value of a row: heads and tails are empty, values 0.
+            scaled: False leaves log-probabilities as they are stored: the codec gives back what it was given, but the
+                heads do not have the mass that `tail_logit` leaves them.
 
         Raises:
             IndexError: a number is out of range.
@@ -146,7 +149,7 @@ class StoreReader:
         with in_threads(self._threads_for(wanted) if targets else 1) as each:
             cuts = self._load(runs, each, targets=targets) or [self._nothing()]
             try:
-                return decode_batch(self.plan, cuts, self.remap, each=each)
+                return decode_batch(self.plan, cuts, self.remap, scaled=scaled, each=each)
             except ValueError as error:
                 for run, cut in zip(runs, cuts, strict=True):
                     self._decode_alone(run[0], cut)
@@ -159,11 +162,11 @@ class StoreReader:
         """Cut sequence numbers into runs of neighbours in one shard: (shard, first, end) with numbers inside it."""
         if len(wanted) == 0:
             return
-        position = np.searchsorted(self._starts, wanted, side="right") - 1
+        position = np.searchsorted(self.starts, wanted, side="right") - 1
         new = (np.diff(wanted) != 1) | (np.diff(position) != 0)
         edges = [0, *(np.flatnonzero(new) + 1).tolist(), len(wanted)]
         for start, end in pairwise(edges):
-            first = int(wanted[start] - self._starts[position[start]])
+            first = int(wanted[start] - self.starts[position[start]])
             yield self.shards[int(position[start])], first, first + end - start
 
     def _load(self, runs: Sequence[Run], each: Each, *, targets: bool) -> list[Slices]:
@@ -188,7 +191,7 @@ class StoreReader:
         try:
             decode_batch(self.plan, [cut], self.remap)
         except ValueError as error:
-            raise self._damaged(item, DamageError(str(error), "")) from error
+            raise self._damaged(item, DamageError(f"its rows: {error}")) from error
 
     def _nothing(self) -> Slices:
         """Return the slices of no sequence."""
@@ -216,13 +219,14 @@ class StoreReader:
         name = record_name(item.shard)
         data = self._files.read(name)
         if data is None:
-            raise damaged_shard(self._files.root, spec, "its commit record is missing", name=name)
+            raise self._manifest.damage.shard(spec, "its commit record is missing", name=name)
         record = self._manifest.parse_record(spec, data)
         if sha256(data) != item.record_sha256:
-            raise damaged_shard(self._files.root, spec, "its commit record is not the sealed one", name=name)
+            raise self._manifest.damage.shard(spec, "its commit record is not the sealed one", name=name)
         return record
 
     def _damaged(self, item: SealedShard, error: DamageError) -> CorruptionError:
         spec = self._manifest.shards[item.shard]
         record = self._record(item)
-        return damaged_shard(self._files.root, spec, str(error), name=f"{record.path}/{error.name}")
+        name = record.path if error.name is None else f"{record.path}/{error.name}"
+        return self._manifest.damage.shard(spec, str(error), name=name)

@@ -1,4 +1,4 @@
-"""Repair: take what is damaged out of a store, so that `pipeline extract` computes exactly that anew.
+"""Repair: take what is damaged out of a store, so that the command that wrote it computes exactly that anew.
 
 No worker may run meanwhile. Nothing is deleted: everything goes to `quarantine/`. This is the only code that takes a
 commit record away, and it does so last: while the record stands, readers refuse the shard, and without record and
@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from storage.damage import damaged_file
+from storage.damage import damaged_plan, written_by
 from storage.files import LocalFiles
 from storage.manifest import Manifest
 from storage.records import PLAN, REMAP, SEAL, SHARDS, TOKENIZER, record_name
@@ -26,7 +26,7 @@ class Action:
         name: file or directory inside the store that is moved to quarantine.
         reason: why.
         moved_to: its name in quarantine; None if nothing was moved (yet), or if it is missing and there is nothing to.
-        missing: it is not there; `pipeline extract` writes it anew.
+        missing: it is not there; the command that wrote the store writes it anew.
     """
 
     name: str
@@ -51,11 +51,16 @@ def repair(path: str | os.PathLike[str], *, apply: bool) -> list[Action]:
     files = LocalFiles(Path(path))
     for problem in report.problems:
         if problem.name == PLAN:
-            raise damaged_file(files.root, PLAN, problem.message)
+            raise damaged_plan(files.root, problem.message)
     actions = [action for action in _planned(files, report) if action.missing or files.exists(action.name)]
     if not apply:
         return actions
     return [action if action.missing else replace(action, moved_to=files.quarantine(action.name)) for action in actions]
+
+
+def command_after(path: str | os.PathLike[str]) -> str:
+    """Return the command that computes what a repair has taken out. Raises as `repair` does."""
+    return written_by(Manifest.open(LocalFiles(Path(path))).plan)
 
 
 def _planned(files: LocalFiles, report: Report) -> list[Action]:

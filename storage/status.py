@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from storage.damage import written_by
 from storage.files import QUARANTINE, TEMPORARY, LocalFiles
 from storage.manifest import Manifest
 from storage.plan import Split
@@ -40,6 +41,7 @@ class Status:
         path: of the store.
         store_id: hash of the plan.
         teacher: its name as recorded, if it is.
+        written_by: the command that writes it, and goes on with it.
         kind, k, p, draws, temperatures: what is stored per row, as in the plan.
         contents: the same in words.
         digest: sha256 of the seal; None while it is not sealed.
@@ -57,6 +59,7 @@ class Status:
     path: str
     store_id: str
     teacher: str | None
+    written_by: str
     kind: str
     k: int
     p: float | None
@@ -96,6 +99,7 @@ def status(path: str | os.PathLike[str]) -> Status:
         path=str(files.root),
         store_id=plan.store_id,
         teacher=plan.recorded.get("teacher", {}).get("name"),
+        written_by=written_by(plan),
         kind=plan.target.kind,
         k=plan.target.k,
         p=plan.target.p,

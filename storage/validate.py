@@ -7,12 +7,14 @@ Axis legend: T tokens, S sequences, R rows, H head entries, C tail entries; _T a
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from storage.arrays import BY_TEMPERATURE
+from storage.codecs import logprob_codec
 from storage.errors import NumericsError
 from storage.plan import Plan, ShardSpec
 from storage.rows import SequenceBatch
@@ -46,6 +48,7 @@ def check_batch(plan: Plan, spec: ShardSpec, batch: SequenceBatch) -> None:
     _check_documents(plan, spec, batch)
     _check_rows(plan, batch)
     _check_numbers(batch)
+    _check_reach(plan, batch)
     _check_ids(plan, batch)
 
 
@@ -143,6 +146,7 @@ def _check_rows(plan: Plan, batch: SequenceBatch) -> None:
         raise ValueError(f"the batch has temperatures {batch.temperatures}, the plan {plan.target.temperatures}")
     largest = min(plan.target.k, plan.vocab_size)
     _refuse(batch, batch.head_size > largest, f"head_size exceeds k = {largest}")
+    _refuse(batch, batch.head_size < min(largest, 1), f"a row of kind {plan.target.kind} has no head")
     drawn = np.bincount(np.repeat(np.arange(batch.rows), batch.tail_size), weights=batch.count, minlength=batch.rows)
     expected = np.where(batch.tail_size > 0, batch.draws, 0)
     _refuse(batch, drawn != expected, f"counts do not add up to {batch.draws} draws")
@@ -182,6 +186,23 @@ def _check_mass(batch: SequenceBatch) -> None:
     mass_R = np.bincount(row_H, weights=np.exp(batch.logprob.astype(np.float64)), minlength=batch.rows)
     total_R = mass_R + sigmoid(batch.tail_logit)
     _refuse(batch, np.abs(total_R - 1.0) > MASS_TOLERANCE, "head and tail mass do not add up to 1", NumericsError)
+
+
+def _check_reach(plan: Plan, batch: SequenceBatch) -> None:
+    """Heads that end before k entries reach the p of the plan, up to how a codec rounds their tail's mass.
+
+    A converted store may hold what the codec of its origin had rounded further away: there it is not asked.
+    """
+    p = plan.target.p
+    if p is None or plan.derived_from is not None:
+        return
+    most = math.log1p(-p) - math.log(p) + ROUNDING if p < 1.0 else -math.inf
+    # Rounding keeps order and changes nothing the second time, so this holds of a batch before and after it.
+    round_numbers = logprob_codec(plan.codecs["logprob"]).round_numbers
+    tail_logit = round_numbers(batch.tail_logit).astype(np.float32)
+    short = tail_logit > round_numbers(np.array([most], np.float32)).astype(np.float32)
+    ended = batch.head_size < min(plan.target.k, plan.vocab_size)
+    _refuse(batch, short & ended, f"the head has fewer than {plan.target.k} entries and does not reach mass {p}")
 
 
 def _check_ids(plan: Plan, batch: SequenceBatch) -> None:

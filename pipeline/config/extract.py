@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config.base import Model
-from storage.plan import LARGEST_DRAWS, TargetSpec
+from storage.target import LARGEST_DRAWS, TargetSpec
 
 Auto = Literal["auto"]
 Whole = Annotated[int, Field(strict=True)]  # strict: `true` is no number
@@ -16,6 +16,7 @@ NotNegative = Annotated[int, Field(ge=0, strict=True)]
 Draws = Annotated[int, Field(ge=0, le=LARGEST_DRAWS, strict=True)]
 Positive = Annotated[int, Field(gt=0, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**64, strict=True)]  # the draws take it as one uint64
+Real = Annotated[float, Field(strict=True)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DEFAULT_K = 32
 DEFAULT_DRAWS = {"hybrid": 8, "sampled": 50}
@@ -93,16 +94,15 @@ class TargetConfig(Model):
     head of the fewest entries that reach probability p, at most k."""
     k: Positive | None = None
     """Entries of the exact head (topp: at most). Default: 32; sampled has none."""
-    p: float | None = None
+    p: Real | None = None
     """Probability that the head of topp reaches, unless k entries end it before."""
     draws: Draws | None = None
     """Samples drawn per row from what is outside of the head, at most 65535. Default: 8 for hybrid, 50 for sampled."""
     seed: Seed = 0
     """Seed of the draws, from 0 to 2**64 - 1. They depend on it, document and position, not on batching or workers."""
-
-    temperatures: tuple[float, ...] = ()
-    """Temperatures other than 1 to train at, such as [1.5, 2.0]: tail mass and entropy are stored for each. Not for
-    sampled."""
+    temperatures: tuple[Real, ...] = ()
+    """Temperatures other than 1 to train at, from 0.01 to 100 and rising, such as [1.5, 2.0]: tail mass and entropy
+    are stored for each. Not for sampled."""
 
     @model_validator(mode="after")
     def _fields_fit_kind(self) -> TargetConfig:
@@ -125,7 +125,7 @@ class TargetConfig(Model):
 class HeldoutConfig(Model):
     """Documents set aside for validation and evaluation. Training cannot read them."""
 
-    fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    fraction: Annotated[float, Field(ge=0.0, lt=1.0, strict=True)] = 0.0
     """Share of documents that is held out, chosen by a hash of seed and document number."""
     seed: Seed = 0
     """Seed of that hash, from 0 to 2**64 - 1."""

@@ -78,7 +78,7 @@ def logprob_codec(parameters: Mapping[str, Json]) -> LogprobCodec:
     """
     values = dict(parameters)
     name = values.pop("id", None)
-    if name not in CODECS:
+    if not isinstance(name, str) or name not in CODECS:
         raise UsageError(
             f"unknown log-probability codec {name!r}; this version knows {', '.join(sorted(CODECS))}",
             where="plan.json: codecs.logprob.id",
@@ -86,7 +86,7 @@ def logprob_codec(parameters: Mapping[str, Json]) -> LogprobCodec:
         )
     try:
         return CODECS[name](**values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UsageError(f"codec {name}: {error}", where="plan.json: codecs.logprob") from error
 
 

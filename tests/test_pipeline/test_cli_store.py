@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 
 from pipeline.cli import main
 from storage.arrow import schema, to_table
+from storage.errors import UsageError
 from storage.reader import StoreReader
 
 
@@ -99,7 +100,29 @@ def test_a_column_is_added_and_exported(tiny_store: Path, tmp_path: Path) -> Non
     table = pq.read_table(tmp_path / "rows.parquet")
     assert table["weight"].to_pylist() == table["document"].to_pylist()
     assert table.drop_columns("weight").equals(to_table(StoreReader(tiny_store)))
+    pq.write_table(pa.table({"document": range(40), "weight": [7, *range(1, 40)]}), tmp_path / "others.parquet")
+    good("convert", tiny_store, tmp_path / "others", "--add-column", f"weight={tmp_path / 'others.parquet'}", "--quiet")
+    told = run("diff", tmp_path / "new", tmp_path / "others").stdout
+    assert "train  1 sequence with other values of column weight\n" in told
+    assert "  shard 0, document 0, window at 0: 0 rows, up to 0 nats, column weight\n" in told
     assert "NAME=FILE" in fails(2, "convert", tiny_store, tmp_path / "other", "--add-column", "weight")
+
+
+def test_a_converted_store_is_mended_by_the_command_that_wrote_it(tiny_store: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    convert = ("convert", tiny_store, new, "--k", 2, "--quiet")
+    good(*convert)
+    digest = StoreReader(new).digest
+    next(new.glob("shards/000002-*/entropy/c/0")).write_bytes(b"x")
+    assert "then the same `pipeline convert` again" in fails(4, "export", new, tmp_path / "rows.parquet")
+    assert "run the same `pipeline convert` again" in good("repair", new, "--yes")
+    assert "1 shard missing: run the same `pipeline convert` again" in good("status", new)
+    assert json.loads(good("status", new, "--json"))["written_by"] == "pipeline convert"
+    with pytest.raises(UsageError) as refused:
+        StoreReader(new)
+    assert "the same `pipeline convert` again to finish it" in str(refused.value.fix)
+    good(*convert)
+    assert StoreReader(new).digest == digest
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])

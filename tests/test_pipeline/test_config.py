@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
+from pydantic import ValidationError
 
 from pipeline.config.loading import load_extract, load_train
+from pipeline.config.train import TrainConfig
 from pipeline.config.yaml_text import MAX_BYTES, MAX_DEPTH, parse
 from storage.errors import StorageUnavailableError, UsageError
 
@@ -46,8 +49,13 @@ def error_of(tmp_path: Path, text: str, *overrides: str, phase: str = "extract")
         (EXTRACT + "target: {kind: topp, p: 1.5}", 6, "target: p must be above 0 and at most 1, found p: 1.5", ""),
         (EXTRACT + "target: {kind: topp, p: 0.9, draws: 2}", 6, "target: kind topp draws no samples", ""),
         (EXTRACT + "target: {p: 0.9}", 6, "target: p belongs to kind topp, found p: 0.9 with kind hybrid", ""),
-        (EXTRACT + "target: {temperatures: [1.0]}", 6, "target: temperatures must be above 0 and other than 1", ""),
-        (EXTRACT + "target: {temperatures: [-2]}", 6, "target: temperatures must be above 0 and other than 1", ""),
+        (EXTRACT + "target: {temperatures: [1.0]}", 6, "target: temperatures must lie from 0.01 to 100 and be", ""),
+        (EXTRACT + "target: {temperatures: [-2]}", 6, "be other than 1 (always stored), found [-2.0]", ""),
+        (EXTRACT + "target: {temperatures: [0.009]}", 6, "target: temperatures must lie from 0.01 to 100", ""),
+        (EXTRACT + "target: {temperatures: [101]}", 6, "target: temperatures must lie from 0.01 to 100", ""),
+        (EXTRACT + "target: {temperatures: [2, true]}", 6, "target.temperatures.1: expected a number, found true", ""),
+        (EXTRACT + "target: {kind: topp, p: true}", 6, "target.p: expected a number, found true", ""),
+        (EXTRACT + "heldout: {fraction: '0.1'}", 6, "heldout.fraction: expected a number, found '0.1'", ""),
         (EXTRACT + "target: {temperatures: [2, 1.5]}", 6, "target: temperatures must rise, found [2.0, 1.5]", ""),
         (EXTRACT + "target: {kind: sampled, temperatures: [2]}", 6, "kind sampled has no head", ""),
         (EXTRACT + "rendering: {overlap: 2000}", 6, "overlap 2000 must be smaller than window 1024", ""),
@@ -220,9 +228,14 @@ def test_number_forms_that_yaml_1_1_takes_for_text(tmp_path: Path) -> None:
     ],
 )
 def test_loss_problems(loss: str, what: str, where: int, tmp_path: Path) -> None:
-    error = error_of(tmp_path, f"{TRAIN}loss:\n  {loss}\n", phase="train")
+    text = f"{TRAIN}loss:\n  {loss}\n"
+    error = error_of(tmp_path, text, phase="train")
     assert what in error.what
     assert error.where == f"{tmp_path / 'c.yaml'}:{where}"
+    with pytest.raises(ValidationError) as caught:  # built in Python, a configuration says the same
+        TrainConfig.model_validate(yaml.safe_load(text))
+    assert error.what in str(caught.value)
+    assert (error.fix or "") in str(caught.value)
 
 
 @pytest.mark.parametrize("loss", ["{}", "{divergence: jsd(0.3), temperature: 1}", "{name: KDLoss, logits_scale: 0.5}"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -9,9 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import storage_cases as cases
 
-from storage.arrow import record_batches, schema, shard_rows, to_parquet, to_table
+from storage.arrow import record_batches, schema, shard_rows, to_parquet, to_record_batch, to_table
 from storage.errors import UsageError
+from storage.jsonl import KEYS, sequence_lines
 from storage.reader import StoreReader
+
+SAMPLES = ("sample_ids", "sample_counts")
 
 
 def test_one_line_per_row(sealed):
@@ -44,6 +50,37 @@ def test_values(sealed):
             assert line["tail_mass"] == pytest.approx(1 - np.exp(batch.logprob[head].astype(float)).sum(), abs=1e-5)
             row += 1
     assert row == reader.rows
+
+
+@pytest.mark.parametrize("kind", cases.TARGETS)
+def test_json_lines_hold_what_the_table_holds(kind):
+    """Under the same keys, or under those of others: nothing that a row or sequence has is left out."""
+    plan = cases.make_plan(target=cases.TARGETS[kind])
+    batch = cases.make_batch(plan, plan.shards()[0])
+    score = np.arange(batch.rows, dtype=np.float32) / 1e6
+    score[-1], batch.next_logprob[1] = np.nan, -np.inf
+    weight = np.arange(len(batch), dtype=np.uint64) + 2**60
+    batch = replace(batch, row_columns={"score": score}, sequence_columns={"weight": weight})
+    table = to_record_batch(batch).to_pylist()
+    lines = [json.loads(line) for line in sequence_lines(batch, numbers=range(len(batch)), padding=0)]
+    assert all(line.keys() <= KEYS.union(schema().names, ("score", "weight")) for line in lines)
+    assert [line["weight"] for line in lines] == weight.tolist()
+    for row in table:
+        line = lines[row["sequence"]]
+        (samples, counts) = (line[name][row["position"]] if plan.target.draws else [] for name in SAMPLES)
+        assert (line["topk_token_ids"][row["position"]] + samples, counts) == (row["ids"], row["counts"])
+        assert line["loss_mask"][row["position"]] == 1
+        for name in ("tail_mass", "entropy", *(("tail_mass_T", "entropy_T") if plan.target.temperatures else ())):
+            assert line[name][row["position"]] == pytest.approx(row[name], abs=1e-4)
+        assert line.get("temperatures", []) == pytest.approx(row["temperatures"])
+        for name, digits in (("next_logprob", 1e-4), ("score", 0.0)):
+            found = line[name][row["position"]]
+            assert found is None if not np.isfinite(row[name]) else abs(found - row[name]) <= digits
+    for line in lines:
+        for position in np.flatnonzero(np.array(line["loss_mask"]) == 0):
+            assert (line["entropy"][position], line["score"][position]) == (0, 0)
+            assert set(line.get("entropy_T", {position: []})[position]) <= {0}
+            assert len(line.get("entropy_T", {position: []})[position]) == len(plan.target.temperatures)
 
 
 def test_a_stream_equals_the_table_and_has_the_c_interface(sealed):

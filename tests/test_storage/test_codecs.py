@@ -107,6 +107,14 @@ def test_any_steps_keep_the_bound(root, ratio, rows):
     logprob, sizes = flat(rows)
     back = codec.decode(codec.encode(logprob, sizes), sizes)
     assert np.all(np.abs(back.astype(np.float64) - logprob) <= codec.error_bound(logprob))
+    np.testing.assert_array_equal(codec.decode(codec.encode(back, sizes), sizes), back)
+
+
+@pytest.mark.parametrize(("root", "log"), [(0.02, 0.125), (3.5e-5, 0.125), (0.01, 0.0155), (0.1, 1.0), (3.2e-5, 1.0)])
+def test_what_each_code_stands_for_is_stored_as_that_code(root, log):
+    """A conversion that keeps the codec relies on it."""
+    codec, codes, ones = SqrtDelta(root_step=root, log_step=log), np.arange(65536), np.ones(65536, np.int32)
+    np.testing.assert_array_equal(codec.encode(codec.decode(codes, ones), ones), codes)
 
 
 @pytest.mark.parametrize(

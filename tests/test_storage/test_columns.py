@@ -11,8 +11,9 @@ from storage.arrow import to_table
 from storage.columns import ColumnFile
 from storage.convert import Conversion, convert
 from storage.diff import diff
-from storage.errors import IdentityError, UsageError
+from storage.errors import IdentityError, StorageUnavailableError, UsageError
 from storage.reader import StoreReader
+from storage.records import CommitRecord
 from storage.verify import verify
 
 KEYS = ["document", "sequence", "position"]
@@ -31,6 +32,10 @@ def write(path, name, keys, values):
 
 def run(source, target, *columns, **changes):
     return list(convert(source, target, Conversion(columns=columns, **changes)))[-1]
+
+
+def records(store):
+    return [CommitRecord.from_json(path.read_bytes()) for path in sorted((store / "commits").iterdir())]
 
 
 def number(table):
@@ -58,6 +63,9 @@ def test_values_come_back_beside_unchanged_rows(sealed, with_columns):
         table = to_table(reader)
         assert table["mine"].to_numpy().tolist() == number(table).tolist()
         assert table["weight"].to_numpy().tolist() == (table["document"].to_numpy() * 2).tolist()
+    for new, old in zip(records(with_columns), records(sealed), strict=True):
+        kept = {name: item for name, item in new.objects.items() if not name.startswith("column_")}
+        assert {**kept, "zarr.json": None} == {**old.objects, "zarr.json": None}, "the same bytes but for its name"
     plan = reader.plan
     assert plan.columns == {
         "mine": {"axis": "row", "dtype": "float32"},
@@ -95,13 +103,14 @@ def test_wrong_files(sealed, tmp_path):
     refused(sealed, tmp_path, keys, ones.astype(np.float64), "type double")
     refused(sealed, tmp_path, keys, ["text"] * len(ones), "type string")
     refused(sealed, tmp_path, keys, ones, "a name is a letter", name="../x")
-    refused(sealed, tmp_path, keys, ones, "already", name="entropy")
+    for name in ("entropy", "loss_mask"):
+        refused(sealed, tmp_path, keys, ones, f"{name}: exports have something of that name already", name=name)
     pq.write_table(keys, tmp_path / "keys.parquet")
     with pytest.raises(UsageError, match="no column 'mine'"):
         ColumnFile("mine", tmp_path / "keys.parquet")
     (tmp_path / "text.parquet").write_text("mine")
-    for path in (tmp_path / "text.parquet", tmp_path / "none.parquet"):
-        with pytest.raises(UsageError, match="no Parquet file"):
+    for path, words in ((tmp_path / "text.parquet", "no readable Parquet file"), (tmp_path / "none", "no such file")):
+        with pytest.raises(UsageError, match=words):
             ColumnFile("mine", path)
     assert not list(tmp_path.glob("refused*")), "nothing was begun"
 
@@ -115,3 +124,49 @@ def test_wrong_values(sealed, tmp_path):
     )
     refused(sealed, tmp_path, keys, -ones.astype(np.int32), "negative")
     refused(sealed, tmp_path, keys, pa.array([None, *ones[1:].tolist()], pa.float32()), "nulls")
+    assert not list(tmp_path.glob("refused*")), "nothing was begun"
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "words"),
+    [
+        ("document", lambda values: values.cast(pa.string()), "column document has type string"),
+        ("position", lambda values: values.cast(pa.float64()), "column position has type double"),
+        ("sequence", lambda values: pa.array([None, *values.to_pylist()[1:]], pa.int64()), "column sequence has nulls"),
+    ],
+)
+def test_wrong_keys(sealed, tmp_path, key, change, words):
+    keys = rows_of(sealed)
+    wrong = keys.set_column(KEYS.index(key), key, change(keys[key]))
+    refused(sealed, tmp_path, wrong, np.ones(keys.num_rows, np.float32), words)
+    assert not list(tmp_path.glob("refused*")), "nothing was begun"
+
+
+def test_a_damaged_file(sealed, tmp_path):
+    """Its schema, at the end, is good."""
+    keys = rows_of(sealed)
+    column = write(tmp_path / "row.parquet", "mine", keys, np.ones(keys.num_rows, np.float32))
+    data = column._path.read_bytes()
+    column._path.write_bytes(data[:4] + b"\xff" * 200 + data[204:])
+    with pytest.raises(UsageError, match="no readable Parquet file"):
+        run(sealed, tmp_path / "new", ColumnFile("mine", column._path))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_that_is_replaced_meanwhile(sealed, tmp_path):
+    path, documents = tmp_path / "weights.parquet", pa.table({"document": np.arange(99)})
+    first = write(path, "weight", documents, np.arange(99))
+    good = path.read_bytes()
+    conversion = convert(sealed, tmp_path / "new", Conversion(columns=(first,)))
+    next(conversion)
+    write(tmp_path / "other.parquet", "weight", documents, np.arange(99)[::-1])
+    (tmp_path / "other.parquet").replace(path)
+    with pytest.raises(IdentityError, match="changed while the conversion was reading it"):
+        list(conversion)
+    path.write_bytes(good)
+    run(sealed, tmp_path / "new", ColumnFile("weight", path))
+    run(sealed, tmp_path / "undisturbed", ColumnFile("weight", path))
+    assert StoreReader(tmp_path / "new").digest == StoreReader(tmp_path / "undisturbed").digest
+    path.unlink()
+    with pytest.raises(StorageUnavailableError):
+        run(sealed, tmp_path / "third", first)

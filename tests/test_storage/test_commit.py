@@ -23,7 +23,7 @@ from storage.errors import (
     UsageError,
 )
 from storage.files import LocalFiles
-from storage.plan import TargetSpec
+from storage.plan import HeldoutRule, TargetSpec
 from storage.reader import StoreReader
 from storage.records import CommitRecord, Seal
 
@@ -120,6 +120,40 @@ def test_tokenizer_names_cannot_leave_the_store(tmp_path):
     with pytest.raises(UsageError, match="plain"):
         StoreWriter.create(tmp_path / "s", plan, remap=cases.make_remap(), tokenizer_files={"../evil": b"x"})
     assert not (tmp_path / "evil.xz").exists()
+
+
+def looks_per_shard(path, monkeypatch, *, shards):
+    """Write a store and count what is committed after each shard; return how many files are looked at each time."""
+    plan = cases.make_plan(documents=6 * shards, heldout=HeldoutRule())
+    writer, looks, found = cases.open_writer(path, plan), [], []
+    with monkeypatch.context() as patch:
+        for name in ("read_stamped", "exists", "entries"):
+            real = getattr(LocalFiles, name)
+            patch.setattr(LocalFiles, name, lambda self, entry, real=real: looks.append(entry) or real(self, entry))
+        for number, shard in enumerate(writer.missing()):
+            looks.clear()
+            writer.commit(shard, cases.make_batch(plan, shard))
+            assert writer.count_committed() == number + 1
+            found.append(len(looks))
+    return found
+
+
+def test_counting_what_is_committed_costs_the_same_in_stores_of_any_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage.commit, "LOOKS", 3)
+    few = looks_per_shard(tmp_path / "few", monkeypatch, shards=5)
+    many = looks_per_shard(tmp_path / "many", monkeypatch, shards=20)
+    assert set(many[:-3]) == {few[0]}
+    assert many[-3:] == few[-3:]
+
+
+def test_shards_of_another_process_are_counted_a_few_at_a_time(tmp_path, monkeypatch):
+    mine = cases.open_writer(tmp_path / "store", cases.make_plan())
+    cases.write_store(tmp_path / "store", shards=[0, 1, 3, 4])
+    monkeypatch.setattr(storage.commit, "LOOKS", 2)
+    assert [mine.count_committed() for _ in range(4)] == [2, 3, 4, 4]
+    cases.write_store(tmp_path / "store", shards=[2])
+    assert mine.count_committed() == 5
+    assert mine.missing() == []
 
 
 def test_invalid_batches_are_refused_and_not_committed(tmp_path):

@@ -293,6 +293,22 @@ def test_verify_checks_what_rows_mean(tmp_path, monkeypatch):
     assert verify(tmp_path / "store", quick=True).problems == []
 
 
+def test_sizes_that_contradict_each_other_are_told_of_the_whole_shard(tmp_path, monkeypatch):
+    import storage.commit
+
+    monkeypatch.setattr(storage.commit, "check_batch", lambda *arguments: None)
+    writer = cases.open_writer(tmp_path / "store", cases.make_plan())
+    shard = writer.plan.shards()[0]
+    batch = cases.make_batch(writer.plan, shard)
+    batch.tail_size[:] = batch.tail_size[::-1].copy()
+    record = writer.commit(shard, batch)
+    reader = StoreReader(tmp_path / "store", allow_partial=True)
+    with pytest.raises(CorruptionError) as caught:
+        reader.read(range(len(reader)))
+    assert caught.value.what.endswith(" is damaged: its rows: the row sizes do not add up to tail_offset")
+    assert caught.value.where == f"{tmp_path}/store/{record.path}"
+
+
 def test_record_names_its_directory_by_content(sealed):
     record = CommitRecord.from_json(find(sealed, "record").read_bytes())
     assert find(sealed, "zarr.json").parent.name == record.directory

@@ -83,6 +83,52 @@ def test_a_number_of_a_row(store, tmp_path, name):
         assert part.largest_logprob == 0.0
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_where_tokens_end(store, tmp_path, lost):
+    def change(shard, batch):
+        if shard.index == 0:
+            return with_row_changed(batch, token_end_byte=(1, 1))
+        return replace(batch, token_end_byte=None) if lost and shard.index == 4 else batch
+
+    splits = diff(store, write(tmp_path / "other", change=change)).splits
+    part = splits["train"]
+    assert (part.other_parts, part.sequences_different, part.rows_different) == ({"token_end_byte": 1}, 1, 0)
+    assert [(item.document, item.parts, item.rows) for item in part.examples] == [(0, ("token_end_byte",), 0)]
+    assert splits["heldout"].other_parts == ({"token_end_byte": splits["heldout"].sequences} if lost else {})
+    assert not part.equal
+
+
+def test_added_columns_that_both_have(store, tmp_path):
+    about = {"axis": "row", "dtype": "float32"}
+    plans = [
+        replace(EXACT, columns={"score": about, "weight": {"axis": "sequence", "dtype": "uint8"}, name: about})
+        for name in ("mine", "yours")
+    ]
+
+    def with_columns(plan, number):
+        def change(shard, batch):
+            score, weight = np.arange(batch.rows, dtype=np.float32), np.arange(len(batch), dtype=np.uint8)
+            score[0] = np.nan
+            if number and shard.index == 1:
+                score[[3, -1]] += 1
+                weight[-1] += 1
+            names = plan.columns.keys() - {"weight"}
+            return replace(batch, row_columns=dict.fromkeys(names, score), sequence_columns={"weight": weight})
+
+        return change
+
+    paths = [write(tmp_path / str(number), plan, with_columns(plan, number)) for number, plan in enumerate(plans)]
+    found = diff(*paths)
+    assert [line.split(":")[0] for line in found.plan] == ["columns.mine", "columns.yours"]
+    part, batch = found.splits["train"], cases.make_batch(EXACT, EXACT.shards()[1])
+    sequence_of = batch.sequence_of_row[[3, -1]]
+    assert part.other_parts == {"column score": len(set(sequence_of)), "column weight": 1}
+    assert (part.rows_different, part.largest_logprob, part.shards) == (2, 0.0, [1])
+    assert part.sequences_different == len({*sequence_of, len(batch) - 1})
+    assert part.examples[-1].parts[-1] in ("column score", "column weight")
+    assert found.splits["heldout"].equal
+
+
 def test_ids_and_samples(store, tmp_path):
     def change(shard, batch):
         ids, count = batch.head_ids.copy(), batch.count.copy()

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
@@ -19,6 +20,7 @@ import storage.arrays
 import storage.open_shard
 import storage.reader
 from storage.errors import CorruptionError, UsageError
+from storage.plan import HeldoutRule
 from storage.reader import StoreReader
 from storage.segments import cumsum_rows
 
@@ -204,7 +206,7 @@ def test_importing_the_reader_is_cheap():
 
 def test_threads_may_share_a_reader(many_chunks, monkeypatch):
     """With hardly any memory, so that everything is loaded and dropped all the time."""
-    monkeypatch.setattr(storage.reader, "OPEN_SHARDS", 1)
+    monkeypatch.setattr(storage.reader, "OPEN_BYTES", 0)
     shared, alone = StoreReader(many_chunks, cache_bytes=2000), StoreReader(many_chunks)
     numbers = np.random.default_rng(0).integers(0, len(alone), 200).tolist()
     with ThreadPoolExecutor(4) as pool:
@@ -214,12 +216,30 @@ def test_threads_may_share_a_reader(many_chunks, monkeypatch):
             np.testing.assert_array_equal(batch.tail_ids, expected.tail_ids)
 
 
-def test_the_metadata_of_few_shards_is_kept(sealed, monkeypatch):
-    monkeypatch.setattr(storage.reader, "OPEN_SHARDS", 2)
-    reader, expected = StoreReader(sealed), StoreReader(sealed)
-    for number in [*range(len(reader)), *reversed(range(len(reader)))]:
-        np.testing.assert_array_equal(reader.read([number]).logprob, expected.read([number]).logprob)
-        assert reader._open.size <= 2
+@pytest.mark.parametrize(
+    ("documents", "documents_per_shard"), [(80, 2), (12_000, 3_000)], ids=["small_shards", "large_shards"]
+)
+def test_the_metadata_of_open_shards_takes_bounded_memory(tmp_path, monkeypatch, documents, documents_per_shard):
+    limit = 300_000
+    monkeypatch.setattr(storage.reader, "OPEN_BYTES", limit)
+    plan = make_plan(
+        documents=documents, documents_per_shard=documents_per_shard, target=TARGETS["topk"], heldout=HeldoutRule()
+    )
+    write_store(tmp_path / "store", plan, longest=2)
+    reader = StoreReader(tmp_path / "store", cache_bytes=0, threads=1)
+    numbers = range(0, len(reader), documents_per_shard)
+    reader.read([0])  # what every first read sets up
+    tracemalloc.start()
+    try:
+        for number in [*numbers, *reversed(numbers)]:
+            reader.read([number])
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < limit
+    assert 0.5 * limit < reader._open.size <= limit
+    shard = reader._open.get(reader.shards[0].shard)
+    assert len(reader.shards) * shard.nbytes > 1.3 * limit, "not all of them fit"
 
 
 def test_a_shard_that_is_opened_again_is_not_hashed_again(sealed, monkeypatch):
@@ -231,7 +251,7 @@ def test_a_shard_that_is_opened_again_is_not_hashed_again(sealed, monkeypatch):
         return real(self, name)
 
     monkeypatch.setattr(storage.open_shard.CommittedObjects, "whole", whole)
-    monkeypatch.setattr(storage.reader, "OPEN_SHARDS", 1)
+    monkeypatch.setattr(storage.reader, "OPEN_BYTES", 60_000)  # of one shard
     reader = StoreReader(sealed, cache_bytes=0)
     for number in [*range(len(reader)), *range(len(reader))]:
         reader.read([number])

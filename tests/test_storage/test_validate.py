@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 import storage_cases as cases
 
+from storage.codecs import CODECS
 from storage.errors import NumericsError
+from storage.plan import TargetSpec
+from storage.segments import sigmoid
+from storage.smaller_head import smaller_head
 from storage.validate import check_batch
 
 PLAN = cases.make_plan()
@@ -117,6 +121,38 @@ def test_the_message_names_document_window_and_row():
     where = f"document {batch.document[sequence]}, window at {batch.window_start[sequence]}, row 1"
     with pytest.raises(NumericsError, match=f"entropy is NaN: {where}"):
         check_batch(PLAN, SHARD, changed("entropy", row, np.nan)(batch))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_head_of_topp_that_is_not_full_reaches_its_mass(codec):
+    """Exactly, but for how the codec rounds: p is what the worst row of fewer than k entries reaches, or a bit more."""
+    codec = CODECS[codec]()
+    plan = cases.make_plan(target=cases.TARGETS["topp"], codecs={"logprob": codec.parameters()})
+    batch = cases.make_batch(plan, SHARD)
+    rounded = replace(batch, tail_logit=codec.round_numbers(batch.tail_logit).astype(np.float32))
+    reached = float(sigmoid(-batch.tail_logit[batch.head_size < plan.target.k].max()))
+    good, bad = (replace(plan, target=replace(plan.target, p=reached + more)) for more in (0.0, 0.02))
+    for given in (batch, rounded):
+        check_batch(good, SHARD, given)
+        with pytest.raises(ValueError, match=r"fewer than 9 entries and does not reach mass .*: document \d+"):
+            check_batch(bad, SHARD, given)
+        check_batch(replace(bad, derived_from={}), SHARD, given)
+    full = replace(good, target=replace(good.target, k=3))
+    check_batch(full, SHARD, smaller_head(batch, full.target, origin=""))
+
+
+def test_mass_1_is_reached_by_rows_without_a_tail_alone():
+    plan = cases.make_plan(vocab_size=12, target=TargetSpec(kind="topp", k=12, p=1.0))
+    batch = cases.make_batch(plan, SHARD)
+    check_batch(replace(plan, target=replace(plan.target, k=16)), SHARD, batch)  # there are 12 tokens
+    with pytest.raises(ValueError, match=r"does not reach mass 1\.0"):
+        check_batch(plan, SHARD, smaller_head(batch, replace(plan.target, k=11), origin=""))
+
+
+def test_a_row_without_a_head_is_of_kind_sampled():
+    empty = smaller_head(cases.make_batch(PLAN, SHARD), replace(PLAN.target, k=0), origin="")
+    with pytest.raises(ValueError, match="kind hybrid has no head: document"):
+        check_batch(PLAN, SHARD, empty)
 
 
 def test_large_shards_are_compared_in_blocks(monkeypatch):

@@ -1,0 +1,63 @@
+"""What may stand in a field of a JSON file of a store: type and range, with one line that says what else was found.
+
+Data path: plan.json -> **values of the right types** -> `Plan`. Each function raises ValueError, naming the field.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+_LARGEST_EXACT = 1 << 53  # whole numbers up to this are floats without rounding
+
+
+def as_float(value: Any) -> Any:
+    """Return a whole number as the float it is, for fields where 1 and 1.0 mean the same; anything else as it is."""
+    return float(value) if type(value) is int and abs(value) <= _LARGEST_EXACT else value
+
+
+def require_whole(name: str, value: Any, *, least: int, most: int) -> None:
+    """Refuse what is no whole number from `least` to `most`; true and 1.0 are none."""
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name} must be a whole number from {least} to {most}, found {short(value)}")
+
+
+def require_number(name: str, value: Any) -> None:
+    """Refuse what is no float."""
+    if not isinstance(value, float):
+        raise ValueError(f"{name} must be a number, found {short(value)}")
+
+
+def require_hash(name: str, value: Any) -> None:
+    """Refuse what is no sha256 in lower-case hex."""
+    if not isinstance(value, str) or len(value) != 64 or not set(value) <= set("0123456789abcdef"):
+        raise ValueError(f"{name} must be a sha256 in 64 hex digits, found {short(value)}")
+
+
+def require_section(name: str, value: Any) -> None:
+    """Refuse what is no JSON object."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{name} must be a section of keys, found {short(value)}")
+
+
+def require_list(name: str, value: Any) -> None:
+    """Refuse what is no JSON list."""
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{name} must be a list, found {short(value)}")
+
+
+def require_fields(name: str, value: Any, kind: type) -> None:
+    """Refuse what is no JSON object with the fields of a dataclass, no more and no less."""
+    require_section(name, value)
+    wanted = {item.name for item in fields(kind)}
+    for missing in sorted(wanted - value.keys()):
+        raise ValueError(f"{name} has no field {missing}")
+    for unknown in sorted(value.keys() - wanted):
+        raise ValueError(f"{name} has an unknown field {short(unknown)}")
+
+
+def short(value: Any) -> str:
+    """Write a value as an error shows it: short."""
+    return reprlib.repr(value)
