@@ -39,7 +39,7 @@ def decode_batch(
         runs: stored values by array name, as `OpenShard.sequences` cuts them. Offsets begin anywhere.
         remap: token id of each rank [V].
         scaled: False leaves log-probabilities as the codec gives them, before each head is scaled to its mass.
-        each: runs the work on ids, heads and tails, in threads or one after the other.
+        each: runs the work on ids, even heads and tails, in threads or one after the other.
 
     Raises:
         ValueError: sizes contradict each other or a rank is outside the vocabulary.

@@ -11,7 +11,7 @@ Axis legend: S sequences, R rows, H head entries, C tail entries; a, b: the two 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -160,7 +160,7 @@ def _keys(reader: StoreReader) -> NDArray[Any]:
 def _compare_block(a: SequenceBatch, b: SequenceBatch, shard_S: NDArray[np.int64], found: SplitDifference) -> float:
     """Compare sequences pairwise, add what differs to `found`, and return the sum of KL over the rows compared."""
     same_S = _same_tokens(a, b, "tokens", "has_row")
-    temperatures = a.temperatures if a.temperatures == b.temperatures else ()
+    temperatures = [value for value in a.temperatures if value in b.temperatures]
     rows_a, rows_b = (_Rows(batch, np.repeat(same_S, np.diff(batch.row_offset)), temperatures) for batch in (a, b))
     sequence_R = a.sequence_of_row[rows_a.chosen]
     other_head = _entries_differ(rows_a.head_ids, rows_a.head_size, rows_b.head_ids, rows_b.head_size)
@@ -222,17 +222,18 @@ def _columns_differ(
 
 
 class _Rows:
-    """The chosen rows of a batch. What belongs to temperatures is left out if they are not given."""
+    """The chosen rows of a batch, and of the temperatures other than 1 these."""
 
-    def __init__(self, batch: SequenceBatch, chosen: NDArray[np.bool_], temperatures: tuple[float, ...]) -> None:
+    def __init__(self, batch: SequenceBatch, chosen: NDArray[np.bool_], temperatures: Sequence[float]) -> None:
         head_H, tail_C = np.repeat(chosen, batch.head_size), np.repeat(chosen, batch.tail_size)
         self.chosen = chosen
         self.head_size, self.tail_size = batch.head_size[chosen], batch.tail_size[chosen]
         self.head_ids, self.logprob = batch.head_ids[head_H], batch.logprob[head_H]
         self.samples = _in_order(batch.tail_ids[tail_C], batch.count[tail_C], self.tail_size)
         values = [batch.tail_logit, batch.logsumexp, batch.entropy, batch.next_logprob]
-        if temperatures and batch.tail_logit_T is not None and batch.entropy_T is not None:
-            values += [*batch.tail_logit_T.T, *batch.entropy_T.T]
+        if batch.tail_logit_T is not None and batch.entropy_T is not None:
+            places = [batch.temperatures.index(value) for value in temperatures]
+            values += [*batch.tail_logit_T.T[places], *batch.entropy_T.T[places]]
         self.numbers = np.stack([value[chosen] for value in values], axis=1)
         self.columns = {name: value[chosen] for name, value in (batch.row_columns or {}).items()}
 

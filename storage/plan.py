@@ -281,10 +281,13 @@ def _check_codecs(codecs: Json) -> None:
         raise ValueError(f"codecs must hold logprob alone, found {short(sorted(codecs))}")
     parameters = codecs["logprob"]
     require_section("codecs.logprob", parameters)
+    name = parameters.get("id")
+    if not isinstance(name, str):
+        raise ValueError(f"codecs.logprob.id must be the name of a codec, found {short(name)}")
     try:
         written = logprob_codec(parameters).parameters()
     except UsageError as error:
-        if parameters.get("id") in CODECS:
+        if name in CODECS:
             raise ValueError(f"codecs.logprob: {error.what}") from error
         raise
     if canonical_json(dict(parameters)) != canonical_json(written):

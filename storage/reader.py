@@ -52,6 +52,7 @@ class StoreReader:
         remap: uint32 [V], token id of each frequency rank.
         digest: sha256 (hex) of the seal; of a partial store, of the seal that its frozen set of shards would have.
         shards: the shards of this split that are read, in order.
+        rows, tokens: target rows and tokens of the split.
         starts: int64 [shards + 1], number of the first sequence of each shard, and of all sequences.
 
     Raises:
@@ -79,13 +80,15 @@ class StoreReader:
         self._threads = default_threads() if threads is None else threads
         self._loading = threading.Lock()  # held while shards are opened and chunks loaded, not while rows are decoded
         self._checked: dict[int, NDArray[np.int64]] = {}  # of shards that were used, half a kilobyte each
-        self._open: BoundedCache[OpenShard] = BoundedCache(OPEN_BYTES, lambda shard: shard.nbytes)
+        self._open: BoundedCache[OpenShard] = BoundedCache(OPEN_BYTES, lambda shard: min(shard.nbytes, OPEN_BYTES))
         self.plan: Plan = self._manifest.plan
         self.split: Split = split
         self.remap: NDArray[np.uint32] = self._manifest.remap()
         seal = self._sealed(allow_partial)
         self.digest: str = seal.digest
         self.shards: tuple[SealedShard, ...] = tuple(item for item in seal.shards if item.split == split)
+        self.rows: int = sum(item.rows for item in self.shards)
+        self.tokens: int = sum(item.tokens for item in self.shards)
         counts = [item.sequences for item in self.shards]
         self.starts: NDArray[np.int64] = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
 
@@ -106,16 +109,6 @@ class StoreReader:
     def __len__(self) -> int:
         """Return the number of sequences of the split."""
         return int(self.starts[-1])
-
-    @property
-    def rows(self) -> int:
-        """Number of target rows of the split."""
-        return sum(item.rows for item in self.shards)
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens of the split."""
-        return sum(item.tokens for item in self.shards)
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """Return the teacher's tokenizer files by name, as they were; each is checked by its hash here."""

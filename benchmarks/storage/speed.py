@@ -27,7 +27,7 @@ from storage.reader import StoreReader
 from storage.records import SEAL, Seal, SealedShard
 from storage.rows import SequenceBatch
 
-SEQUENCES_PER_READ = 128
+SEQUENCES_PER_READ = 64  # about what a training step reads
 Rows = tuple[np.ndarray, ...]  # of one sequence: head ids, log-probabilities, tail ids, counts
 Side = Callable[[], int]  # reads, and returns how many rows
 

@@ -194,3 +194,23 @@ def test_damage_and_no_store(store, tmp_path):
         diff(store, tmp_path / "damaged")
     with pytest.raises(UsageError, match="no store here"):
         diff(store, tmp_path / "none")
+
+
+def test_temperatures_that_both_have(tmp_path):
+    target = cases.TARGETS["hybrid"]
+    two, one = (cases.make_plan(target=replace(target, temperatures=values)) for values in ((0.5, 2.0), (2.0,)))
+
+    def second(amount):
+        def change(shard, batch):
+            mine = cases.make_batch(two, shard)
+            hotter = {name: getattr(mine, name)[:, 1:] + amount for name in ("tail_logit_T", "entropy_T")}
+            return replace(mine, temperatures=(2.0,), **hotter)
+
+        return change
+
+    write(tmp_path / "two", two, change=lambda shard, batch: cases.make_batch(two, shard))
+    for amount in (0.0, 1.0):
+        write(tmp_path / f"{amount}", one, change=second(amount))
+        part = diff(tmp_path / "two", tmp_path / f"{amount}").splits["train"]
+        assert part.rows_different == (part.rows if amount else 0)
+        assert part.rows > 0

@@ -75,6 +75,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("codecs", {}, "codecs must hold logprob alone"),
     ("codecs.logprob", "exact", "codecs.logprob must be a section"),
     ("codecs.logprob", {"id": "sqrt-delta"}, "codecs.logprob must be {'id'"),
+    ("codecs.logprob", {}, "codecs.logprob.id must be the name of a codec, found None"),
+    ("codecs.logprob", {"id": ["exact"]}, "codecs.logprob.id must be the name of a codec"),
     ("codecs.logprob.log_step", 1, "codecs.logprob must be {'id'"),
     ("codecs.logprob.log_step", "1", "log_step must be a number"),
     ("codecs.logprob.log_step", 10**400, "int too large"),

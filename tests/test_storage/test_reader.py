@@ -206,7 +206,7 @@ def test_importing_the_reader_is_cheap():
 
 def test_threads_may_share_a_reader(many_chunks, monkeypatch):
     """With hardly any memory, so that everything is loaded and dropped all the time."""
-    monkeypatch.setattr(storage.reader, "OPEN_BYTES", 0)
+    monkeypatch.setattr(storage.reader, "OPEN_BYTES", 1)
     shared, alone = StoreReader(many_chunks, cache_bytes=2000), StoreReader(many_chunks)
     numbers = np.random.default_rng(0).integers(0, len(alone), 200).tolist()
     with ThreadPoolExecutor(4) as pool:
@@ -240,6 +240,22 @@ def test_the_metadata_of_open_shards_takes_bounded_memory(tmp_path, monkeypatch,
     assert 0.5 * limit < reader._open.size <= limit
     shard = reader._open.get(reader.shards[0].shard)
     assert len(reader.shards) * shard.nbytes > 1.3 * limit, "not all of them fit"
+
+
+def test_one_shard_stays_open_however_large_its_metadata(sealed, monkeypatch):
+    opened = []
+    open_shard = storage.reader.OpenShard
+
+    def counted(plan, record, objects, cache):
+        opened.append(record.shard)
+        return open_shard(plan, record, objects, cache)
+
+    monkeypatch.setattr(storage.reader, "OPEN_BYTES", 1)
+    monkeypatch.setattr(storage.reader, "OpenShard", counted)
+    reader = StoreReader(sealed)
+    for number in [0, 0, len(reader) - 1, len(reader) - 1]:
+        reader.read([number])
+    assert opened == [reader.shards[0].shard, reader.shards[-1].shard]
 
 
 def test_a_shard_that_is_opened_again_is_not_hashed_again(sealed, monkeypatch):
