@@ -274,7 +274,8 @@ def train(session: Session, config_path: Path, overrides: tuple[str, ...], dry_r
 
     config = load_train(config_path, overrides)
     if dry_run:
-        estimate = train.dry_run(config)
+        with progress.display(quiet=session.quiet or as_json) as place:
+            estimate = train.dry_run(config, tell=lambda event: progress.tell_train(event, place))
         if is_main_process():
             console.show_training_estimate(estimate, as_json=as_json)
     else:

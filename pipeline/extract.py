@@ -9,7 +9,6 @@ Axis legend: B sequences of a batch, T tokens of its longest one, D hidden width
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Items
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 
 from pipeline.config.extract import ExtractConfig
+from pipeline.launchers import place_among_processes
 from pipeline.planning import PlannedExtraction, build_plan, bytes_per_row, rate_key
 from pipeline.rates import write_rate
 from pipeline.reading import BACKEND
@@ -42,11 +42,6 @@ from storage.verify import require_whole
 
 CONTEXT_TOKENS = 48  # of the first event: what the teacher read before it names its candidates
 CANDIDATES = 5
-PROCESSES = (  # variables that number a process, and count them all: of torchrun, srun and Slurm's job arrays
-    ("RANK", "WORLD_SIZE"),
-    ("SLURM_PROCID", "SLURM_NTASKS"),
-    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,12 +224,9 @@ def extract_shards(
 
 def from_own_place(shards: list[ShardSpec]) -> list[ShardSpec]:
     """Begin at an evenly spaced place for each process that a launcher started, so that they meet only at the end."""
-    for rank, processes in PROCESSES:
-        count = int(os.environ.get(processes, "1"))
-        if count > 1:
-            first = len(shards) * (int(os.environ.get(rank, "0")) % count) // count
-            return shards[first:] + shards[:first]
-    return shards
+    number, processes = place_among_processes()
+    first = len(shards) * (number % processes) // processes
+    return shards[first:] + shards[:first]
 
 
 def load_teacher(planned: PlannedExtraction) -> Teacher:

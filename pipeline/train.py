@@ -10,7 +10,7 @@ The same configuration again resumes from the newest valid checkpoint; a finishe
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -245,18 +245,20 @@ class Estimate:
     teacher_parameters: int | None
 
 
-def dry_run(config: TrainConfig) -> Estimate:
+def dry_run(config: TrainConfig, *, tell: Callable[[Tokenized], None] = lambda event: None) -> Estimate:
     """Build student and live teacher, measure one micro-batch, write nothing. Memory is that of this process.
+
+    Args:
+        tell: gets the events of a corpus that is tokenised.
 
     Raises:
         UsageError, IdentityError, CorruptionError, PeerLostError: as `train`.
     """
     with processes_of(config) as processes:
-        return _estimate(config, processes)
+        return _estimate(config, open_training_data(config, tell), processes)
 
 
-def _estimate(config: TrainConfig, processes: Processes) -> Estimate:
-    data = open_training_data(config)
+def _estimate(config: TrainConfig, data: TrainingData, processes: Processes) -> Estimate:
     processes.require_same(data.digest, "what they learn from")
     schedule = schedule_of(config, data)
     learner = build_learner(config, data, processes)

@@ -6,7 +6,7 @@ Data path: TrainConfig -> **sequences of both splits, tokenizer, identity** -> o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,12 +81,12 @@ def read_training_data(config: TrainConfig) -> Generator[Tokenized, None, Traini
     return (yield from _online(config))
 
 
-def open_training_data(config: TrainConfig) -> TrainingData:
-    """`read_training_data` without its events."""
+def open_training_data(config: TrainConfig, tell: Callable[[Tokenized], None] = lambda event: None) -> TrainingData:
+    """`read_training_data` for callers that are no generators; `tell` gets its events."""
     reading = read_training_data(config)
     while True:
         try:
-            next(reading)
+            tell(next(reading))
         except StopIteration as end:
             data: TrainingData = end.value
             return data

@@ -5,7 +5,7 @@ Shape suffixes: N rows of the batch.
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -45,7 +45,7 @@ class Objective:
     def __post_init__(self) -> None:
         for name in ("temperature", "logits_scale", "target_logits_scale"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
+            if not 0.0 < value <= sys.float_info.max:  # a whole number may be larger than any float
                 raise ValueError(f"{name} is {value}, expected a finite number above 0")
         check_tail(self.tail, self.divergence)
 

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from stages.batches.microbatch import MicroBatch
-from stages.corpus.files import FileState, unchanged
+from stages.corpus.files import FileState
 from stages.losses import TeacherHead
 from stages.parallel.model import cut_model, cut_rows
 from stages.student.attention import use_packed_attention
@@ -38,7 +38,7 @@ class LiveTeacher:
         weight_VD, bias_V: its head in float32, padding cut off.
         rule: what it does to its logits.
         parameters: number of weights of the whole model.
-        files: as they were when they were hashed. Torch may map weights from them, and they change with the files.
+        files: as they were when they were hashed. Torch may map weights from them, which then change with the files.
     """
 
     body: PreTrainedModel
@@ -88,15 +88,9 @@ class LiveTeacher:
 
     @torch.no_grad()
     def rows(self, batch: MicroBatch) -> TeacherHead:
-        """The teacher at the target rows of a micro-batch, which lies on the teacher's device.
-
-        Raises:
-            IdentityError, StorageUnavailableError: one of its files was changed, or is gone.
-        """
-        with unchanged(*self.files):
-            hidden_ND = packed_hidden(self.body, batch).float()
+        """The teacher at the target rows of a micro-batch, which lies on the teacher's device."""
         return TeacherHead(
-            hidden_ND=hidden_ND,
+            hidden_ND=packed_hidden(self.body, batch).float(),
             weight_VD=self.weight_VD,
             bias_V=self.bias_V,
             softcap=self.rule.softcap,

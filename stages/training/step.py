@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from stages.batches.microbatch import MicroBatch
 from stages.batches.steps import Step
+from stages.corpus.files import unchanged
 from stages.losses import FusedLinearKDLoss, LossParts, SparseTargets, TeacherHead
 from stages.online.teacher import LiveTeacher
 from stages.parallel.tensors import clip_gradients, is_finite
@@ -67,6 +69,14 @@ class Learner:
         """What the student is compared with: stored rows, or what the live teacher makes of the same tokens."""
         return batch.targets if self.teacher is None else self.teacher.rows(batch)
 
+    def watched(self) -> AbstractContextManager[None]:
+        """Check before and after the block that the files of a live teacher, whose weights may be mapped, are the same.
+
+        Raises:
+            IdentityError, StorageUnavailableError: one was changed, or is gone.
+        """
+        return unchanged(*(() if self.teacher is None else self.teacher.files))
+
     def losses(self, sums: Tensor) -> Losses:
         """Name the sums [loss, kd, ce] over micro-batches."""
         loss, kd, ce = sums.tolist()
@@ -90,13 +100,16 @@ def optimizer_step(
         The losses, and the norm of the gradient before clipping.
 
     Raises:
-        NumericsError: loss or gradient is not finite. The weights have not moved.
+        NumericsError: loss or gradient is not finite.
+        IdentityError, StorageUnavailableError: a file of the live teacher was changed, or is gone.
+        The weights have not moved.
     """
     sums = torch.zeros(3, device=learner.student.device)
-    for batch in step.batches:
-        parts = learner.parts(batch, step.rows)
-        parts.loss.backward()  # type: ignore[no-untyped-call]
-        sums += torch.stack(parts).detach()
+    with learner.watched():
+        for batch in step.batches:
+            parts = learner.parts(batch, step.rows)
+            parts.loss.backward()  # type: ignore[no-untyped-call]
+            sums += torch.stack(parts).detach()
     losses = learner.losses(sums)
     _require_finite("loss", losses.loss, number)
     parameters = [parameter for parameter in learner.student.model.parameters() if parameter.requires_grad]
@@ -120,13 +133,15 @@ def validate(learner: Learner, batches: Sequence[MicroBatch], *, number: int) ->
 
     Raises:
         NumericsError: the loss is not finite.
+        IdentityError, StorageUnavailableError: as `optimizer_step`.
     """
     model = learner.student.model
     rows = sum(batch.rows for batch in batches)
     model.train(mode=False)
     sums = torch.zeros(3, device=learner.student.device)
-    for batch in batches:
-        sums += torch.stack(learner.parts(batch, rows))
+    with learner.watched():
+        for batch in batches:
+            sums += torch.stack(learner.parts(batch, rows))
     model.train()
     losses = learner.losses(sums)
     if not math.isfinite(losses.loss):

@@ -222,6 +222,7 @@ def test_number_forms_that_yaml_1_1_takes_for_text(tmp_path: Path) -> None:
         ("divergence: kl", "divergence 'kl' is unknown; known are forward_kl", 8),
         ("name: KDLoss\n  temperature: -1", "temperature is -1, expected a finite number above 0", 9),
         ("temperature: hot", "temperature", 8),
+        (f"temperature: 1{'0' * 400}", "expected a finite number above 0", 8),
         ("tail: fluffy", "tail", 8),
         ("divergence: reverse_kl\n  tail: sampled", "tail", 9),
         ("chunk_size: 3", "loss.chunk_size is not set here: it comes from the key chunk_size", 8),

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import yaml
 
 from pipeline.config.extract import ExtractConfig
 from pipeline.extract import ExtractSummary, Progress, ShardDone, Started, extract
+from pipeline.launchers import place_among_processes
 from storage.errors import CorruptionError
 from storage.files import LocalFiles
 
@@ -108,6 +110,18 @@ def test_two_processes_share_the_work_and_a_dead_one_blocks_nothing(
     assert not list((tmp_path / "store" / "tmp").glob("claim-*"))
 
 
+def test_jobs_of_an_array_times_processes_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    array = {"SLURM_ARRAY_TASK_COUNT": 3, "SLURM_ARRAY_TASK_MIN": 10, "SLURM_ARRAY_TASK_STEP": 5}
+    for name, value in {**array, "SLURM_NTASKS": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    places = []
+    for job, process in product((10, 15, 20), (0, 1)):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(job))
+        monkeypatch.setenv("SLURM_PROCID", str(process))
+        places.append(place_among_processes())
+    assert places == [(number, 6) for number in range(6)]
+
+
 @pytest.mark.parametrize(
     ("rank_name", "first", "settings"),
     [
@@ -115,7 +129,7 @@ def test_two_processes_share_the_work_and_a_dead_one_blocks_nothing(
         ("RANK", 0, {"WORLD_SIZE": "2", "SLURM_PROCID": "0", "SLURM_NTASKS": "9"}),
         ("SLURM_PROCID", 0, {"SLURM_NTASKS": "2"}),
         ("SLURM_PROCID", 0, {"SLURM_NTASKS": "2", "RANK": "0", "WORLD_SIZE": "1"}),
-        ("SLURM_ARRAY_TASK_ID", 2, {"SLURM_ARRAY_TASK_COUNT": "2", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}),
+        ("SLURM_ARRAY_TASK_ID", 2, {"SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "2"}),
     ],
     ids=["torchrun", "torchrun-in-slurm", "srun", "srun-of-single-torchruns", "array"],
 )

@@ -22,7 +22,9 @@ from pipeline.progress import Lines, tell_train
 from pipeline.recipe import build_learner
 from pipeline.train import Finished, Started, StepDone, Validated, dry_run, train
 from pipeline.training_data import open_training_data
+from stages.batches.microbatch import MicroBatch
 from stages.devices import resolve_dtype
+from stages.losses import TeacherHead
 from stages.online.teacher import LiveTeacher
 from stages.training.metrics import read_metrics
 from storage.errors import IdentityError, UsageError
@@ -209,21 +211,32 @@ def test_a_teacher_that_changes_after_it_was_hashed_is_refused(
         build_learner(config, data)
 
 
-def test_a_teacher_that_changes_during_the_run_ends_it(
-    configure: MakeConfig, tiny_teacher_dir: Path, tmp_path: Path
+@pytest.mark.parametrize("last", [False, True])
+def test_a_teacher_that_changes_during_a_step_ends_the_run(
+    last: bool, configure: MakeConfig, tiny_teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights on a CPU are mapped from their file. With the content back, the same call goes on."""
+    """Weights on a CPU are mapped from their file, its head too. With the content back, the same call goes on."""
     place = tmp_path / "teacher"
     shutil.copytree(tiny_teacher_dir, place)
-    config = configure(teacher_model={"path": str(place), "dtype": "float32"})
+    config = configure(teacher_model={"path": str(place), "dtype": "float32"}, validation=None)
     weights = place / "model.safetensors"
-    content = weights.read_bytes()
-    events = train(config)
-    while not isinstance(next(events), StepDone):
-        pass
-    weights.write_bytes(content[:-1000] + bytes(1000))
-    with pytest.raises(IdentityError, match="changed while it was being read"):
-        list(events)
+    content, rows, steps = weights.read_bytes(), LiveTeacher.rows, []
+
+    def edited(teacher: LiveTeacher, batch: MicroBatch) -> TeacherHead:
+        found = rows(teacher, batch)
+        if len(steps) == (5 if last else 1):
+            weights.write_bytes(content[:-1000] + bytes(1000))
+        return found
+
+    def run() -> None:
+        for event in train(config):
+            steps.extend([event] if isinstance(event, StepDone) else [])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LiveTeacher, "rows", edited)
+        with pytest.raises(IdentityError, match="changed while it was being read"):
+            run()
+    assert len(steps) == (5 if last else 1)
     weights.write_bytes(content)
     assert isinstance(list(train(config))[-1], Finished)
 
