@@ -152,6 +152,7 @@ def repair(store: Path, yes: bool, as_json: bool) -> None:
     """Move damaged shards out of a store, to be computed anew.
 
     No worker may run meanwhile. Nothing is deleted: everything goes to STORE/quarantine.
+    What an interrupted gc has left out of its place goes back there.
     """
     from pipeline.console import show_repair
     from storage.repair import command_after, repair

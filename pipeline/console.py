@@ -161,7 +161,7 @@ def show_repair(actions: Sequence[Action], store: Path, *, command: str, applied
         print_json({"applied": applied, "actions": actions})
         return
     for action in actions:
-        moved = f"moved to {action.moved_to}" if action.moved_to else "would be moved to quarantine"
+        moved = f"moved to {action.moved_to}" if action.moved_to else f"would be moved to {action.goes_to}"
         moved = "missing, nothing to move" if action.missing else moved
         click.echo(f"{action.name}: {action.reason}; {moved}")
     if not actions:

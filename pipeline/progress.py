@@ -123,7 +123,9 @@ def show_train(events: Iterable[pipeline.train.Event], *, quiet: bool, as_json: 
         click.echo(train_summary(last))
 
 
-def show_convert(events: Iterable[storage.convert.Converted], *, quiet: bool, as_json: bool) -> None:
+def show_convert(
+    events: Iterable[storage.convert.ValuesFound | storage.convert.Converted], *, quiet: bool, as_json: bool
+) -> None:
     """Run a conversion and tell how far it is. The summary goes to stdout."""
     last = _run(events, tell_convert, quiet=quiet, as_json=as_json)
     if not as_json:
@@ -141,10 +143,15 @@ def _run(events: Iterable[Any], tell: Callable[[Any, Display], None], *, quiet: 
     return last
 
 
-def tell_convert(event: storage.convert.Converted, place: Display) -> None:
+def tell_convert(event: storage.convert.ValuesFound | storage.convert.Converted, place: Display) -> None:
     """Tell how far a conversion is."""
-    if event.digest is None:
-        rate = f"{event.rows / max(event.seconds, 1e-9):,.0f} rows/s  {duration_text(event.seconds_left)} left"
+    from storage.convert import ValuesFound
+
+    rate = f"{event.rows / max(event.seconds, 1e-9):,.0f} rows/s  {duration_text(event.seconds_left)} left"
+    if isinstance(event, ValuesFound):
+        found = f"values of {event.checked} of {event.shards} shards looked up"
+        place.advance(event.checked, event.shards, f"{found}  {rate}")
+    elif event.digest is None:
         place.advance(event.committed, event.shards, f"{event.committed} of {event.shards} shards  {rate}")
 
 

@@ -171,19 +171,19 @@ class Claims:
 
     def about(self, entry: str) -> str:
         """Say what an entry of `tmp` is: who may be at work by it, or that it was left behind."""
-        match, claim = _CLAIM.fullmatch(entry), self._read(f"{TEMPORARY}/{entry}")
-        if match is None or claim is None or claim.worker == "ended":
+        claimed = self._claimed(entry)
+        if claimed is None:
             return "left by a run that was cut off"
-        return f"a claim: {claim.words(int(match[1]))}"
+        shard, claim = claimed
+        return f"a claim: {claim.words(shard)}"
 
     def in_work(self) -> dict[str, tuple[int, Claim]]:
         """Return shard and claim, by the name of the note, of every worker that is not known to have ended."""
         found = {}
         for entry in sorted(self._files.entries(TEMPORARY)):
-            name = f"{TEMPORARY}/{entry}"
-            match, claim = _CLAIM.fullmatch(entry), self._read(name)
-            if match is not None and claim is not None and claim.worker != "ended":
-                found[name] = (int(match[1]), claim)
+            claimed = self._claimed(entry)
+            if claimed is not None:
+                found[f"{TEMPORARY}/{entry}"] = claimed
         return found
 
     def _turn(
@@ -214,6 +214,11 @@ class Claims:
                 return None
         raise AssertionError("count() has no end")
 
-    def _read(self, name: str) -> Claim | None:
-        data = self._files.read(name)
-        return None if data is None else Claim.read(data)
+    def _claimed(self, entry: str) -> tuple[int, Claim] | None:
+        """Read an entry of `tmp` if its name is a claim's; None unless its worker may be alive."""
+        match = _CLAIM.fullmatch(entry)
+        data = None if match is None else self._files.read(f"{TEMPORARY}/{entry}")
+        claim = None if data is None else Claim.read(data)
+        if match is None or claim is None or claim.worker == "ended":
+            return None
+        return int(match[1]), claim

@@ -64,7 +64,7 @@ class ColumnFile:
         with storage_errors(self._path):
             if not self._path.is_file():
                 raise self._refused("no such file")
-            self._stamp = Stamp.of(self._path.stat())
+            self._state = self._state_now()
         with self._reading():
             self._data = ds.dataset(self._path, format="parquet")
             with open(self._path, "rb") as file:
@@ -145,9 +145,8 @@ class ColumnFile:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Check before and after a read that the file is still the same, and tell what is wrong in it."""
+        """Check after a read that the file is still the same, and tell what is wrong in it."""
         with storage_errors(self._path):
-            self._require_same()
             try:
                 yield
             except (pa.ArrowException, OSError) as error:
@@ -158,8 +157,13 @@ class ColumnFile:
                 raise self._refused(f"no readable Parquet file: {reason}", fix="write the file again") from error
             self._require_same()
 
+    def _state_now(self) -> tuple[Stamp, int]:
+        """Return the stamp and the time of the last status change: these files have no checksums of their own."""
+        status = self._path.stat()
+        return Stamp.of(status), status.st_ctime_ns
+
     def _require_same(self) -> None:
-        if Stamp.of(self._path.stat()) != self._stamp:
+        if self._state_now() != self._state:
             raise IdentityError(
                 "the file was changed while the conversion was reading it",
                 where=str(self._path),

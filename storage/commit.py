@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.aside import discard
 from storage.errors import CorruptionError, IdentityError, UsageError
 from storage.faults import fault_point
 from storage.files import QUARANTINE, TEMPORARY, LocalFiles, sha256
@@ -80,20 +81,39 @@ class StoreWriter:
             CorruptionError: the store there is damaged.
             OutOfSpaceError, StorageUnavailableError: the file system refuses.
         """
-        _check_arguments(plan, remap, tokenizer_files)
+        stored = cls.stored_plan(path, plan, remap=remap, tokenizer_files=tokenizer_files)
         files = LocalFiles(Path(path))
-        stored = read_plan(files)
         if stored is None:
-            _refuse_foreign(files)
             files.prepare(TEMPORARY, TOKENIZER, SHARDS, COMMITS)
             _start(files, plan, remap, tokenizer_files)
             files.create(PLAN, plan.to_json(), point="plan")
             stored = read_plan(files)
             assert stored is not None
-        _require_same(files, stored, plan)
+            _require_same(files, stored, plan)  # another process may have been first
         files.prepare(TEMPORARY, TOKENIZER, SHARDS, COMMITS)
         _create_parts(files, stored, remap, tokenizer_files)
         return cls(files, stored, remap)
+
+    @staticmethod
+    def stored_plan(
+        path: str | os.PathLike[str],
+        plan: Plan,
+        *,
+        remap: NDArray[np.uint32],
+        tokenizer_files: Mapping[str, bytes],
+    ) -> Plan | None:
+        """Return the plan of the store that `create` would go on with, or None if it would begin one. Writes nothing.
+
+        Arguments and errors are those of `create`, which begins with this.
+        """
+        _check_arguments(plan, remap, tokenizer_files)
+        files = LocalFiles(Path(path))
+        stored = read_plan(files)
+        if stored is None:
+            _refuse_foreign(files)
+        else:
+            _require_same(files, stored, plan)
+        return stored
 
     def committed(self) -> frozenset[int]:
         """Return the indices of committed shards. Tries every record; raises CorruptionError for a damaged one."""
@@ -164,7 +184,7 @@ class StoreWriter:
                 shard.index, stored.directory, mine.directory,
             )  # fmt: skip
             if stored.path != mine.path:
-                self._files.discard_directory(mine.path)
+                discard(self._files, mine.path)
         self._remember(stored)
         return stored
 

@@ -25,7 +25,6 @@ from storage.commit import StoreWriter
 from storage.errors import UsageError
 from storage.plan import COLUMN_AXES, SPLITS, Json, Plan, ShardSpec, Split
 from storage.reader import StoreReader
-from storage.records import PLAN
 from storage.rows import SequenceBatch
 from storage.smaller_head import smaller_head
 
@@ -45,6 +44,23 @@ class Conversion:
     k: int | None = None
     documents_per_shard: int | None = None
     columns: tuple[ColumnFile, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValuesFound:
+    """How far the look-up of added values is, which comes before anything is written.
+
+    Attributes:
+        shards, checked: shards of the new store, and for how many of them every value was found.
+        rows: of these shards.
+        seconds, seconds_left: since the start of the look-up, and left at the same pace.
+    """
+
+    shards: int
+    checked: int
+    rows: int
+    seconds: float
+    seconds_left: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +88,10 @@ class Converted:
 
 def convert(
     source: str | os.PathLike[str], target: str | os.PathLike[str], conversion: Conversion
-) -> Iterator[Converted]:
+) -> Iterator[ValuesFound | Converted]:
     """Write a changed copy of a store; tells after each shard, and last of all the new digest. Must be exhausted.
+
+    Where columns are added to a store that is not begun yet, all their values are looked up first, shard by shard.
 
     Args:
         source: a sealed store. It is read only, and verified while it is read.
@@ -81,25 +99,28 @@ def convert(
         conversion: what changes.
 
     Raises:
-        UsageError: the source is not sealed, nothing would change, or the change is impossible.
-        IdentityError: the target holds another store.
+        UsageError: the source is not sealed, nothing would change, the change is impossible, or the target is in use
+            for something else.
+        IdentityError: the target holds another store, or a column's file was changed meanwhile.
         CorruptionError: the source is damaged.
         OutOfSpaceError, StorageUnavailableError: the file system refuses; what is committed stays valid.
     """
     readers = {split: StoreReader(source, split=split) for split in SPLITS}
     origin = readers["train"]
-    if Path(target).resolve().is_relative_to(Path(source).resolve()):
+    if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(source)):
         raise UsageError("a store is never converted in place", where=str(target), fix="name a directory outside of it")
     plan = converted_plan(origin, conversion)
-    if not (Path(target) / PLAN).exists():  # whoever began it has checked the same files: the plan names their hashes
-        _check_values(readers, plan, conversion.columns)
-    writer = StoreWriter.create(target, plan, remap=origin.remap, tokenizer_files=origin.tokenizer_files())
+    remap, tokenizer_files = origin.remap, origin.tokenizer_files()
+    if StoreWriter.stored_plan(target, plan, remap=remap, tokenizer_files=tokenizer_files) is None:
+        # Whoever began a store that is there has checked the same files: its plan names their hashes.
+        yield from _check_values(readers, plan, columns=conversion.columns)
+    writer = StoreWriter.create(target, plan, remap=remap, tokenizer_files=tokenizer_files)
     progress = _Progress(store=Path(target), plan=plan, writer=writer)
     with closing(Claims(target).turns(writer.missing(), writer.is_committed)) as turns:
         for spec in turns:
             reader = readers[spec.split]
             numbers = _sequences(reader, spec)
-            batch = _converted(reader, numbers, plan, conversion.columns)
+            batch = _converted(reader, numbers, plan=plan, columns=conversion.columns)
             points = reader.read(numbers, scaled=False).logprob if _keeps_heads(plan, reader.plan) else None
             progress.count(batch.rows, writer.commit(spec, batch, logprob=points).size)
             yield progress.told()
@@ -173,13 +194,26 @@ def _new_columns(plan: Plan, conversion: Conversion) -> dict[str, dict[str, str]
     return {column.name: column.about for column in conversion.columns}
 
 
-def _check_values(readers: Mapping[Split, StoreReader], plan: Plan, columns: tuple[ColumnFile, ...]) -> None:
+def _check_values(
+    readers: Mapping[Split, StoreReader], plan: Plan, *, columns: tuple[ColumnFile, ...]
+) -> Iterator[ValuesFound]:
     """Look up every value once before anything is written: one that is missing would be found hours later."""
-    for spec in plan.shards() if columns else ():
+    began, rows = time.perf_counter(), 0
+    shards = plan.shards() if columns else ()
+    for checked, spec in enumerate(shards, start=1):
         numbers = _sequences(readers[spec.split], spec)
         batch = readers[spec.split].read(numbers, targets=False)
         for column in columns:
             column.values(batch, np.asarray(numbers))
+        rows += batch.rows
+        seconds = time.perf_counter() - began
+        yield ValuesFound(
+            shards=len(shards),
+            checked=checked,
+            rows=rows,
+            seconds=seconds,
+            seconds_left=seconds / checked * (len(shards) - checked),
+        )
 
 
 def _check_k(plan: Plan, k: int) -> None:
@@ -198,7 +232,7 @@ def _keeps_heads(plan: Plan, old: Plan) -> bool:
     return plan.target.k == old.target.k and plan.codecs["logprob"] == old.codecs["logprob"]
 
 
-def _converted(reader: StoreReader, numbers: range, plan: Plan, columns: tuple[ColumnFile, ...]) -> SequenceBatch:
+def _converted(reader: StoreReader, numbers: range, *, plan: Plan, columns: tuple[ColumnFile, ...]) -> SequenceBatch:
     """Return these sequences as the new store holds them."""
     batch = reader.read(numbers)
     new = {

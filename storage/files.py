@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -280,27 +280,17 @@ class LocalFiles:
             _sync_directory(path.parent)
         return target
 
-    def discard_directory(self, name: str, *, unless: Callable[[], bool] = lambda: False) -> bool:
-        """Remove a directory that nothing refers to, if it is there: out of sight in one step, then its files.
-
-        Then `unless` is asked: if it is true, the directory comes back, and this returns False; so if it raises.
-        """
-        path = self.root / name
+    def move_directory(self, name: str, target: str) -> bool:
+        """Rename a directory, durably there. Return False if that name is taken, or there is none of this name."""
+        path, new = self.root / name, self.root / target
         with storage_errors(path):
-            temporary = self._temporary()
+            _make_directory(new.parent)
             try:
-                os.rename(path, temporary)
+                moved = _rename_exclusively(path, new)
             except FileNotFoundError:
-                return True
-            wanted = True
-            try:
-                wanted = unless()
-            finally:
-                if wanted:
-                    _rename_exclusively(temporary, path)
-                _sync_directory(path.parent)
-                shutil.rmtree(temporary, ignore_errors=True)
-        return not wanted
+                return False
+            _sync_directory(new.parent)
+        return moved
 
     def remove(self, name: str, *, durable: bool = True) -> None:
         """Remove a file or directory that nothing refers to, if it is there."""

@@ -3,28 +3,25 @@
 No worker may run meanwhile: what it is writing looks like what a dead one left. Workers tell of themselves by claims,
 and while one may be alive, nothing is removed. One that creates or seals the store, or is between two shards, has no
 claim: the file that it is making may go, and it ends with an error. Nothing is lost; the same command again goes on.
-What a commit record names is never touched, and while the store is damaged nothing is, for then it is not known what
+What a commit record names is never removed, and while the store is damaged nothing is, for then it is not known what
 its records named.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
+from storage.aside import SHARD_DIRECTORY, origin, put_back, set_aside
 from storage.claims import Claims
 from storage.errors import UsageError
 from storage.files import QUARANTINE, TEMPORARY, LocalFiles
 from storage.manifest import Manifest
-from storage.records import SHARDS, CommitRecord, record_name
+from storage.records import SHARDS
 from storage.verify import require_whole
-
-_SHARD_DIRECTORY = re.compile(r"\d{6,}-[0-9a-f]{16}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +40,7 @@ class Garbage:
 
 
 def collect_garbage(path: str | os.PathLike[str], *, apply: bool) -> list[Garbage]:
-    """Find what nothing refers to, and with `apply` remove it. Returns what was found.
+    """Find what nothing refers to, and with `apply` remove it. Returns what was found, or removed.
 
     That is: everything in `tmp`, claims included; shard directories that no commit record names; and, once the store is
     sealed, everything in `quarantine`. (Before, a repaired shard is still compared with its old record there.)
@@ -55,53 +52,72 @@ def collect_garbage(path: str | os.PathLike[str], *, apply: bool) -> list[Garbag
     Raises:
         UsageError: there is no store; or, with `apply`, a worker that may be alive has claimed one of its shards.
         CorruptionError: the store is damaged: repair comes first.
-        StorageUnavailableError: the file system refuses.
+        StorageUnavailableError: the file system refuses, perhaps after some of it was removed.
     """
     files = LocalFiles(Path(path))
     advice = f"run `pipeline repair {files.root}` first: with damage it is not known what may be removed"
     require_whole(files.root, advice=advice)
+    manifest = Manifest.open(files)
+    found = _find(manifest)
     if not apply:
-        return _find(files)
-    _refuse_workers(files.root)
-    found = _find(files)
-    return [item for item in found if _remove(files, item)]
+        return found
+    _refuse_workers(files.root)  # after the look: what a worker makes that starts later was not found
+    return [item for item in found if _remove(manifest, item.name)]
 
 
-def _remove(files: LocalFiles, item: Garbage) -> bool:
+def _remove(manifest: Manifest, name: str) -> bool:
     """Remove it, unless a record names it by now.
 
     This process may sleep anywhere while a worker finds the directory that a dead one left, and commits it. So it is
     moved out of sight first: a worker that has found it before that claims its shard still, or has linked the record.
     """
-    directory, name = item.name.split("/", 1)
-    if directory != SHARDS:
-        _refuse_workers(files.root)
-        files.remove(item.name)
-        return True
-    in_use = partial(_in_use, files, name)
-    return not in_use() and files.discard_directory(item.name, unless=in_use)
+    files = manifest.files
+    if name.startswith(f"{SHARDS}/"):
+        if _in_use(manifest, name):
+            return False
+        aside = set_aside(files, name)
+        return aside is None or _remove_aside(manifest, aside, name)
+    path = origin(name)
+    if path is not None:
+        return _remove_aside(manifest, name, path)
+    files.remove(name)
+    return True
 
 
-def _in_use(files: LocalFiles, directory: str) -> bool:
+def _remove_aside(manifest: Manifest, name: str, path: str) -> bool:
+    """Remove a directory that is out of sight, or put it back to its path."""
+    in_use, back = True, False
+    try:
+        in_use = _in_use(manifest, path)
+    finally:
+        if in_use:  # or it cannot be told
+            back = put_back(manifest.files, name)
+    if not back:
+        manifest.files.remove(name)
+    return not back
+
+
+def _in_use(manifest: Manifest, path: str) -> bool:
     """Tell whether a record names a directory of a shard. Raises UsageError if a worker may be about to link one."""
-    _refuse_workers(files.root)  # the claim first: it goes away when the record is there
-    record = files.read(record_name(int(directory.split("-")[0])))
-    return record is not None and CommitRecord.from_json(record).directory == directory
+    _refuse_workers(manifest.files.root)  # the claim first: it goes away when the record is there
+    shard = int(path.split("/")[1].split("-")[0])
+    record = manifest.record(manifest.shards[shard]) if shard < len(manifest.shards) else None
+    return record is not None and record.path == path
 
 
-def _find(files: LocalFiles) -> list[Garbage]:
+def _find(manifest: Manifest) -> list[Garbage]:
+    files = manifest.files
     directories = files.entries(SHARDS)  # before the records: what is committed meanwhile is not garbage
-    manifest = Manifest.open(files)
     records = [manifest.record(spec) for spec in manifest.shards]
     named = {record.directory for record in records if record is not None}
-    orphans = {name for name in directories - named if _SHARD_DIRECTORY.fullmatch(name)}
-    found = _garbage(files, SHARDS, orphans, "no commit record names it")
+    orphans = {name for name in directories - named if SHARD_DIRECTORY.fullmatch(name)}
     claims = Claims(files.root)
-    left = _garbage(files, TEMPORARY, files.entries(TEMPORARY), "")
-    found += [replace(item, reason=claims.about(item.name.split("/")[1])) for item in left]
+    found = _garbage(files, TEMPORARY, files.entries(TEMPORARY), "")
+    found = [replace(item, reason=claims.about(item.name.split("/")[1])) for item in found]
     if manifest.seal() is not None:
         found += _garbage(files, QUARANTINE, files.entries(QUARANTINE), "a repair moved it out of the way")
-    return found
+    # The last: for each of them all claims are read anew, and by then those of the dead are gone.
+    return found + _garbage(files, SHARDS, orphans, "no commit record names it")
 
 
 def _garbage(files: LocalFiles, directory: str, names: Iterable[str], reason: str) -> list[Garbage]:

@@ -1,6 +1,7 @@
 """Repair: take what is damaged out of a store, so that the command that wrote it computes exactly that anew.
 
-No worker may run meanwhile. Nothing is deleted: everything goes to `quarantine/`. This is the only code that takes a
+No worker may run meanwhile. Nothing is deleted: everything goes to `quarantine/`, or, if a garbage collection that was
+cut off has left a committed shard in `tmp/`, back to its place. This is the only code that takes a
 commit record away, and it does so last: while the record stands, readers refuse the shard, and without record and
 directory it is simply not committed yet. A crash in between leaves something that the next repair finds.
 """
@@ -11,8 +12,9 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from storage.aside import left_aside, origin, put_back
 from storage.damage import damaged_plan, written_by
-from storage.files import LocalFiles
+from storage.files import QUARANTINE, LocalFiles
 from storage.manifest import Manifest
 from storage.records import PLAN, REMAP, SEAL, SHARDS, TOKENIZER, record_name
 from storage.verify import Report, verify
@@ -23,20 +25,24 @@ class Action:
     """One thing that a repair does or would do.
 
     Attributes:
-        name: file or directory inside the store that is moved to quarantine.
+        name: file or directory inside the store that is moved.
         reason: why.
-        moved_to: its name in quarantine; None if nothing was moved (yet), or if it is missing and there is nothing to.
+        moved_to: its new name; None if nothing was moved (yet), or if it is missing and there is nothing to.
         missing: it is not there; the command that wrote the store writes it anew.
+        goes_to: `shards` for what a garbage collection, cut off, has left out of its place; else `quarantine`.
     """
 
     name: str
     reason: str
     moved_to: str | None = None
     missing: bool = False
+    goes_to: str = QUARANTINE
 
 
 def repair(path: str | os.PathLike[str], *, apply: bool) -> list[Action]:
     """Find what is damaged, and with `apply` move it to quarantine. Returns an empty list for a good store.
+
+    What a garbage collection, cut off, has left out of its place is put back there instead.
 
     Args:
         path: the store's directory.
@@ -47,15 +53,18 @@ def repair(path: str | os.PathLike[str], *, apply: bool) -> list[Action]:
         CorruptionError: plan.json itself is damaged: only a copy helps.
         OutOfSpaceError, StorageUnavailableError: the file system refuses.
     """
-    report = verify(path)
     files = LocalFiles(Path(path))
-    for problem in report.problems:
-        if problem.name == PLAN:
-            raise damaged_plan(files.root, problem.message)
-    actions = [action for action in _planned(files, report) if action.missing or files.exists(action.name)]
+    actions = _planned(files)
     if not apply:
         return actions
-    return [action if action.missing else replace(action, moved_to=files.quarantine(action.name)) for action in actions]
+    back = [action for action in actions if action.goes_to == SHARDS and put_back(files, action.name)]
+    if back:
+        actions = _planned(files)  # until now, only the sizes of what was put back had been looked at
+    done = [replace(action, moved_to=origin(action.name)) for action in back]
+    for action in actions:
+        if action.goes_to == QUARANTINE:
+            done.append(action if action.missing else replace(action, moved_to=files.quarantine(action.name)))
+    return done
 
 
 def command_after(path: str | os.PathLike[str]) -> str:
@@ -63,8 +72,17 @@ def command_after(path: str | os.PathLike[str]) -> str:
     return written_by(Manifest.open(LocalFiles(Path(path))).plan)
 
 
-def _planned(files: LocalFiles, report: Report) -> list[Action]:
-    """Everything to move, in order: parts, damaged directories, seal, records."""
+def _planned(files: LocalFiles) -> list[Action]:
+    """Everything to move, in order: parts and what is put back, damaged directories, seal, records."""
+    report = verify(files.root)
+    for problem in report.problems:
+        if problem.name == PLAN:
+            raise damaged_plan(files.root, problem.message)
+    actions = _answers(files, report)
+    return [action for action in actions if action.missing or files.exists(action.name)]
+
+
+def _answers(files: LocalFiles, report: Report) -> list[Action]:
     parts: list[Action] = []
     directories: dict[str, Action] = {}
     records: dict[str, Action] = {}
@@ -76,6 +94,12 @@ def _planned(files: LocalFiles, report: Report) -> list[Action]:
                 parts.append(Action(name=problem.name, reason=problem.message, missing=gone))
             continue
         if problem.name.startswith(f"{SHARDS}/"):
+            record = manifest.record(manifest.shards[problem.shard])
+            aside = None if record is None else left_aside(files, record)
+            if aside is not None:
+                reason = f"shard {problem.shard}, committed; a garbage collection was cut off"
+                parts.append(Action(name=aside, reason=reason, goes_to=SHARDS))
+                continue
             directory = "/".join(problem.name.split("/")[:2])
             directories.setdefault(directory, Action(name=directory, reason=problem.message))
         name = record_name(manifest.shards[problem.shard].index)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.aside import left_aside
 from storage.claims import Claims
 from storage.decode import decode_batch
 from storage.errors import CorruptionError, DistillError
@@ -114,13 +115,12 @@ def verify(path: str | os.PathLike[str], *, quick: bool = False) -> Report:
     report.shards = len(manifest.shards)
     remap = _check_parts(manifest, report)
     seal = _check_seal(manifest, report)
-    known = set()
+    known = set[str]()
     for spec in manifest.shards:
         record = _check_record(manifest, spec, seal, report)
         if record is not None:
-            known.add(record.directory)
             report.committed += 1
-            _check_shard(manifest, record, None if quick else remap, report)
+            known.add(_check_shard(manifest, record, None if quick else remap, report))
     _warn_of_strangers(files, manifest, known, report)
     if seal is None and not report.problems:
         report.warnings.append(f"not sealed: {report.committed} of {report.shards} shards are committed")
@@ -166,12 +166,15 @@ def _check_record(manifest: Manifest, spec: ShardSpec, seal: Seal | None, report
     return record
 
 
-def _check_shard(manifest: Manifest, record: CommitRecord, remap: NDArray[np.uint32] | None, report: Report) -> None:
+def _check_shard(manifest: Manifest, record: CommitRecord, remap: NDArray[np.uint32] | None, report: Report) -> str:
+    """Check a committed shard; return the name of its directory, which may have been left in `tmp`."""
     before = len(report.problems)
     sizes = manifest.files.tree(record.path)
     if sizes is None:
-        report.add("the directory is missing", name=record.path, shard=record.shard)
-        return
+        aside = left_aside(manifest.files, record)
+        left = f": a garbage collection was cut off, and left it in {aside}; `pipeline repair` puts it back"
+        report.add(f"the directory is missing{left if aside else ''}", name=record.path, shard=record.shard)
+        return aside or record.path
     for name in sorted(sizes.keys() - record.objects.keys()):
         report.add("a foreign file", name=f"{record.path}/{name}", shard=record.shard)
     for name, item in record.objects.items():
@@ -183,6 +186,7 @@ def _check_shard(manifest: Manifest, record: CommitRecord, remap: NDArray[np.uin
     if not report.quick:
         _check_content(manifest, record, remap, report, decode=len(report.problems) == before)
     report.rows += record.counts.rows
+    return record.path
 
 
 def _check_content(
@@ -222,12 +226,13 @@ def _warn_of_strangers(files: LocalFiles, manifest: Manifest, known: set[str], r
         TEMPORARY: set(),
         TOKENIZER: {tokenizer_name(name).split("/")[1] for name in tokenizer_hashes(manifest.plan)},
         COMMITS: {record_name(spec.index).split("/")[1] for spec in manifest.shards},
-        SHARDS: known,
+        SHARDS: set(),
     }
     for directory, names in expected.items():
         for name in sorted(files.entries(directory) - names):
             label = name if directory == "." else f"{directory}/{name}"
-            report.warnings.append(f"{label}: {_stranger(files, directory, name)}")
+            if label not in known:
+                report.warnings.append(f"{label}: {_stranger(files, directory, name)}")
 
 
 def _stranger(files: LocalFiles, directory: str, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -95,7 +96,9 @@ def test_convert(tiny_store: Path, tmp_path: Path) -> None:
 def test_a_column_is_added_and_exported(tiny_store: Path, tmp_path: Path) -> None:
     pq.write_table(pa.table({"document": range(40), "weight": range(40)}), tmp_path / "weights.parquet")
     added = f"weight={tmp_path / 'weights.parquet'}"
-    good("convert", tiny_store, tmp_path / "new", "--add-column", added, "--quiet")
+    told = run("convert", tiny_store, tmp_path / "new", "--add-column", added)
+    assert (told.exit_code, "complete, 4 shards" in told.stdout) == (0, True)
+    assert re.match(r" 25%  values of 1 of 4 shards looked up  [\d,]+ rows/s  .+ left\n", told.stderr)
     good("export", tmp_path / "new", tmp_path / "rows.parquet")
     table = pq.read_table(tmp_path / "rows.parquet")
     assert table["weight"].to_pylist() == table["document"].to_pylist()

@@ -13,8 +13,10 @@ from typing import Any
 import storage.chunks
 import storage.files as files
 import storage.open_shard
+from storage import gc
 from storage.commit import StoreWriter
 from storage.files import LocalFiles
+from storage.manifest import Manifest
 from storage.records import SEAL, CommitRecord, Seal
 
 Substitutes = list[tuple[Any, str, Any]]  # where, name, what stands there instead
@@ -165,6 +167,17 @@ def _tree_of_known_names(self: LocalFiles, name: str) -> dict[str, int] | None:
     return found and {one: size for one, size in found.items() if one.endswith(("zarr.json", "c/0", "c/0/0"))}
 
 
+def _record_before_claims(manifest: Manifest, path: str) -> bool:
+    record = manifest.record(manifest.shards[int(path.split("/")[1].split("-")[0])])
+    gc._refuse_workers(manifest.files.root)
+    return record is not None and record.path == path
+
+
+def _move_without_sync(self: LocalFiles, name: str, target: str) -> bool:
+    files.os.rename(self.root / name, self.root / target)
+    return True
+
+
 def _bugs() -> dict[str, Substitutes]:
     """Every planted defect by its name."""
     return {
@@ -188,6 +201,8 @@ def _bugs() -> dict[str, Substitutes]:
         "a full disk is not told": [(files, "_write", _write_as_far_as_it_goes)],
         "a directory that is there is trusted": [(StoreWriter, "_holds", lambda self, record: True)],
         "a seal does not look for its shards": [(StoreWriter, "_check_directories", _no_sync)],
+        "garbage collection looks for claims last": [(gc, "_in_use", _record_before_claims)],
+        "what is put back is not synced": [(LocalFiles, "move_directory", _move_without_sync)],
         "the reader checks no hash": [(storage.open_shard, "sha256", lambda data: _AnyHash())],
         "chunks are decoded unchecked": [(storage.chunks, "_crc", lambda data: _AnyBytes())],
         "foreign files are not looked for": [(LocalFiles, "tree", _tree_of_known_names)],

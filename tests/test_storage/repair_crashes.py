@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from unittest import mock
 
 import storage_cases as cases
 from disk_model import Disk, Recorder, Tree, exhaustive, read_tree, write_tree
@@ -19,10 +20,11 @@ from power_loss import BATCH, LIMIT, key_of, small_plan
 from row_check import fingerprints, read_store
 from seam import watched
 
+from storage import gc
 from storage.errors import DistillError
-from storage.files import sha256
+from storage.files import LocalFiles, sha256
 from storage.gc import collect_garbage
-from storage.records import SEAL, CommitRecord
+from storage.records import SEAL, CommitRecord, record_name
 from storage.repair import repair
 from storage.verify import verify
 
@@ -101,8 +103,34 @@ class RepairCrashes:
             (self.store / name / "0").write_bytes(b"left")
         self._crash("garbage", lambda: collect_garbage(self.store, apply=True), self._check_garbage)
 
-    def _crash(self, name: str, action: Callable[[], object], check: Callable[[Tree], list[str]]) -> None:
-        """Record an action on the store that is there; check every tree that a crash at any moment may leave."""
+    def study_adoption(self) -> None:
+        """Crash a collection that is about to remove a directory which a worker has found, and commits meanwhile.
+
+        The worker links its record and drops its claim while the directory is out of sight.
+        """
+        self._put({})
+        cases.write_store(self.store, self.plan, **BATCH)
+        directory, record = _object(self.store, "."), _record(self.store).read_bytes()
+        (self.store / SEAL).unlink()
+        _record(self.store).unlink()
+        refuse_workers = gc._refuse_workers
+
+        def commit_and_look(root: Path) -> None:
+            if not directory.exists():
+                LocalFiles(root).create(record_name(1), record)
+            refuse_workers(root)
+
+        with mock.patch.object(gc, "_refuse_workers", commit_and_look):
+            disk = self._crash("adoption", lambda: collect_garbage(self.store, apply=True), self._check_repair)
+        for tree in exhaustive(disk, LIMIT)[0]:
+            self._put(tree)
+            self.findings += [f"adoption, in the end: {problem.name}" for problem in verify(self.store).problems]
+
+    def _crash(self, name: str, action: Callable[[], object], check: Callable[[Tree], list[str]]) -> Disk:
+        """Record an action on the store that is there; check every tree that a crash at any moment may leave.
+
+        Returns the disk in the end.
+        """
         before = read_tree(self.base)
         recorder = Recorder(self.base)
         with watched(recorder):
@@ -116,6 +144,7 @@ class RepairCrashes:
                     self.states.add(key)
                     label = f"{name}, crash after {' '.join(map(str, operation[:2]))}"
                     self.findings += [f"{label}: {problem}" for problem in check(tree)]
+        return disk
 
     def _put(self, tree: Tree) -> None:
         shutil.rmtree(self.base, ignore_errors=True)

@@ -24,6 +24,7 @@ from storage.claims import Claims
 from storage.errors import DistillError
 from storage.faults import ENVIRONMENT_VARIABLE
 from storage.files import LocalFiles
+from storage.gc import collect_garbage
 from storage.records import COMMITS
 
 
@@ -31,8 +32,11 @@ def write(job: dict[str, Any]) -> dict[str, Any]:
     """Write and seal a store as the job says; tell which records this process has made.
 
     The job: `path`, `shards` and `longest` of the content; `claims` to take turns; `gather` to wait at the start for
-    SIGCONT; `signal_at` [n-th call, signal, function or null]; `fault` name:n; `bug` to plant.
+    SIGCONT; `signal_at` [n-th call, signal, function or null]; `fault` name:n; `bug` to plant. With `collect`, remove
+    the store's garbage instead.
     """
+    if job.get("collect"):
+        return {"removed": [item.name for item in collect_garbage(job["path"], apply=True)]}
     made: list[str] = []
     create = LocalFiles.create
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,11 +11,12 @@ import pytest
 
 from storage.arrow import to_table
 from storage.columns import ColumnFile
-from storage.convert import Conversion, convert
+from storage.convert import Conversion, Converted, ValuesFound, convert
 from storage.diff import diff
 from storage.errors import IdentityError, StorageUnavailableError, UsageError
 from storage.reader import StoreReader
 from storage.records import CommitRecord
+from storage.status import status
 from storage.verify import verify
 
 KEYS = ["document", "sequence", "position"]
@@ -153,14 +156,68 @@ def test_a_damaged_file(sealed, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_file_that_is_replaced_meanwhile(sealed, tmp_path):
+def test_every_value_is_looked_up_before_anything_is_written(sealed, tmp_path):
+    column = write(tmp_path / "weight.parquet", "weight", pa.table({"document": np.arange(99)}), np.arange(99))
+    conversion = convert(sealed, tmp_path / "new", Conversion(columns=(column,)))
+    looked_up = [next(conversion) for _ in range(5)]
+    assert [(type(event), event.checked, event.shards) for event in looked_up] == [
+        (ValuesFound, shard, 5) for shard in range(1, 6)
+    ]
+    rows = [event.rows for event in looked_up]
+    assert rows == sorted(rows)
+    assert (rows[0] > 0, rows[-1]) == (True, status(sealed).rows)
+    assert looked_up[0].seconds_left == pytest.approx(4 * looked_up[0].seconds)
+    assert looked_up[-1].seconds_left == 0
+    assert not (tmp_path / "new").exists()
+    assert next(conversion).committed == 1
+    conversion.close()
+    again = convert(sealed, tmp_path / "new", Conversion(columns=(column,)))
+    assert {type(event) for event in again} == {Converted}, "what is begun goes on at once"
+
+
+def test_the_plan_and_the_target_are_looked_at_before_the_values(sealed, tmp_path, monkeypatch):
+    monkeypatch.setattr("storage.plan.LARGEST_SHARDS", 10)
+    useless = write(tmp_path / "useless.parquet", "mine", pa.table({"document": [1000]}), [1])
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "notes").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
+    for target, changes, error, words in (
+        ("useless.parquet", {}, UsageError, "the store's path is a file"),
+        ("foreign", {}, UsageError, "not a store: it holds notes"),
+        ("x" * 300, {}, StorageUnavailableError, "name too long"),
+        ("loop", {}, StorageUnavailableError, "symbolic links"),
+        ("new", {"documents_per_shard": 0}, UsageError, "documents_per_shard"),
+        ("new", {"documents_per_shard": 1}, UsageError, "more than 10 shards"),
+        ("new", {}, UsageError, "values are missing"),
+    ):
+        with pytest.raises(error, match=words):
+            run(sealed, tmp_path / target, useless, **changes)
+    assert not (tmp_path / "new").exists()
+
+
+def put_in_its_place(path, other):
+    other.replace(path)
+
+
+def edit_in_place(path, other):
+    """As `rsync --inplace --times` leaves it: inode, size and time of modification stay."""
+    before = path.stat()
+    path.write_bytes(other.read_bytes())
+    while (after := path.stat()).st_mtime_ns != before.st_mtime_ns or after.st_ctime_ns == before.st_ctime_ns:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # until the file system's clock has moved on
+    assert (after.st_ino, after.st_size) == (before.st_ino, before.st_size)
+
+
+@pytest.mark.parametrize("change", [put_in_its_place, edit_in_place])
+def test_a_file_that_is_replaced_meanwhile(sealed, tmp_path, change):
     path, documents = tmp_path / "weights.parquet", pa.table({"document": np.arange(99)})
-    first = write(path, "weight", documents, np.arange(99))
+    weights = np.arange(99, dtype=np.uint8)  # as many bytes in any order
+    first = write(path, "weight", documents, weights)
     good = path.read_bytes()
     conversion = convert(sealed, tmp_path / "new", Conversion(columns=(first,)))
-    next(conversion)
-    write(tmp_path / "other.parquet", "weight", documents, np.arange(99)[::-1])
-    (tmp_path / "other.parquet").replace(path)
+    assert any(isinstance(event, Converted) for event in conversion), "up to the first shard"
+    write(tmp_path / "other.parquet", "weight", documents, weights[::-1])
+    change(path, tmp_path / "other.parquet")
     with pytest.raises(IdentityError, match="changed while the conversion was reading it"):
         list(conversion)
     path.write_bytes(good)
@@ -170,3 +227,29 @@ def test_a_file_that_is_replaced_meanwhile(sealed, tmp_path):
     path.unlink()
     with pytest.raises(StorageUnavailableError):
         run(sealed, tmp_path / "third", first)
+
+
+class ReplacedByAReader:
+    """The data of a column file that is replaced just before or just after it is read."""
+
+    def __init__(self, data, replace, *, before):
+        self._data, self._replace, self._before = data, replace, before
+
+    def to_table(self, **options):
+        if self._before:
+            self._replace()
+        table = self._data.to_table(**options)
+        self._replace()
+        return table
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_file_that_is_replaced_while_it_is_read(sealed, tmp_path, before):
+    """What was read may be of either file; what cannot be read is not called damaged."""
+    path = tmp_path / "weights.parquet"
+    column = write(path, "weight", pa.table({"document": np.arange(99)}), np.arange(99))
+    (tmp_path / "other").write_bytes(b"not Parquet")
+    column._data = ReplacedByAReader(column._data, lambda: (tmp_path / "other").replace(path), before=before)
+    batch = StoreReader(sealed).read([0])
+    with pytest.raises(IdentityError, match="changed while the conversion was reading it"):
+        column.values(batch, np.arange(1))

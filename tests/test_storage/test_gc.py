@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,12 +20,16 @@ from typing import Any
 import pytest
 import storage_cases as cases
 from power_loss import BATCH, small_plan
-from seam import Call, Counter, watched
+from repair_crashes import flip
+from seam import Call, Counter, FailAt, watched
 
 from storage import gc
+from storage.aside import set_aside
 from storage.claims import Claim, Claims
 from storage.errors import CorruptionError, StorageUnavailableError, UsageError
+from storage.files import LocalFiles
 from storage.gc import collect_garbage
+from storage.records import CommitRecord
 from storage.repair import repair
 from storage.verify import verify
 
@@ -53,14 +59,14 @@ def test_it_shows_first_and_then_removes_what_nothing_names(store, sealed):
     shown = collect_garbage(store, apply=False)
     assert {file: file.read_bytes() for file in sorted(store.rglob("*")) if file.is_file()} == whole
     assert [item.name for item in shown] == [
-        f"shards/000002-{'0' * 16}",
         "tmp/77-abc",
         "tmp/78-def",
         "tmp/79-empty",
         "tmp/claim-000003",
         "quarantine/commits-000001.json",
+        f"shards/000002-{'0' * 16}",
     ]
-    assert [item.bytes for item in shown[1:4]] == [100, 10, 0]
+    assert [item.bytes for item in shown[:3]] == [100, 10, 0]
     assert collect_garbage(store, apply=True) == shown
     assert cases.tree(store) == cases.tree(sealed)
     assert not [*(store / "tmp").iterdir(), *(store / "quarantine").iterdir()]
@@ -152,8 +158,131 @@ def test_what_is_committed_after_the_look_stays(tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(gc, "_find", found_before_the_commit)
-    assert collect_garbage(tmp_path / "store", apply=True) == []
+    calls = Counter()
+    with watched(calls):
+        assert collect_garbage(tmp_path / "store", apply=True) == []
+    moved = [path for function, path in calls.names if function == "rename" and "/shards/" in path]
+    assert moved == [], "readers would miss it for a moment"
     assert verify(tmp_path / "store").problems == []
+
+
+def test_a_record_that_is_damaged_after_the_look_is_told_and_its_directory_stays(store, monkeypatch):
+    orphan, find = store / "shards" / f"000002-{'0' * 16}", gc._find
+
+    def found_before_the_damage(manifest):
+        found = find(manifest)
+        (store / "commits" / "000002.json").write_bytes(b"{}")
+        return found
+
+    monkeypatch.setattr(gc, "_find", found_before_the_damage)
+    with pytest.raises(CorruptionError, match="its commit record"):
+        collect_garbage(store, apply=True)
+    assert orphan.exists()
+
+
+def test_what_was_set_aside_and_is_committed_after_the_look_comes_back(store, monkeypatch):
+    """A collection was killed; the worker that had found the directory goes on beside the next collection."""
+    files, record, find = LocalFiles(store), store / "commits" / "000001.json", gc._find
+    path = CommitRecord.from_json(record.read_bytes()).path
+    (store / "sealed.json").unlink()
+    record.rename(store.parent / "record")
+    aside = set_aside(files, path)
+
+    def found_before_the_commit(manifest):
+        found = find(manifest)
+        assert aside in [item.name for item in found]
+        (store.parent / "record").rename(record)
+        return found
+
+    monkeypatch.setattr(gc, "_find", found_before_the_commit)
+    assert aside not in [item.name for item in collect_garbage(store, apply=True)]
+    assert (store / path).exists()
+    assert verify(store).problems == []
+
+
+def test_what_cannot_be_removed_is_not_listed_as_removed(store):
+    with watched(FailAt("rmtree", 3, errno.EIO)), pytest.raises(StorageUnavailableError):
+        collect_garbage(store, apply=True)
+    (left,) = (store / "tmp").iterdir()
+    assert left.name.startswith("discard-000002-")
+    assert [item.name for item in collect_garbage(store, apply=True)] == [f"tmp/{left.name}"]
+    assert not list((store / "tmp").iterdir())
+
+
+def test_a_copy_of_what_was_written_anew_is_removed(store):
+    """A collection was killed, and the same directory has been computed again since."""
+    path = next((store / "shards").glob("000001-*"))
+    shutil.copytree(path, store / "tmp" / f"discard-{path.name}.01234567")
+    assert f"tmp/discard-{path.name}.01234567" in [item.name for item in collect_garbage(store, apply=True)]
+    assert not list((store / "tmp").iterdir())
+    assert verify(store).problems == []
+
+
+def test_leftovers_are_not_read_and_claims_only_twice(store, monkeypatch):
+    """There may be many, and large ones."""
+    for number in range(20):
+        (store / "tmp" / f"90-{number:012x}").write_bytes(b"left")
+        shutil.copytree(store / "shards" / f"000002-{'0' * 16}", store / "shards" / f"000003-{number:016x}")
+    read, real = list[str](), LocalFiles.read
+
+    def noted(self, name):
+        read.append(name)
+        return real(self, name)
+
+    monkeypatch.setattr(LocalFiles, "read", noted)
+    assert len(collect_garbage(store, apply=True)) == 6 + 2 * 20
+    verified = ["tmp/claim-000003"]  # it tells of strangers
+    assert [name for name in read if name.startswith(("tmp", "quarantine", "shards"))] == verified * 3
+
+
+def test_a_collection_killed_while_a_committed_directory_is_out_of_sight(memory, workers):
+    """A worker that has found it links the record after that. The directory is not lost: a repair puts it back."""
+    path, reference = memory / "store", memory / "reference"
+    for each in (path, reference):
+        assert workers.run(each, shards=2).code == 0
+    (path / "sealed.json").unlink()
+    record = (path / "commits/000000.json").rename(memory / "record")
+    left = next((path / "shards").glob("000000-*"))
+    assert workers.run(path, collect=True, signal_at=[1, signal.SIGKILL, "rmtree"]).code == -signal.SIGKILL
+    record.rename(path / "commits/000000.json")
+    assert workers.run(path, shards=2).code == CorruptionError.exit_code, "it cannot seal the store"
+    (aside,) = (path / "tmp").glob("discard-*")
+    name = f"tmp/{aside.name}"
+    report = verify(path)
+    assert [problem.name for problem in report.problems] == [f"shards/{left.name}"]
+    assert f"left it in {name}; `pipeline repair` puts it back" in report.problems[0].message
+    assert not [line for line in report.warnings if name in line]
+    with pytest.raises(CorruptionError, match="pipeline repair"):
+        collect_garbage(path, apply=True)
+    (planned,) = repair(path, apply=False)
+    assert (planned.name, planned.goes_to, planned.moved_to) == (name, "shards", None)
+    (done,) = repair(path, apply=True)
+    assert done.moved_to == f"shards/{left.name}"
+    assert verify(path).problems == []
+    assert repair(path, apply=True) == []
+    assert workers.run(path, shards=2).code == 0
+    assert cases.tree(path) == cases.tree(reference)
+    assert not (path / "quarantine").exists()
+
+
+def test_what_is_put_back_is_read_before_it_is_trusted(store):
+    """Someone flipped a bit of it meanwhile; its size is as before."""
+    record = CommitRecord.from_json((store / "commits" / "000001.json").read_bytes())
+    aside = set_aside(LocalFiles(store), record.path)
+    flip(store / aside / "entropy/c/0")
+    actions = repair(store, apply=True)
+    assert [action.name for action in actions] == [aside, record.path, "sealed.json", "commits/000001.json"]
+    assert [action.moved_to.split("/")[0] for action in actions] == ["shards", *["quarantine"] * 3]
+    cases.write_store(store)
+    assert verify(store).problems == []
+
+
+def test_what_was_set_aside_and_removed_in_part_is_not_put_back(store):
+    record = CommitRecord.from_json((store / "commits" / "000001.json").read_bytes())
+    aside = set_aside(LocalFiles(store), record.path)
+    (store / aside / "entropy/c/0").unlink()
+    assert verify(store).problems[0].message == "the directory is missing"
+    assert aside not in [action.name for action in repair(store, apply=False)]
 
 
 def work(path, plan=PLAN):

@@ -75,6 +75,13 @@ def repair_crashes(bug: str | None, folder: Path, workers: Workers) -> list[str]
     return study.findings
 
 
+def adoption(bug: str | None, folder: Path, workers: Workers) -> list[str]:
+    study = RepairCrashes(folder)
+    with planted(bug):
+        study.study_adoption()
+    return study.findings
+
+
 def damage(bug: str | None, folder: Path, workers: Workers) -> list[str]:
     study = Damage(folder, shards=2, seed=SEED)
     with planted(bug):
@@ -105,6 +112,8 @@ CAUGHT_BY: dict[str, Study] = {
     "a full disk is not told": failing_calls,
     "a directory that is there is trusted": repair_crashes,
     "a seal does not look for its shards": repair_crashes,
+    "garbage collection looks for claims last": adoption,
+    "what is put back is not synced": adoption,
     "the reader checks no hash": damage,
     "chunks are decoded unchecked": damage_under_a_reader,
     "foreign files are not looked for": damage,

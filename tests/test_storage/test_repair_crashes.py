@@ -24,6 +24,13 @@ def test_garbage(memory):
     assert len(study.states) > 2
 
 
+def test_garbage_that_is_committed_meanwhile(memory):
+    study = RepairCrashes(memory)
+    study.study_adoption()
+    assert study.findings == []
+    assert len(study.states) > 2
+
+
 @pytest.mark.torture
 def test_all_damages(memory):
     started = time.perf_counter()
@@ -32,6 +39,7 @@ def test_all_damages(memory):
         study.study(damage)
         print(f"{damage}: {len(study.states)} trees so far", flush=True)
     study.study_garbage()
+    study.study_adoption()
     assert study.findings == []
     save(
         "power loss at every moment of a repair, and of a garbage collection",
