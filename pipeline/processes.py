@@ -9,16 +9,22 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.rendezvous import rendezvous
 
 from pipeline.config.train import TrainConfig
+from pipeline.runtime import signals_end_process
 from stages.devices import dtype_name, resolve_device, resolve_dtype
 from stages.parallel.processes import ALONE, Processes, gather, is_peer_lost
 from storage.errors import PeerLostError, UsageError
+
+JOIN_TIMEOUT = timedelta(minutes=3)  # for a process that has not joined; torch may wait for it more than once
 
 
 @contextmanager
@@ -26,9 +32,9 @@ def processes_of(config: TrainConfig) -> Iterator[Processes]:
     """Join the processes that torchrun started; one process is alone.
 
     Raises:
-        UsageError: they have different configurations, there are more or fewer than `distributed` asks for, or they
-            cannot share the device.
-        PeerLostError: another process has ended or cannot be reached; this one cannot go on.
+        UsageError: the environment does not lead this process to the others, they have different configurations, there
+            are more or fewer than `distributed` asks for, or they cannot share the device.
+        PeerLostError: another process has ended, cannot be reached or has not joined; this one cannot go on.
     """
     found = int(os.environ.get("WORLD_SIZE", "1"))
     if found == 1:
@@ -46,12 +52,16 @@ def processes_of(config: TrainConfig) -> Iterator[Processes]:
         _require_number(config, found)
         device = _own_device(config)
         own = {"device": device.type, "dtype": dtype_name(resolve_dtype(config.dtype, device))}
+        if config.teacher_model is not None:
+            own["teacher_model.dtype"] = dtype_name(resolve_dtype(config.teacher_model.dtype, device))
         _require_same(own, "auto is not the same everywhere", fix="set a device and a dtype that all processes have")
         mesh = init_device_mesh(device.type, (found,), mesh_dim_names=("tp",))
         yield Processes(mesh=mesh)
     except RuntimeError as error:
         if is_peer_lost(error):
-            raise _peer_lost(error) from error
+            raise _peer_lost(
+                error, fix="look for the error of that process; the same command goes on from the newest checkpoint"
+            ) from error
         raise
     finally:
         _leave(mesh)
@@ -59,14 +69,28 @@ def processes_of(config: TrainConfig) -> Iterator[Processes]:
 
 def _join(found: int) -> None:
     """Join the group. It speaks over gloo before any device is chosen, so that even that may differ."""
+    backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    except ValueError as error:
+        with signals_end_process():
+            store, rank, count = next(rendezvous("env://", timeout=JOIN_TIMEOUT))
+            dist.init_process_group(backends, store=store, rank=rank, world_size=count, timeout=JOIN_TIMEOUT)
+    except (ValueError, RuntimeError) as error:
+        address = ", ".join(f"{name} is {os.environ.get(name, 'not set')}" for name in ("MASTER_ADDR", "MASTER_PORT"))
+        if isinstance(error, RuntimeError) and is_peer_lost(error):
+            raise _peer_lost(
+                error,
+                fix="look for the error of a process that has ended; if there is none, all processes need the same "
+                f"MASTER_ADDR, MASTER_PORT and WORLD_SIZE and a RANK each (here {address})",
+            ) from error
         raise UsageError(
-            f"WORLD_SIZE is {found}, but this process cannot join the others: {error}",
+            f"WORLD_SIZE is {found}, but this process cannot join the others: {_reason(error)} ({address})",
             where="environment",
-            fix="start the processes with torchrun, or unset WORLD_SIZE to run one process",
+            fix="start the processes with torchrun, or unset WORLD_SIZE to run one process; where you start them "
+            "yourself, check MASTER_ADDR, MASTER_PORT, RANK and GLOO_SOCKET_IFNAME",
         ) from error
+    # From here on a process may wait long for another one, which reads a corpus or writes a checkpoint.
+    store.set_timeout(dist.default_pg_timeout)
+    _set_pg_timeout(dist.default_pg_timeout)
 
 
 def _leave(mesh: DeviceMesh | None) -> None:
@@ -84,7 +108,7 @@ def _require_same(own: Mapping[str, Any], what: str, *, fix: str) -> None:
     for key in own:
         ranks: dict[str, list[str]] = {}
         for rank, values in enumerate(everyones):
-            ranks.setdefault(json.dumps(values[key]), []).append(str(rank))
+            ranks.setdefault(json.dumps(values[key], sort_keys=True), []).append(str(rank))
         if len(ranks) > 1:
             differing[key] = ", ".join(f"{value} on rank {' and '.join(held)}" for value, held in ranks.items())
     if differing:
@@ -108,12 +132,15 @@ def _require_number(config: TrainConfig, found: int) -> None:
         )
 
 
-def _peer_lost(error: RuntimeError) -> PeerLostError:
-    reason = str(error).split("] ", 1)[-1].split(". ", 1)[0]  # without gloo's source file and its advice
+def _peer_lost(error: RuntimeError, *, fix: str) -> PeerLostError:
     return PeerLostError(
-        f"another process of this run has ended or cannot be reached: {reason}",
-        fix="look for the error of that process; the same command goes on from the newest checkpoint",
+        f"another process of this run has ended or cannot be reached: {_reason(error).split('. ', 1)[0]}", fix=fix
     )
+
+
+def _reason(error: Exception) -> str:
+    """The error in one line, without gloo's source file."""
+    return " ".join(str(error).split("] ", 1)[-1].split())
 
 
 def _own_device(config: TrainConfig) -> torch.device:

@@ -14,9 +14,20 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from storage.errors import DistillError, IdentityError
+from storage.errors import DistillError, IdentityError, PeerLostError
 
 R = TypeVar("R")
+
+_LOST = (
+    "broken pipe",
+    "connection closed",
+    "connection refused",
+    "connection reset",
+    "connection was likely closed",
+    "remote process exit",
+    "timed out",
+    "timeout",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +53,7 @@ class Processes:
 
         Raises:
             DistillError: that the call raised, in every process. Any other error is raised as it is in the main
-                process and told as a `DistillError` elsewhere.
+                process and told as a `DistillError` elsewhere; an interruption is a `PeerLostError` there.
         """
         if self.mesh is None:
             return function()
@@ -53,7 +64,7 @@ class Processes:
                 message[0] = function()
             except BaseException as caught:  # passed on, then raised below
                 error = caught
-                message[1] = caught if isinstance(caught, DistillError) else DistillError(f"rank 0: {caught!r}")
+                message[1] = _told(caught)
         try:
             dist.broadcast_object_list(message, group=self.mesh.get_group(), group_src=0)
         finally:
@@ -93,11 +104,26 @@ def gather(value: R) -> list[R]:
 def is_peer_lost(error: RuntimeError) -> bool:
     """Whether this error of a collective operation says that another process has ended or cannot be reached.
 
-    torch has classes for its store and for nccl. What gloo throws is a plain RuntimeError that names its source file;
-    where it says `enforce fail`, the processes do not agree in what they send, which is a bug.
+    torch has classes for its store and for nccl, which hold wrong setups and wrong calls too: there the words decide.
+    What gloo throws is a plain RuntimeError that names its source file; where it says `enforce fail`, the processes do
+    not agree in what they send, which is a bug.
     """
-    text = str(error)
-    return isinstance(error, dist.DistError) or ("gloo/transport" in text and "enforce fail" not in text)
+    text = str(error).lower()
+    if isinstance(error, dist.DistError):
+        return any(words in text for words in _LOST)
+    return "gloo/transport" in text and "enforce fail" not in text
+
+
+def _told(error: BaseException) -> DistillError:
+    """What the other processes raise when the main one raises `error`."""
+    if isinstance(error, DistillError):
+        return error
+    if isinstance(error, Exception):
+        return DistillError(f"rank 0: {error!r}")
+    return PeerLostError(  # KeyboardInterrupt, which is SIGTERM too, or SystemExit
+        f"another process of this run has ended: rank 0 was interrupted ({type(error).__name__})",
+        fix="the same command goes on from the newest checkpoint",
+    )
 
 
 ALONE = Processes()

@@ -6,6 +6,7 @@ message]. A case has `name`, `port`, `config`, and what is special about it:
     act            a name of ACTS; default: train as `pipeline train` does
     stop_after     the step whose checkpoint is the last thing done
     folders        where each process stands, for relative paths
+    environment    variables of both processes
     only_rank_1    what differs in the configuration of the second process
     break_rank_1   the step after which the second process raises an error of its own
     other_machine  the second process computes in bfloat16 if the first does not, and the other way round
@@ -16,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Mapping
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -103,6 +106,20 @@ def fail_alone(config: TrainConfig) -> None:
             processes.on_main(refuse)
 
 
+def join(config: TrainConfig) -> None:
+    """Only joining is hurried: later, a process may wait for another as long as torch allows."""
+    with processes_of(config) as processes:
+        assert processes.mesh is not None
+        gloo: Any = processes.mesh.get_group()._get_backend(torch.device("cpu"))
+        assert gloo.options._timeout == dist.default_pg_timeout
+
+
+def interrupt_main(config: TrainConfig) -> None:
+    """A signal reaches the main process alone, while the other one waits for what it does."""
+    with processes_of(config) as processes:
+        processes.on_main(lambda: signal.raise_signal(signal.SIGINT))
+
+
 def refuse() -> None:
     raise UsageError("what went wrong in the main process")
 
@@ -141,6 +158,8 @@ ACTS = {
     "dry run": dry_run,
     "fail alone": fail_alone,
     "gather empty parts": gather_empty_parts,
+    "interrupt main": interrupt_main,
+    "join": join,
     "spoil": spoil,
     "watch": watch,
 }
@@ -151,6 +170,7 @@ def do(case: Mapping[str, Any], rank: int) -> None:
     if "folders" in case:
         os.chdir(case["folders"][rank])
     config = TrainConfig.model_validate(case["config"] | (case.get("only_rank_1", {}) if rank == 1 else {}))
+    os.environ |= case.get("environment", {})
     native = stages.devices.has_native_bfloat16
     if rank == 1 and case.get("other_machine"):
         stages.devices.has_native_bfloat16 = lambda device: not native(device)
@@ -161,6 +181,8 @@ def do(case: Mapping[str, Any], rank: int) -> None:
             run(config, case, rank)
     finally:
         stages.devices.has_native_bfloat16 = native
+        for name in case.get("environment", {}):
+            del os.environ[name]
 
 
 def main(rank: int, directory: Path) -> None:

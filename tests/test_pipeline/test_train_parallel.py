@@ -24,7 +24,6 @@ from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM, PhiC
 from pipeline.config.train import TrainConfig
 from pipeline.train import Finished, Saved, Started, train
 from stages.training.metrics import read_metrics
-from storage.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 VALUES = ("loss", "kd", "ce", "grad_norm")
@@ -127,6 +126,12 @@ def cases(
         "foreign run directory": content(place / "tied", seed=5),
         "another configuration": content(place / "another"),
         "another machine": content(place / "another", dtype="auto"),
+        "another machine for the teacher": content(
+            place / "another", teacher_model={"path": str(tiny_teacher_dir), "dtype": "auto"}
+        ),
+        "another order of keys": content(place / "another"),
+        "an interruption of the main process": content(place / "another"),
+        "no such interface": content(place / "another"),
         "too many processes": content(place / "another", distributed={"tp": 1}),
         "another corpus": content(place / "another", corpus=elsewhere),
         "another corpus, dry run": content(place / "another", corpus=elsewhere),
@@ -183,7 +188,13 @@ def outcomes(cases: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPath
     cases["an error of its own"]["break_rank_1"] = 3
     cases["an error without the other"]["act"] = "fail alone"
     cases["another configuration"]["only_rank_1"] = {"seed": 5, "distributed": {"tp": 3}}
-    cases["another machine"]["other_machine"] = True
+    for name in ("another machine", "another machine for the teacher"):
+        cases[name]["other_machine"] = True
+    backwards = dict(reversed(ODD.items()))
+    student = cases["another order of keys"]["config"]["student"] | {"overrides": backwards}
+    cases["another order of keys"] |= {"act": "join", "only_rank_1": {"student": student}}
+    cases["an interruption of the main process"]["act"] = "interrupt main"
+    cases["no such interface"] |= {"act": "join", "environment": {"GLOO_SOCKET_IFNAME": "nowhere7"}}
     cases["another corpus, dry run"]["act"] = "dry run"
     folders = [directory / "first", directory / "second"]
     for folder in folders:
@@ -281,6 +292,16 @@ def test_an_error_of_one_process_ends_the_other(outcomes: Outcomes) -> None:
     assert "what went wrong in the main process" in str(message)
 
 
+def test_the_order_of_keys_is_no_difference(outcomes: Outcomes) -> None:
+    assert [outcome["another order of keys"] for outcome in outcomes] == [[None, ""]] * 2
+
+
+def test_an_interruption_of_the_main_process_is_no_bug_in_the_other(outcomes: Outcomes) -> None:
+    first, second = (outcome["an interruption of the main process"] for outcome in outcomes)
+    assert (first[0], second[0]) == ("KeyboardInterrupt", "PeerLostError"), outcomes
+    assert "rank 0 was interrupted" in str(second[1])
+
+
 @pytest.mark.parametrize("name", ["traffic", "traffic, untied"])
 def test_the_vocabulary_is_never_whole_and_copies_stay_equal(name: str, outcomes: Outcomes) -> None:
     assert [outcome[name] for outcome in outcomes] == [[None, ""]] * 2
@@ -298,6 +319,8 @@ def test_the_vocabulary_is_never_whole_and_copies_stay_equal(name: str, outcomes
             'seed is 0 on rank 0, 5 on rank 1; distributed is {"tp": 2} on rank 0, {"tp": 3} on rank 1',
         ),
         ("another machine", "UsageError", "auto is not the same everywhere: dtype is"),
+        ("another machine for the teacher", "UsageError", "auto is not the same everywhere: teacher_model.dtype is"),
+        ("no such interface", "UsageError", "this process cannot join the others: ifa != nullptr. Unable to find"),
         ("too many processes", "UsageError", "distributed.tp is 1, but there are 2 processes"),
         ("another corpus, dry run", "IdentityError", "the processes differ in what they learn from"),
         ("gradients of a part", "UsageError", "PhiForCausalLM computes something else when it is cut (the gradient of"),
@@ -310,19 +333,6 @@ def test_errors_reach_every_process(name: str, kind: str, words: str, outcomes: 
         found, message = outcome[name]
         assert found == kind, message
         assert words in str(message)
-
-
-def test_the_number_of_processes_must_be_right(
-    content: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(UsageError, match=r"distributed\.tp is 2, but there is 1 process") as caught:
-        list(train(TrainConfig.model_validate(content(tmp_path / "run"))))
-    assert "torchrun --nproc-per-node 2 -m pipeline train" in str(caught.value.fix)
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UsageError, match="WORLD_SIZE is 3, but this process cannot join the others") as caught:
-        list(train(TrainConfig.model_validate(content(tmp_path / "run", distributed={"tp": 1}))))
-    assert "unset WORLD_SIZE" in str(caught.value.fix)
-    assert not (tmp_path / "run").exists()
 
 
 def test_torchrun_and_the_command_line(

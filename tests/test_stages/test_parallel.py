@@ -116,6 +116,12 @@ def test_the_main_process_gives_its_result_or_its_error(several: bool, mesh: Dev
     [
         (dist.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed."), True),
         (dist.DistStoreError("Timed out after 31 seconds waiting for clients. 1/2 clients joined."), True),
+        (dist.DistStoreError("wait timeout after 4000ms, keys: /default_pg/0//cpu//0/1"), True),
+        (dist.DistNetworkError("The server socket has failed to listen, name: EADDRINUSE"), False),
+        (dist.DistBackendError("ncclRemoteError: a network error or a remote process exiting prematurely."), True),
+        (dist.DistBackendError("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1)"), True),
+        (dist.DistBackendError("ncclSystemError. Last error: Connection closed by remote peer"), True),
+        (dist.DistBackendError("ncclInvalidUsage. Last error: Duplicate GPU detected"), False),
         (RuntimeError("[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:61628."), True),
         (RuntimeError("[/x/gloo/transport/tcp/pair.cc:537] Read error [::1]:4: Connection reset by peer."), True),
         (RuntimeError("[enforce fail at /x/gloo/transport/tcp/pair.cc:446] length <= op.nbytes. 20 vs 8"), False),
