@@ -32,7 +32,7 @@ def processes_of(config: TrainConfig) -> Iterator[Processes]:
     """Join the processes that torchrun started; one process is alone.
 
     Raises:
-        UsageError: the environment does not lead this process to the others, they have different configurations, there
+        UsageError: the environment does not let this process join the others, they have different configurations, there
             are more or fewer than `distributed` asks for, or they cannot share the device.
         PeerLostError: another process has ended, cannot be reached or has not joined; this one cannot go on.
     """

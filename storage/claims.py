@@ -186,6 +186,14 @@ class Claims:
                 found[f"{TEMPORARY}/{entry}"] = claimed
         return found
 
+    def is_left(self, entry: str) -> bool:
+        """Tell whether an entry of `tmp` is no claim, or is there and its worker has ended."""
+        if _CLAIM.fullmatch(entry) is None:
+            return True
+        data = self._files.read(f"{TEMPORARY}/{entry}")
+        claim = None if data is None else Claim.read(data)
+        return data is not None and (claim is None or claim.worker == "ended")
+
     def _turn(
         self, spec: ShardSpec, notes: list[str], is_committed: Callable[[ShardSpec], bool]
     ) -> Generator[ShardSpec]:

@@ -1,4 +1,4 @@
-"""Garbage collection: remove what nothing refers to. The only code that deletes files of a store.
+"""Garbage collection: remove what nothing refers to. No other code deletes what another process has written.
 
 No worker may run meanwhile: what it is writing looks like what a dead one left. Workers tell of themselves by claims,
 and while one may be alive, nothing is removed. One that creates or seals the store, or is between two shards, has no
@@ -80,6 +80,9 @@ def _remove(manifest: Manifest, name: str) -> bool:
     path = origin(name)
     if path is not None:
         return _remove_aside(manifest, name, path)
+    directory, entry = name.split("/", 1)
+    if directory == TEMPORARY and not Claims(files.root).is_left(entry):
+        return False  # its worker ended after the look, and another has taken its name, or may take it now
     files.remove(name)
     return True
 

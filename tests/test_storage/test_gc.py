@@ -29,7 +29,7 @@ from storage.claims import Claim, Claims
 from storage.errors import CorruptionError, StorageUnavailableError, UsageError
 from storage.files import LocalFiles
 from storage.gc import collect_garbage
-from storage.records import CommitRecord
+from storage.records import CommitRecord, record_name
 from storage.repair import repair
 from storage.verify import verify
 
@@ -218,7 +218,7 @@ def test_a_copy_of_what_was_written_anew_is_removed(store):
     assert verify(store).problems == []
 
 
-def test_leftovers_are_not_read_and_claims_only_twice(store, monkeypatch):
+def test_leftovers_are_not_read_and_claims_a_few_times(store, monkeypatch):
     """There may be many, and large ones."""
     for number in range(20):
         (store / "tmp" / f"90-{number:012x}").write_bytes(b"left")
@@ -232,7 +232,39 @@ def test_leftovers_are_not_read_and_claims_only_twice(store, monkeypatch):
     monkeypatch.setattr(LocalFiles, "read", noted)
     assert len(collect_garbage(store, apply=True)) == 6 + 2 * 20
     verified = ["tmp/claim-000003"]  # it tells of strangers
-    assert [name for name in read if name.startswith(("tmp", "quarantine", "shards"))] == verified * 3
+    assert [name for name in read if name.startswith(("tmp", "quarantine", "shards"))] == verified * 4
+
+
+def test_the_claim_of_a_worker_that_begins_after_the_look_stays(tmp_path, monkeypatch):
+    """It takes the name of one that gave up just then, finds the directory that a dead one wrote, and commits it."""
+    store = tmp_path / "store"
+    cases.write_store(store)
+    (store / "sealed.json").unlink()
+    files, spec = LocalFiles(store), cases.make_plan().shards()[1]
+    record = files.read(record_name(spec.index))
+    files.remove(record_name(spec.index))
+
+    def worker():
+        turns = Claims(store).turns([spec], lambda shard: files.exists(record_name(shard.index)))
+        assert next(turns) == spec
+        return turns
+
+    workers, refuse = [worker()], gc._refuse_workers
+
+    def another_begins(root):
+        if len(workers) == 1:
+            workers[0].close()
+            refuse(root)
+            workers.append(worker())
+        else:
+            refuse(root)
+
+    monkeypatch.setattr(gc, "_refuse_workers", another_begins)
+    with pytest.raises(UsageError, match="works on shard 1"):
+        collect_garbage(store, apply=True)
+    assert files.create(record_name(spec.index), record)
+    workers[1].close()
+    assert verify(store).problems == []
 
 
 def test_a_collection_killed_while_a_committed_directory_is_out_of_sight(memory, workers):
