@@ -22,8 +22,8 @@ from storage.plan import Json
 from storage.rows import SequenceBatch
 from storage.segments import row_starts, sigmoid
 
-_OF_THEIRS = ("tokens", "labels", "loss_mask", "topk_logits", "topk_token_ids", "log_sum_exp_logits")
-KEYS = frozenset((*_OF_THEIRS, "window_start", "sample_ids", "sample_counts"))  # beside those of the Arrow schema
+NEMO_ALIGNER_KEYS = ("tokens", "labels", "loss_mask", "topk_logits", "topk_token_ids", "log_sum_exp_logits")
+KEYS = frozenset((*NEMO_ALIGNER_KEYS, "window_start", "sample_ids", "sample_counts"))  # and those of the Arrow schema
 DECIMALS = 4  # of numbers: finer than what quantised log-probabilities and half-precision logsumexp carry
 
 

@@ -12,11 +12,10 @@ import pyarrow as pa
 import pyarrow.feather as feather
 import pyarrow.parquet as pq
 
-from storage.jsonl import sequence_lines
+from storage.jsonl import NEMO_ALIGNER_KEYS, sequence_lines
 from storage.rows import SequenceBatch
 from storage.segments import row_starts
 
-NEMO_KEYS = ("tokens", "labels", "loss_mask", "topk_logits", "topk_token_ids", "log_sum_exp_logits")
 # Options of the writer; a dictionary is its default.
 PARQUET: dict[str, dict[str, Any]] = {
     "parquet snappy": {"compression": "snappy"},
@@ -67,7 +66,7 @@ def sizes(batches: list[SequenceBatch], folder: Path) -> dict[str, float | None]
 
 def _nemo_bytes(batch: SequenceBatch) -> int:
     lines = sequence_lines(batch, numbers=range(len(batch)), padding=0)
-    return sum(len(json.dumps({key: value for key, value in json.loads(line).items() if key in NEMO_KEYS})) + 1
+    return sum(len(json.dumps({key: value for key, value in json.loads(line).items() if key in NEMO_ALIGNER_KEYS})) + 1
                for line in lines)  # fmt: skip
 
 
