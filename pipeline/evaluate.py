@@ -130,14 +130,14 @@ def evaluate(
         max_tokens: tokens read at most; whole documents are kept, from the first on. None: all.
 
     Raises:
-        UsageError: nothing is held out, or there is no such model.
+        UsageError: nothing is held out, there is no such model, or the store does not describe its teacher.
         IdentityError: not the store's teacher, or a student with another tokenizer.
     """
     reader = StoreReader(store, split="heldout")
     plan = reader.plan
     heldout = _heldout(reader, max_tokens)
     place = resolve_device(device)
-    teacher_dtype = resolve_dtype(str(plan.teacher["dtype"]) if dtype == "auto" else dtype, place)
+    teacher_dtype = resolve_dtype(str(_of_teacher(plan, "dtype")) if dtype == "auto" else dtype, place)
     slim = dtype == "auto" and place.type == "cpu"
     student_dtype = torch.float32 if slim else teacher_dtype
 
@@ -204,7 +204,7 @@ def _check_teacher(plan: Plan, given: Path | None) -> Path:
     path = str(given if given is not None else recorded.get("directory", ""))
     found = find_model(path)
     hashes = file_hashes(found)
-    stored: Mapping[str, str] = plan.teacher["files"]
+    stored: Mapping[str, str] = _of_teacher(plan, "files")
     for name in sorted(stored.keys() | hashes.keys()):
         if stored.get(name) != hashes.get(name):
             raise IdentityError(
@@ -213,6 +213,17 @@ def _check_teacher(plan: Plan, given: Path | None) -> Path:
                 fix="name the directory of the teacher that the store was made with",
             )
     return found.directory
+
+
+def _of_teacher(plan: Plan, key: str) -> Any:
+    """What the plan says of the teacher. A plan that others wrote may say nothing."""
+    if key not in plan.teacher:
+        raise UsageError(
+            f"the store does not say the {key} of its teacher, so no teacher can be proven to be the one",
+            where=f"plan.json: teacher.{key}",
+            fix="evaluate with a store that pipeline extract wrote from this teacher",
+        )
+    return plan.teacher[key]
 
 
 def _read(directory: Path, heldout: SequenceBatch, plan: Plan, device: torch.device, dtype: torch.dtype) -> _Read:

@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import os
 
+from storage.errors import UsageError
+
 PROCESSES = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))  # of one job: the process, and how many
 
 
 def place_among_processes() -> tuple[int, int]:
-    """Return a number for this process, and how many there are: the jobs of an array times the processes of each."""
-    counts = [(_number(rank, 0), _number(processes, 1)) for rank, processes in PROCESSES]
+    """Return a number for this process, and how many there are: the jobs of an array times the processes of each.
+
+    Raises:
+        UsageError: a variable of the launcher is not a whole number.
+    """
+    counts = [(whole_number(rank), whole_number(processes, least=1)) for rank, processes in PROCESSES]
     process, processes = next((pair for pair in counts if pair[1] > 1), (0, 1))
-    array = _number("SLURM_ARRAY_TASK_ID", 0) - _number("SLURM_ARRAY_TASK_MIN", 0)
-    job, jobs = array // _number("SLURM_ARRAY_TASK_STEP", 1), _number("SLURM_ARRAY_TASK_COUNT", 1)
+    array = whole_number("SLURM_ARRAY_TASK_ID") - whole_number("SLURM_ARRAY_TASK_MIN")
+    job = array // whole_number("SLURM_ARRAY_TASK_STEP", least=1)
+    jobs = whole_number("SLURM_ARRAY_TASK_COUNT", least=1)
     return job * processes + process, jobs * processes
 
 
-def _number(name: str, default: int) -> int:
-    return int(os.environ.get(name, default))
+def whole_number(name: str, *, least: int = 0) -> int:
+    """Return what an environment variable says; `least` if it is not set.
+
+    Raises:
+        UsageError: it says no whole number, or one below `least`.
+    """
+    said = os.environ.get(name, str(least))
+    if not said.isascii() or not said.isdigit() or int(said) < least:
+        raise UsageError(
+            f"{name} is {said!r}, not a whole number of at least {least}",
+            where="environment",
+            fix=f"start with torchrun or srun, which set it, or unset {name} to run one process",
+        )
+    return int(said)

@@ -19,6 +19,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from pipeline.config.train import TrainConfig
+from pipeline.launchers import whole_number
 from pipeline.runtime import signals_end_process
 from stages.devices import dtype_name, resolve_device, resolve_dtype
 from stages.parallel.processes import ALONE, Processes, gather, is_peer_lost
@@ -36,7 +37,7 @@ def processes_of(config: TrainConfig) -> Iterator[Processes]:
             are more or fewer than `distributed` asks for, or they cannot share the device.
         PeerLostError: another process has ended, cannot be reached or has not joined; this one cannot go on.
     """
-    found = int(os.environ.get("WORLD_SIZE", "1"))
+    found = whole_number("WORLD_SIZE", least=1)
     if found == 1:
         _require_number(config, found)
         yield ALONE
@@ -153,5 +154,5 @@ def _own_device(config: TrainConfig) -> torch.device:
             fix="set device: auto, cuda or cpu; each process takes the accelerator of its LOCAL_RANK",
         )
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(whole_number("LOCAL_RANK"))
     return device

@@ -132,7 +132,8 @@ class Plan:
         for name in ("teacher", "tokenizer", "rendering", "batching", "recorded"):
             require_section(name, getattr(self, name))
         require_section("recorded.teacher", self.recorded.get("teacher", {}))
-        _check_tokenizer_files(self.tokenizer.get("files", {}))
+        for name, described in (("teacher", self.teacher), ("tokenizer", self.tokenizer)):
+            _check_files(f"{name}.files", described.get("files", {}))
         require_list("corpus", self.corpus)
         for source in self.corpus:
             require_section("each source of corpus", source)
@@ -266,12 +267,12 @@ def _check_version(version: Json) -> None:
         )
 
 
-def _check_tokenizer_files(hashes: Json) -> None:
-    require_section("tokenizer.files", hashes)
+def _check_files(field: str, hashes: Json) -> None:
+    require_section(field, hashes)
     for name, value in hashes.items():
         if not name or name.startswith(".") or set(name) & set("/\\\0"):
-            raise ValueError(f"tokenizer.files: {short(name)} is not a plain file name")
-        require_hash(f"tokenizer.files: {name}", value)
+            raise ValueError(f"{field}: {short(name)} is not a plain file name")
+        require_hash(f"{field}: {name}", value)
 
 
 def _check_codecs(codecs: Json) -> None:

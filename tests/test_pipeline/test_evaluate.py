@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.evaluate import Evaluation, bootstrap_interval, evaluate, model_directory, reliability
+from stages.batches.sequences import part
 from stages.student.source import StudentSource, build_student
+from storage.commit import StoreWriter
 from storage.errors import IdentityError, UsageError
+from storage.plan import SPLITS
 from storage.reader import StoreReader
 
 
@@ -110,6 +114,25 @@ def test_fewer_tokens_are_whole_documents(tiny_store: Path, tiny_teacher_dir: Pa
 def test_another_teacher_is_refused(tiny_store: Path, student_dir: Path) -> None:
     with pytest.raises(IdentityError, match="not the store's teacher"):
         evaluate(tiny_store, {}, student_dir, device="cpu")
+
+
+@pytest.mark.parametrize("key", ["dtype", "files"])
+def test_a_store_that_does_not_describe_its_teacher_is_refused(
+    key: str, tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path
+) -> None:
+    readers = {split: StoreReader(tiny_store, split=split) for split in SPLITS}
+    reader = readers["train"]
+    plan = replace(reader.plan, teacher={name: said for name, said in reader.plan.teacher.items() if name != key})
+    store = tmp_path / "store"
+    writer = StoreWriter.create(store, plan, remap=reader.remap, tokenizer_files=reader.tokenizer_files())
+    for shard in writer.missing():
+        whole = readers[shard.split].read(np.arange(len(readers[shard.split])))
+        first, end = np.searchsorted(whole.document, (shard.first_document, shard.end_document))
+        writer.commit(shard, part(whole, int(first), int(end)))
+    assert writer.seal()
+    with pytest.raises(UsageError, match=f"the store does not say the {key} of its teacher") as caught:
+        evaluate(store, {}, tiny_teacher_dir, device="cpu")
+    assert caught.value.where == f"plan.json: teacher.{key}"
 
 
 def test_a_run_stands_for_its_model(tmp_path: Path, student_dir: Path) -> None:

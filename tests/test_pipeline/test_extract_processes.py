@@ -19,7 +19,7 @@ import yaml
 from pipeline.config.extract import ExtractConfig
 from pipeline.extract import ExtractSummary, Progress, ShardDone, Started, extract
 from pipeline.launchers import place_among_processes
-from storage.errors import CorruptionError
+from storage.errors import CorruptionError, UsageError
 from storage.files import LocalFiles
 
 
@@ -120,6 +120,14 @@ def test_jobs_of_an_array_times_processes_of_each(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv("SLURM_PROCID", str(process))
         places.append(place_among_processes())
     assert places == [(number, 6) for number in range(6)]
+
+
+@pytest.mark.parametrize(("name", "said"), [("WORLD_SIZE", "two"), ("RANK", "-1"), ("SLURM_ARRAY_TASK_STEP", "0")])
+def test_a_launcher_that_says_no_number_is_told_which(name: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, said)
+    with pytest.raises(UsageError, match=f"{name} is '{said}', not a whole number") as caught:
+        place_among_processes()
+    assert name in str(caught.value.fix)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,9 @@ def test_a_variable_that_is_no_number_is_a_mistake_of_the_setup(
     monkeypatch.setenv("MASTER_PORT", "port")
     with pytest.raises(UsageError, match=r"cannot join the others.*MASTER_PORT is port"):
         join(config)
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UsageError, match="WORLD_SIZE is 'two', not a whole number of at least 1"):
+        join(config)
 
 
 def test_a_process_waits_for_the_others_for_a_limited_time(

@@ -62,6 +62,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("documents_per_shard", True, "documents_per_shard must be a whole number"),
     ("corpus", ["a.txt"], "each source of corpus must be a section of keys, found 'a.txt'"),
     ("teacher", "name", "teacher must be a section of keys, found 'name'"),
+    ("teacher.files", [], "teacher.files must be a section"),
+    ("teacher.files", {"config.json": 3}, "teacher.files: config.json must be a sha256"),
     ("rendering", None, "rendering must be a section"),
     ("batching", [], "batching must be a section"),
     ("recorded", 3, "recorded must be a section"),
