@@ -33,7 +33,7 @@ from pipeline.recipe import (
 from pipeline.training_data import TrainingData, open_training_data, read_training_data
 from stages.batches.microbatch import MicroBatch
 from stages.batches.steps import prefetch, training_steps
-from stages.devices import dtype_name
+from stages.devices import dtype_name, resolve_device, resolve_dtype
 from stages.online.corpus import Tokenized
 from stages.parallel.processes import Processes
 from stages.student.model import Student
@@ -147,7 +147,9 @@ def _begin(
     config: TrainConfig, data: TrainingData, *, run: RunDirectory, checkpoints: Checkpoints, schedule: Schedule
 ) -> Finish | None:
     """Make the run directory this run's, or check that it is; its totals if it is finished."""
-    run.begin(config.model_dump(mode="json"), data.record, completed=with_defaults)
+    # What dtype auto means here is part of the run: on another machine it may be another one.
+    dtype = dtype_name(resolve_dtype(config.dtype, resolve_device(config.device)))
+    run.begin(config.model_dump(mode="json") | {"dtype": dtype}, data.record, completed=with_defaults)
     done = run.finished()
     if done is not None and done.step == schedule.steps:
         return done

@@ -180,7 +180,7 @@ class StoreWriter:
         if stored != mine:
             log.warning(
                 "shard %d was committed by another process with other content (%s, here %s): keeping what is "
-                "stored. The teacher is not deterministic across these processes.",
+                "stored. What computes the rows is not deterministic across these processes.",
                 shard.index, stored.directory, mine.directory,
             )  # fmt: skip
             if stored.path != mine.path:
@@ -238,8 +238,8 @@ class StoreWriter:
         before = self._files.read(f"{QUARANTINE}/{record_name(record.shard).replace('/', '-')}")
         if before is not None and before != record.to_json():
             log.warning(
-                "shard %d was computed anew after a repair and differs from what it was: the teacher, its libraries "
-                "or the machine are not what they were for the rest of the store, or its old record was damaged.",
+                "shard %d was computed anew after a repair and differs from what it was: the program, its libraries or "
+                "the machine are not what they were for the rest of the store, or its old record was damaged.",
                 record.shard,
             )
 

@@ -1,6 +1,6 @@
 """The run directory: what belongs to a run, whose run it is, and whether it is finished.
 
-RUN/config.yaml     the configuration, as it was when the run began
+RUN/config.yaml     the configuration, as it was when the run began, with the dtype that auto meant
 RUN/run.json        the store, or corpus and live teacher, that it learns from; once finished, its totals
 RUN/metrics.jsonl   RUN/checkpoints/   RUN/model/
 """

@@ -306,6 +306,19 @@ def test_bfloat16_keeps_float32_weights(tiny_store: Path, tiny_teacher_dir: Path
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+def test_a_run_goes_on_with_the_dtype_that_auto_meant(tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    list(train(make_config(tiny_store, tiny_teacher_dir, run, dtype="auto", steps=2)))
+    meant = yaml.safe_load((run / "config.yaml").read_text())["dtype"]
+    assert meant in ("float32", "bfloat16")
+    for same in ("auto", meant):
+        (event,) = train(make_config(tiny_store, tiny_teacher_dir, run, dtype=same, steps=2))
+        assert isinstance(event, Finished)
+    other = "float32" if meant == "bfloat16" else "bfloat16"
+    with pytest.raises(IdentityError, match=f"dtype: .*{meant}.* -> .*{other}"):
+        list(train(make_config(tiny_store, tiny_teacher_dir, run, dtype=other, steps=2)))
+
+
 def test_float16_is_refused(tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="float16"):
         list(train(make_config(tiny_store, tiny_teacher_dir, tmp_path / "run", dtype="float16")))
