@@ -147,9 +147,10 @@ def _check_loss_fits(loss: FusedLinearKDLoss, reader: StoreReader) -> None:
         entropy_by_temperature={at: np.ones(1) for at in target.temperatures},
     )
     temperature = objective.temperature / objective.target_logits_scale
-    policy = resolve_tail(objective.tail, objective.divergence, row, temperature)
+    policy = resolve_tail(objective.tail, objective.divergence, targets=row, temperature=temperature)
     try:
-        prepare_teacher(row, policy, temperature, torch.zeros(1, dtype=torch.int64), torch.float32)
+        label = torch.zeros(1, dtype=torch.int64)
+        prepare_teacher(row, policy, temperature=temperature, labels_N=label, dtype=torch.float32)
     except ValueError as error:
         where, fix = _loss_advice(target, objective)
         raise UsageError(f"the store's rows do not fit the loss: {error}", where=where, fix=fix) from error

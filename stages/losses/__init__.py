@@ -2,7 +2,7 @@
 
 Reading order: divergences.py (the mathematics), targets.py and tail.py (what a teacher row is), sparse.py and dense.py
 (one chunk of logits), linear.py and logits.py (all chunks, autograd), fused.py, kd.py and cross_entropy.py (the public
-losses), config.py (how a recipe selects one).
+losses), config.py (losses by name and fields).
 """
 
 from stages.losses.config import (

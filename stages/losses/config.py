@@ -1,4 +1,6 @@
-"""Typed loss configs: how a recipe selects a loss by name and fields.
+"""Typed loss configs: a loss by name and fields.
+
+A recipe of the pipeline names KDLoss alone, whose fused form it trains with; the other names are for other callers.
 
 Each config is a plain dataclass with one named field per constructor argument of its loss. The classes, their fields,
 defaults and dispatch are those of NeMo-AutoModel's loss configs (their fields first, in their order), with one
@@ -197,7 +199,7 @@ def build_loss_config(loss: LossConfig | str | Callable[..., nn.Module], **loss_
     if isinstance(loss, str):
         if loss not in LOSS_CONFIG_REGISTRY:
             raise TypeError(f"loss {loss!r} is unknown{_nearest(loss, LOSS_CONFIG_REGISTRY)}")
-        return _from_fields(loss, LOSS_CONFIG_REGISTRY[loss], loss_kwargs)
+        return _from_fields(loss, loss_kwargs)
     if not callable(loss):
         raise TypeError(f"loss is {loss!r}; expected a LossConfig, a registry name, a loss class or a callable")
     for config_class in LOSS_CONFIG_REGISTRY.values():
@@ -212,7 +214,8 @@ def build_loss_module(loss: LossConfig | str | Callable[..., nn.Module], **loss_
     return build_loss_config(loss, **loss_kwargs).build()
 
 
-def _from_fields(name: str, config_class: type[LossConfig], values: dict[str, Any]) -> LossConfig:
+def _from_fields(name: str, values: dict[str, Any]) -> LossConfig:
+    config_class = LOSS_CONFIG_REGISTRY[name]
     known = [item.name for item in fields(config_class)]
     for key in values:
         if key not in known:

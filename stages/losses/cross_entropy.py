@@ -37,7 +37,7 @@ class MaskedCrossEntropy(nn.Module):
         vocab_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.reduction = check_reduction(reduction)
+        self.ignore_index, self.reduction = ignore_index, check_reduction(reduction)
         self.settings = LogitSettings(
             ignore_index=ignore_index, fp32_upcast=fp32_upcast, chunk_size=chunk_size, vocab_size=vocab_size
         )
@@ -59,7 +59,8 @@ class MaskedCrossEntropy(nn.Module):
         """
         if mask is not None:
             labels = labels.masked_fill(mask == 0, self.settings.ignore_index)
-        return _run(logits, labels, self.settings, self.reduction, num_label_tokens)
+        total = total_of(self.reduction, num_label_tokens)
+        return _run(logits, labels, settings=self.settings, num_batch_labels=total)
 
 
 class TEParallelCrossEntropy(nn.Module):
@@ -85,7 +86,7 @@ class TEParallelCrossEntropy(nn.Module):
         vocab_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.reduction = check_reduction(reduction)
+        self.ignore_index, self.reduction = ignore_index, check_reduction(reduction)
         self.settings = LogitSettings(
             ignore_index=ignore_index, tp_group=tp_group, chunk_size=chunk_size, vocab_size=vocab_size
         )
@@ -98,7 +99,8 @@ class TEParallelCrossEntropy(nn.Module):
             labels: [*], already the next token of each position, whole ids.
             num_label_tokens: what the sum is divided by; None leaves it to `reduction`.
         """
-        return _run(logits, labels, self.settings, self.reduction, num_label_tokens)
+        total = total_of(self.reduction, num_label_tokens)
+        return _run(logits, labels, settings=self.settings, num_batch_labels=total)
 
 
 def check_reduction(reduction: str) -> str:
@@ -108,13 +110,18 @@ def check_reduction(reduction: str) -> str:
     return reduction
 
 
+def total_of(reduction: str, num_label_tokens: float | Tensor | None) -> float | Tensor | None:
+    """What the sum over valid labels is divided by; None for their number."""
+    return 1.0 if num_label_tokens is None and reduction == "sum" else num_label_tokens
+
+
 @eager
 def _run(
     logits: Tensor,
     labels: Tensor,
+    *,
     settings: LogitSettings,
-    reduction: str,
-    num_label_tokens: float | Tensor | None,
+    num_batch_labels: float | Tensor | None,
 ) -> Tensor:
     return logit_loss(
         logits,
@@ -123,5 +130,5 @@ def _run(
         objective=Objective(divergence=ForwardKL()),
         weights=(0.0, 1.0),
         settings=settings,
-        num_batch_labels=1.0 if num_label_tokens is None and reduction == "sum" else num_label_tokens,
+        num_batch_labels=num_batch_labels,
     )

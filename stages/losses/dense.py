@@ -10,18 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stages.losses.chunk import LogitChunk, normalise_, ratio, row_dtype, scale_logits_, softmax_
+from stages.losses.chunk import BLOCK_ELEMENTS, LogitChunk, normalise_, ratio, row_dtype, scale_logits_, softmax_
 from stages.losses.divergences import Divergence
-from stages.losses.head import OutputHead
+from stages.losses.head import OutputHead, check_rule
 from stages.losses.kernel import Mix, RowValues
 from stages.losses.vocab import VocabShard, replicated
-
-# Elements of one float32 block: 1 MiB, half of a core's second-level cache on the CPUs measured.
-_BLOCK_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,12 +40,15 @@ class TeacherHead:
     softcap: float | None = None
     logit_multiplier: float = 1.0
 
-    def local(self, shard: VocabShard, columns: int) -> TeacherHead:
+    def __post_init__(self) -> None:
+        check_rule(softcap=self.softcap, multiplier=self.logit_multiplier)
+
+    def local(self, shard: VocabShard) -> TeacherHead:
         """The part of the head whose tokens the student holds here, and whole hidden states."""
-        weight_VD = shard.slice_of(self.weight_VD.detach().t(), columns, "the teacher's head").t()
+        weight_VD = shard.slice_of(self.weight_VD.detach().t(), "the teacher's head").t()
         bias_V = self.bias_V
         if bias_V is not None:
-            bias_V = shard.slice_of(bias_V.detach(), columns, "the teacher's bias")
+            bias_V = shard.slice_of(bias_V.detach(), "the teacher's bias")
         return replace(self, hidden_ND=replicated(self.hidden_ND.detach()), weight_VD=weight_VD, bias_V=bias_V)
 
     def head(self, columns: int, dtype: torch.dtype) -> OutputHead:
@@ -112,7 +113,7 @@ class DenseRows:
         teacher_CV, labels_C = self.teacher(span), self.labels_N[span]
         step = len(labels_C)
         if chunk.shard.group is None and chunk.logits_CV.device.type == "cpu":
-            step = max(1, _BLOCK_ELEMENTS // max(1, chunk.shard.size))
+            step = max(1, BLOCK_ELEMENTS // max(1, chunk.shard.size))
         blocks = []
         for start in range(0, len(labels_C), step):
             block = slice(start, start + step)
@@ -145,7 +146,8 @@ class DenseRows:
         d_RV, h_RV = self.divergence.terms(log_p_RV, log_q_RV, p_RV, q_RV)
         # a row with NaN, or that rules out every token, is no distribution: its value is NaN
         kd_R = shard.sum(d_RV.sum(-1)).to(lse_R.dtype) + 0.0 * (teacher_lse_R + lse_R)
-        gradient_RV = _through_softmax(h_RV, q_RV, self.divergence, shard).mul_(mix.kd_gradient)
+        sure = _Sure.find(q_RV, shard)
+        gradient_RV = _through_softmax(h_RV, q_RV, self.divergence, shard, sure).mul_(mix.kd_gradient)
         if plain_RV is not None:
             local_R = softmax_(plain_RV)
             lse_R = shard.logsumexp(local_R)
@@ -156,32 +158,55 @@ class DenseRows:
             gradient_RV.add_(q_RV, alpha=mix.ce_gradient)
         if mix.ce and shard.size:
             gradient_RV.scatter_add_(-1, label_R1, -mix.ce_gradient * here_R1.to(gradient_RV.dtype))
+        if sure is not None:
+            _balance_(gradient_RV, sure)
         if mix.ce or mix.logit_scale == 1.0:
             ce_R = lse_R - label_logit_R
         # a divergence cannot be negative: what is below is rounding
         return RowValues(kd_R.clamp_min(0.0) * mix.value_scale, ce_R), gradient_RV
 
 
-def _through_softmax(h_RV: Tensor, q_RV: Tensor, divergence: Divergence, shard: VocabShard) -> Tensor:
+class _Sure(NamedTuple):
+    """Which rows have an outcome with more than half of the student's mass, and its column (any, where none has)."""
+
+    row_R1: Tensor
+    column_R1: Tensor
+
+    @classmethod
+    def find(cls, q_RV: Tensor, shard: VocabShard) -> _Sure | None:
+        """None without such rows. Under tensor parallelism too: their gradients lose digits there, and only theirs."""
+        if shard.group is not None:
+            return None
+        row_R1 = q_RV.amax(-1, keepdim=True) > 0.5
+        return cls(row_R1, _argmax(q_RV)) if bool(row_R1.any()) else None
+
+    def write(self, values_RV: Tensor, value_R1: Tensor) -> None:
+        """Overwrites the outcome in those rows."""
+        before_R1 = values_RV.gather(-1, self.column_R1)
+        values_RV.scatter_(-1, self.column_R1, torch.where(self.row_R1, value_R1, before_R1))
+
+
+def _through_softmax(
+    h_RV: Tensor, q_RV: Tensor, divergence: Divergence, shard: VocabShard, sure: _Sure | None
+) -> Tensor:
     """dD/du = h - q * sum h, in place on h.
 
     Where one outcome m has nearly all of the student's mass, h_m and q_m * sum h agree in all their digits. Any
-    constant times q may be added to h, so h_m is made zero first: the sum then runs over the other outcomes, and the
-    gradient of m is what they leave.
+    constant times q may be added to h, so h_m is made zero first: the sum then runs over the other outcomes.
     """
     if divergence.linear:  # h = -p, and its sum is -1
         return h_RV.add_(q_RV)
-    if shard.group is not None:  # m may lie elsewhere: the plain formula, which loses digits in such rows only
-        return h_RV.addcmul_(q_RV, shard.sum(h_RV.sum(-1)).unsqueeze(-1), value=-1.0)
-    top_R1 = _argmax(q_RV)
-    top_q_R1 = q_RV.gather(-1, top_R1)
-    level_R1 = h_RV.gather(-1, top_R1) / top_q_R1
-    h_RV.scatter_(-1, top_R1, 0.0)
-    q_RV.scatter_(-1, top_R1, 0.0)
-    pull_R1 = h_RV.sum(-1, keepdim=True) - level_R1 * q_RV.sum(-1, keepdim=True)
-    h_RV.addcmul_(q_RV, level_R1 + pull_R1, value=-1.0)
-    q_RV.scatter_(-1, top_R1, top_q_R1)
-    return h_RV.scatter_(-1, top_R1, -top_q_R1 * pull_R1)
+    if sure is not None:
+        level_R1 = h_RV.gather(-1, sure.column_R1) / q_RV.gather(-1, sure.column_R1)
+        h_RV.addcmul_(q_RV, level_R1.masked_fill(~sure.row_R1, 0.0), value=-1.0)
+        sure.write(h_RV, torch.zeros_like(level_R1))
+    return h_RV.addcmul_(q_RV, shard.sum(h_RV.sum(-1)).unsqueeze(-1), value=-1.0)
+
+
+def _balance_(gradient_RV: Tensor, sure: _Sure) -> None:
+    """Makes the gradient of a sure outcome what the others leave: a row adds up to zero, and q - p has few digits."""
+    sure.write(gradient_RV, torch.zeros_like(gradient_RV[:, :1]))
+    sure.write(gradient_RV, -gradient_RV.sum(-1, keepdim=True))
 
 
 def _argmax(values_RV: Tensor) -> Tensor:

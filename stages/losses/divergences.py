@@ -175,7 +175,9 @@ class Mixed(Divergence):
             return (ForwardKL() if self.weight else ReverseKL()).terms(log_p, log_q, p, q)
         forward_d, forward_h = ForwardKL().terms(log_p, log_q, p, q)
         reverse_d, reverse_h = ReverseKL().terms(log_p, log_q, p, q)
-        return torch.lerp(reverse_d, forward_d, self.weight), torch.lerp(reverse_h, forward_h, self.weight)
+        # not lerp, which takes differences: infinite terms would make it NaN
+        forward_d.mul_(self.weight).add_(reverse_d, alpha=1.0 - self.weight)
+        return forward_d, forward_h.mul_(self.weight).add_(reverse_h, alpha=1.0 - self.weight)
 
 
 @dataclass(frozen=True)

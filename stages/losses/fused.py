@@ -11,13 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stages.losses.cross_entropy import check_reduction
+from stages.losses.cross_entropy import check_reduction, total_of
 from stages.losses.divergences import Divergence, make_divergence
+from stages.losses.head import check_rule
 from stages.losses.job import Job, LossParts, eager, row_total
 from stages.losses.linear import FusedLinear
 from stages.losses.objective import Objective, Teacher
 from stages.losses.rows import valid_rows
-from stages.losses.vocab import VocabShard, local_part, replicated, vocab_group
+from stages.losses.targets import SparseTargets
+from stages.losses.vocab import VocabShard, check_vocab_size, local_part, replicated, vocab_group
 
 _DEFAULT_RATIO = 0.5
 
@@ -36,7 +38,8 @@ class FusedLinearKDLoss(nn.Module):
         ignore_index: rows with this label take no part in either loss.
         temperature: T of both distributions; the divergence is multiplied by T^2. Stored rows answer for the
             temperatures that their plan names.
-        chunk_size: rows of logits held at once, over all buffers.
+        chunk_size: rows of logits held at once, over all buffers of the student. The logits of a TeacherHead are as
+            many rows again.
         divergence: a name of DIVERGENCES, with its parameter if wanted ("jsd(0.9)"), or a Divergence.
         tail: a key of TAIL_POLICIES, for sparse rows; None takes `sampled` for the forward KL at T=1 on rows with
             samples, else `bucket`.
@@ -44,8 +47,8 @@ class FusedLinearKDLoss(nn.Module):
         target_logits_scale: factor on the teacher's logits; on stored rows s needs T = 1/s in the plan.
         kd_ratio: share of the divergence; 0 reads no targets, 1 forms no cross-entropy gradient.
         kd_coef: OpenRLHF's name for kd_ratio.
-        kd_loss_weight: NeMo-Aligner's weight of the divergence; replaces kd_ratio.
-        sft_loss_weight: NeMo-Aligner's weight of the cross-entropy.
+        kd_loss_weight: NeMo-Aligner's weight of the divergence, instead of kd_ratio; 1 where only the other is given.
+        sft_loss_weight: NeMo-Aligner's weight of the cross-entropy; 0 where only the other is given.
         softcap: the model's own cap on logits, softcap * tanh(logits / softcap).
         logit_multiplier: the model's own factor on logits, before the cap.
         vocab_size: real tokens; head rows beyond are padding and take no part in either loss.
@@ -76,10 +79,8 @@ class FusedLinearKDLoss(nn.Module):
         super().__init__()
         if chunk_size < 1:
             raise ValueError(f"chunk_size is {chunk_size}, expected at least 1 row")
-        if softcap is not None and not softcap > 0:
-            raise ValueError(f"softcap is {softcap}, expected a number above 0, or None for no cap")
-        if not (math.isfinite(logit_multiplier) and logit_multiplier != 0):
-            raise ValueError(f"logit_multiplier is {logit_multiplier}, expected a finite number other than 0")
+        check_rule(softcap=softcap, multiplier=logit_multiplier)
+        check_vocab_size(vocab_size)
         self.objective = Objective(
             divergence=make_divergence(divergence),
             tail=tail,
@@ -88,11 +89,12 @@ class FusedLinearKDLoss(nn.Module):
             target_logits_scale=target_logits_scale,
         )
         self.weights = _fixed_weights(kd_loss_weight, sft_loss_weight)
-        self.kd_ratio = _one_ratio(kd_ratio, kd_coef, self.weights)
+        self.kd_ratio = _one_ratio(kd_ratio, kd_coef, weights=self.weights)
         self.ignore_index, self.chunk_size, self.check = ignore_index, chunk_size, check
         self.softcap, self.logit_multiplier = softcap, logit_multiplier
         self.vocab_size, self.tp_group = vocab_size, tp_group
 
+    @eager
     def forward(
         self,
         hidden_ND: Tensor,
@@ -121,7 +123,30 @@ class FusedLinearKDLoss(nn.Module):
         Raises:
             ValueError: shapes, labels, vocabularies or rows that do not fit.
         """
-        return _run(self, hidden_ND, weight_VD, targets, labels_N, num_batch_labels, bias_V, kd_ratio)
+        _check_shapes(hidden_ND, weight_VD, targets=targets, labels_N=labels_N)
+        device = hidden_ND.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
+        group = vocab_group(weight_VD, 0) or self.tp_group
+        whole_ND = replicated(hidden_ND).to(dtype)
+        local_VD, local_V = local_part(weight_VD), None if bias_V is None else local_part(bias_V)
+        with torch.autocast(device, enabled=False):
+            labels_N = local_part(labels_N)
+            shard = VocabShard.of(len(local_VD), labels_N, group=group, vocab_size=self.vocab_size)
+            keep_N, labels_N = valid_rows(labels_N, ignore_index=self.ignore_index, vocab_size=shard.total)
+            mix = self.objective.mix(*self.mixing_weights(kd_ratio))
+            job = Job(
+                kernel=self.objective.kernel(targets, labels_N, keep_N=keep_N, shard=shard, mix=mix),
+                keep_N=keep_N,
+                rows=len(labels_N),
+                total=row_total(num_batch_labels, len(labels_N)),
+                chunk_size=self.chunk_size,
+                shard=shard,
+                check=self.check,
+                gradient=torch.is_grad_enabled(),
+                late=dtype == torch.float16,
+            )
+            arguments = (whole_ND, local_VD, local_V, job, self.logit_multiplier, self.softcap)
+            return LossParts(*FusedLinear.apply(*arguments))  # type: ignore[no-untyped-call]  # torch has no types for it
 
     def mixing_weights(self, kd_ratio: float | None) -> tuple[float, float]:
         """Weights of the divergence and of the cross-entropy."""
@@ -130,7 +155,7 @@ class FusedLinearKDLoss(nn.Module):
                 raise ValueError(f"kd_ratio={kd_ratio} in the call, but this loss was built with two fixed weights")
             return self.weights
         ratio = self.kd_ratio if kd_ratio is None else kd_ratio
-        _check_ratio(ratio)
+        _check_ratio("kd_ratio", ratio)
         return ratio, 1.0 - ratio
 
 
@@ -157,7 +182,7 @@ class FusedLinearCrossEntropy(nn.Module):
         tp_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        self.reduction = check_reduction(reduction)
+        self.ignore_index, self.reduction = ignore_index, check_reduction(reduction)
         self.fused = FusedLinearKDLoss(
             ignore_index,
             chunk_size=chunk_size,
@@ -185,54 +210,18 @@ class FusedLinearCrossEntropy(nn.Module):
             num_label_tokens: what the sum is divided by; None leaves it to `reduction`.
             bias: [V] bias of the head.
         """
-        total = 1.0 if num_label_tokens is None and self.reduction == "sum" else num_label_tokens
+        total = total_of(self.reduction, num_label_tokens)
         hidden_ND = hidden_states.reshape(-1, hidden_states.shape[-1])
         parts: LossParts = self.fused(hidden_ND, lm_weight, None, labels.reshape(-1), total, bias_V=bias)
         return parts.loss
 
 
-@eager
-def _run(
-    loss: FusedLinearKDLoss,
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    targets: Teacher | None,
-    labels_N: Tensor,
-    num_batch_labels: float | Tensor | None,
-    bias_V: Tensor | None,
-    kd_ratio: float | None,
-) -> LossParts:
-    _check_shapes(hidden_ND, weight_VD, targets, labels_N)
-    device = hidden_ND.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
-    group = vocab_group(weight_VD, 0) or loss.tp_group
-    local_VD = local_part(weight_VD)
-    whole_ND = replicated(hidden_ND).to(dtype)
-    local_V = None if bias_V is None else local_part(bias_V)
-    with torch.autocast(device, enabled=False):
-        shard = VocabShard.of(len(local_VD), group, loss.vocab_size, local_part(labels_N))
-        keep_N, labels_N = valid_rows(local_part(labels_N), loss.ignore_index, shard.total)
-        mix = loss.objective.mix(*loss.mixing_weights(kd_ratio))
-        job = Job(
-            kernel=loss.objective.kernel(targets, labels_N, keep_N, shard, len(local_VD), mix),
-            keep_N=keep_N,
-            rows=len(labels_N),
-            total=row_total(num_batch_labels, len(labels_N)),
-            chunk_size=loss.chunk_size,
-            shard=shard,
-            check=loss.check,
-            gradient=torch.is_grad_enabled(),
-        )
-        arguments = (whole_ND, local_VD, local_V, job, loss.logit_multiplier, loss.softcap)
-        return LossParts(*FusedLinear.apply(*arguments))  # type: ignore[no-untyped-call]  # torch does not annotate it
-
-
-def _check_shapes(hidden_ND: Tensor, weight_VD: Tensor, targets: Teacher | None, labels_N: Tensor) -> None:
+def _check_shapes(hidden_ND: Tensor, weight_VD: Tensor, *, targets: Teacher | None, labels_N: Tensor) -> None:
     rows = {"labels_N": labels_N.shape, "hidden_ND": hidden_ND.shape[:1]}
     if isinstance(targets, Tensor):
         rows["targets"] = targets.shape[:1]
     elif targets is not None:
-        rows["targets"] = (targets.ids_NE if hasattr(targets, "ids_NE") else targets.hidden_ND).shape[:1]
+        rows["targets"] = (targets.ids_NE if isinstance(targets, SparseTargets) else targets.hidden_ND).shape[:1]
     if hidden_ND.ndim != 2 or len(set(rows.values())) != 1:
         found = ", ".join(f"{name} {tuple(shape)}" for name, shape in rows.items())
         raise ValueError(f"rows do not fit: {found} (hidden is {tuple(hidden_ND.shape)}); flatten batches to [N, D]")
@@ -240,7 +229,7 @@ def _check_shapes(hidden_ND: Tensor, weight_VD: Tensor, targets: Teacher | None,
         raise ValueError(f"weight {tuple(weight_VD.shape)} does not fit hidden {tuple(hidden_ND.shape)}")
 
 
-def _one_ratio(kd_ratio: float, kd_coef: float | None, weights: tuple[float, float] | None) -> float:
+def _one_ratio(kd_ratio: float, kd_coef: float | None, *, weights: tuple[float, float] | None) -> float:
     """kd_ratio under either name, unless fixed weights say otherwise: no setting is quietly ignored."""
     given = {} if kd_ratio == _DEFAULT_RATIO else {"kd_ratio": kd_ratio}
     if kd_coef is not None:
@@ -249,20 +238,20 @@ def _one_ratio(kd_ratio: float, kd_coef: float | None, weights: tuple[float, flo
         given["kd_loss_weight and sft_loss_weight"] = weights[0]
     if len(given) > 1:
         raise ValueError(f"{', '.join(given)} all say how the losses are mixed; give one of them")
-    ratio = kd_ratio if kd_coef is None else kd_coef
-    _check_ratio(ratio)
+    name, ratio = ("kd_ratio", kd_ratio) if kd_coef is None else ("kd_coef", kd_coef)
+    _check_ratio(name, ratio)
     return ratio
 
 
-def _check_ratio(ratio: float) -> None:
+def _check_ratio(name: str, ratio: float) -> None:
     if not 0.0 <= ratio <= 1.0:
-        raise ValueError(f"kd_ratio is {ratio}, allowed is 0 to 1")
+        raise ValueError(f"{name} is {ratio}, allowed is 0 to 1")
 
 
 def _fixed_weights(kd: float | None, sft: float | None) -> tuple[float, float] | None:
     if kd is None and sft is None:
         return None
-    kd, sft = 1.0 if kd is None else kd, 1.0 if sft is None else sft
-    if kd < 0 or sft < 0 or kd + sft == 0:
-        raise ValueError(f"kd_loss_weight is {kd}, sft_loss_weight is {sft}; expected numbers >= 0, not both 0")
+    kd, sft = 1.0 if kd is None else kd, 0.0 if sft is None else sft
+    if not (kd >= 0.0 and sft >= 0.0 and 0.0 < kd + sft < math.inf):
+        raise ValueError(f"kd_loss_weight is {kd}, sft_loss_weight is {sft}; expected finite numbers >= 0, not both 0")
     return kd, sft

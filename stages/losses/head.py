@@ -5,10 +5,19 @@ Shape suffixes: C rows of a chunk, D hidden width, V local vocabulary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+def check_rule(*, softcap: float | None, multiplier: float) -> None:
+    """Raises ValueError for a cap or a factor on logits that leaves no logits."""
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}, expected a finite number above 0, or None for no cap")
+    if not (math.isfinite(multiplier) and multiplier != 0.0):
+        raise ValueError(f"logit_multiplier is {multiplier}, expected a finite number other than 0")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

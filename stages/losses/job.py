@@ -9,6 +9,7 @@ Shape suffixes: N rows that take part, C rows of a chunk.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
@@ -49,6 +50,7 @@ class Job:
         shard: which part of the vocabulary is local.
         check: raise on a row whose loss is not finite.
         gradient: whether any gradient is wanted.
+        late: divide gradients by total in backward only, after a loss scale came in: float16 would lose the small ones.
     """
 
     kernel: RowKernel
@@ -59,6 +61,12 @@ class Job:
     shard: VocabShard
     check: bool = False
     gradient: bool = True
+    late: bool = False
+
+    @property
+    def gradient_total(self) -> float:
+        """What gradients are divided by in the forward pass."""
+        return 1.0 if self.late else self.total
 
     def spans(self, extra_buffers: int = 0) -> Iterator[slice]:
         """Rows of each chunk, such that all buffers together hold at most chunk_size rows."""
@@ -84,13 +92,15 @@ def row_total(num_batch_labels: float | Tensor | None, rows: int) -> float:
     """What sums over rows are divided by; 1 where there is nothing to divide.
 
     Raises:
-        ValueError: a total that is not positive although there are rows.
+        ValueError: a total that is not finite and positive although there are rows.
     """
     if num_batch_labels is None or rows == 0:
         return float(max(rows, 1))
     total = float(num_batch_labels)
-    if not total > 0:
-        raise ValueError(f"num_batch_labels is {total}, but this call alone has {rows} valid labels")
+    if not 0 < total < math.inf:
+        raise ValueError(
+            f"num_batch_labels is {total}, but this call alone has {rows} valid labels; expected a finite number"
+        )
     return total
 
 
@@ -100,6 +110,7 @@ def finish(
     """Keeps the gradients for backward and gives loss, kd and ce from the sums over rows, at least in float32."""
     # Attributes, because save_for_backward would copy tensors that are neither inputs nor outputs.
     ctx.gradients = gradients
+    ctx.total = job.total / job.gradient_total
     kd, ce = kd / job.total, ce / job.total
     mix = job.kernel.mix
     # A part of weight 0 is left out rather than multiplied: 0 * inf is NaN.
@@ -119,13 +130,18 @@ def hand_over(ctx: Any, d_loss: Tensor | None) -> list[Tensor | None]:
             "this loss was already backpropagated and has given its gradients away; pass retain_graph=True to the "
             "first backward to call it twice"
         )
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "create_graph=True: a loss that forms its gradient in the forward pass has no second derivative"
+        )
     if d_loss is None:
         return [None for _ in gradients]
+    factor = d_loss / ctx.total
     if torch._C._autograd._get_current_graph_task_keep_graph():
-        return [None if gradient is None else gradient * d_loss.to(gradient.dtype) for gradient in gradients]
+        return [None if gradient is None else gradient * factor for gradient in gradients]
     ctx.gradients = None
-    if float(d_loss) != 1.0:
+    if float(factor) != 1.0:
         for gradient in gradients:
             if gradient is not None:
-                gradient.mul_(d_loss)
+                gradient.mul_(factor)
     return gradients

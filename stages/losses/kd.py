@@ -52,8 +52,7 @@ class KDLoss(nn.Module):
         check: bool = False,
     ) -> None:
         super().__init__()
-        if chunk_size < 0:
-            raise ValueError(f"chunk_size is {chunk_size}, expected a number of rows, or 0 to choose one")
+        self.ignore_index, self.temperature = ignore_index, temperature
         self.objective = Objective(
             divergence=make_divergence(divergence),
             tail=tail,
@@ -61,9 +60,16 @@ class KDLoss(nn.Module):
             logits_scale=logits_scale,
             target_logits_scale=target_logits_scale,
         )
-        self.ignore_index, self.fp32_upcast, self.tp_group = ignore_index, fp32_upcast, tp_group
-        self.chunk_size, self.vocab_size, self.check = chunk_size, vocab_size, check
+        self.settings = LogitSettings(
+            ignore_index=ignore_index,
+            fp32_upcast=fp32_upcast,
+            tp_group=tp_group,
+            chunk_size=chunk_size,
+            vocab_size=vocab_size,
+            check=check,
+        )
 
+    @eager
     def forward(
         self,
         student_logits: Tensor,
@@ -82,32 +88,20 @@ class KDLoss(nn.Module):
                 sum / num_batch_labels; None takes the mean over this call.
 
         Raises:
+            TypeError: a teacher that is neither logits nor sparse rows.
             ValueError: shapes, labels, vocabularies or rows that do not fit.
         """
-        return _run(self, student_logits, teacher_logits, labels, num_batch_labels)
-
-
-@eager
-def _run(
-    loss: KDLoss,
-    student_logits: Tensor,
-    teacher_logits: Tensor | SparseTargets,
-    labels: Tensor,
-    num_batch_labels: float | Tensor | None,
-) -> Tensor:
-    return logit_loss(
-        student_logits,
-        teacher_logits,
-        labels,
-        objective=loss.objective,
-        weights=(1.0, 0.0),
-        settings=LogitSettings(
-            ignore_index=loss.ignore_index,
-            fp32_upcast=loss.fp32_upcast,
-            tp_group=loss.tp_group,
-            chunk_size=loss.chunk_size,
-            vocab_size=loss.vocab_size,
-            check=loss.check,
-        ),
-        num_batch_labels=num_batch_labels,
-    )
+        if not isinstance(teacher_logits, Tensor | SparseTargets):
+            raise TypeError(
+                f"teacher_logits is a {type(teacher_logits).__name__}, expected a tensor or SparseTargets; "
+                "a TeacherHead goes with FusedLinearKDLoss"
+            )
+        return logit_loss(
+            student_logits,
+            teacher_logits,
+            labels,
+            objective=self.objective,
+            weights=(1.0, 0.0),
+            settings=self.settings,
+            num_batch_labels=num_batch_labels,
+        )

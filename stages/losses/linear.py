@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from stages.losses.chunk import LogitChunk, row_dtype
 from stages.losses.head import OutputHead
@@ -55,11 +54,11 @@ class FusedLinear(torch.autograd.Function):
             if gradients.wanted:
                 if slope_CV is not None:
                     chunk.logits_CV.mul_(slope_CV)
+                    slope_CV = None  # the next chunk's would be made beside it
                 gradients.add(chunk.logits_CV, hidden_CD, head, rows_C, first=span.start == 0)
         return finish(ctx, job, kd, ce, gradients.finish(job), hidden_ND.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_loss: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
         """The kept gradients times the incoming scalar."""
         return *hand_over(ctx, d_loss), None, None, None
@@ -71,13 +70,13 @@ class _Gradients:
     def __init__(self, ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, job: Job) -> None:
         hidden, weight, bias = (job.gradient and needed for needed in ctx.needs_input_grad[:3])
         self.wanted = hidden or weight or bias
-        self.columns, self.total = job.shard.size, job.total
+        self.columns, self.total = job.shard.size, job.gradient_total
         self.hidden_ND = torch.zeros_like(hidden_ND) if hidden else None
         # The first chunk overwrites real tokens: zeroing them would cost a pass over the whole weight.
-        self.weight_VD = torch.empty_like(weight_VD) if weight else None
+        self.weight_VD = torch.empty_like(weight_VD, dtype=_sum_dtype(weight_VD)) if weight else None
         if self.weight_VD is not None:
             self.weight_VD[self.columns if job.rows else 0 :].zero_()
-        self.bias_V = torch.zeros_like(bias_V) if bias and bias_V is not None else None
+        self.bias_V = torch.zeros_like(bias_V, dtype=_sum_dtype(bias_V)) if bias and bias_V is not None else None
 
     def add(
         self, d_logits_CV: Tensor, hidden_CD: Tensor, head: OutputHead, rows_C: slice | Tensor, *, first: bool
@@ -96,6 +95,11 @@ class _Gradients:
         if self.hidden_ND is not None and job.shard.group is not None:
             dist.all_reduce(self.hidden_ND, group=job.shard.group)
         return [self.hidden_ND, self.weight_VD, self.bias_V]
+
+
+def _sum_dtype(parameter: Tensor) -> torch.dtype:
+    """In what gradients are added up over tokens: float16 would overflow before they are divided by their number."""
+    return torch.float32 if parameter.dtype == torch.float16 else parameter.dtype
 
 
 def _add_outer(d_weight_VD: Tensor, d_logits_CV: Tensor, hidden_CD: Tensor, factor: float, *, first: bool) -> None:

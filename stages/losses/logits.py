@@ -11,14 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from stages.losses.chunk import LogitChunk, row_dtype
 from stages.losses.job import Job, finish, hand_over, row_total
 from stages.losses.objective import Objective
 from stages.losses.rows import LogitRows, valid_rows
 from stages.losses.targets import SparseTargets
-from stages.losses.vocab import VocabShard, local_part, vocab_group
+from stages.losses.vocab import VocabShard, check_vocab_size, local_part, vocab_group
 
 # Memory of one chunk where chunk_size leaves it to us: small enough to stay in a shared cache.
 _CHUNK_BYTES = 1 << 24
@@ -31,9 +30,9 @@ class FromLogits(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, job: Job, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Losses; the gradient is formed here, in the logits' precision, from chunks in that of `dtype`."""
         gradient = job.gradient and ctx.needs_input_grad[0]
-        source = LogitRows(logits, job.keep_N, job.shard.size)
+        source = LogitRows(logits, keep_N=job.keep_N, columns=job.shard.size)
         d_logits = logits.new_zeros(logits.shape) if gradient else None
-        target = None if d_logits is None else LogitRows(d_logits, job.keep_N, job.shard.size)
+        target = None if d_logits is None else LogitRows(d_logits, keep_N=job.keep_N, columns=job.shard.size)
         chunk: LogitChunk | None = None
         kd = ce = torch.zeros((), dtype=row_dtype(logits.device), device=logits.device)
         for span in job.spans():
@@ -48,7 +47,6 @@ class FromLogits(torch.autograd.Function):
         return finish(ctx, job, kd, ce, [d_logits], logits.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_loss: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
         """The kept gradient times the incoming scalar."""
         return *hand_over(ctx, d_loss), None, None
@@ -64,6 +62,11 @@ class LogitSettings:
     chunk_size: int = 0
     vocab_size: int | None = None
     check: bool = False
+
+    def __post_init__(self) -> None:
+        if self.chunk_size < 0:
+            raise ValueError(f"chunk_size is {self.chunk_size}, expected a number of rows, or 0 to choose one")
+        check_vocab_size(self.vocab_size)
 
 
 def logit_loss(
@@ -85,16 +88,16 @@ def logit_loss(
     group = vocab_group(student_logits, -1) or settings.tp_group
     logits, labels_N = local_part(student_logits), local_part(labels).reshape(-1)
     with torch.autocast(logits.device.type, enabled=False):
-        columns = logits.shape[-1]
-        shard = VocabShard.of(columns, group, settings.vocab_size, labels_N)
-        keep_N, labels_N = valid_rows(labels_N, settings.ignore_index, shard.total)
+        shard = VocabShard.of(logits.shape[-1], labels_N, group=group, vocab_size=settings.vocab_size)
+        keep_N, labels_N = valid_rows(labels_N, ignore_index=settings.ignore_index, vocab_size=shard.total)
         total = row_total(num_batch_labels, len(labels_N))
         wide = torch.promote_types(logits.dtype, torch.float32)
         # A dense teacher is compared block by block in float32 anyway.
         dtype = logits.dtype if isinstance(teacher, Tensor) or not settings.fp32_upcast else wide
-        mix = objective.mix(*weights, gradient_scale=1.0 / total)
+        late = logits.dtype == torch.float16
+        mix = objective.mix(*weights, gradient_scale=1.0 if late else 1.0 / total)
         job = Job(
-            kernel=objective.kernel(teacher, labels_N, keep_N, shard, columns, mix),
+            kernel=objective.kernel(teacher, labels_N, keep_N=keep_N, shard=shard, mix=mix),
             keep_N=keep_N,
             rows=len(labels_N),
             total=total,
@@ -102,6 +105,7 @@ def logit_loss(
             shard=shard,
             check=settings.check,
             gradient=torch.is_grad_enabled(),
+            late=late,
         )
         parts = FromLogits.apply(logits, job, dtype)  # type: ignore[no-untyped-call]  # torch does not annotate it
         loss: Tensor = parts[0]

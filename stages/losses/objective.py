@@ -18,7 +18,7 @@ from stages.losses.kernel import Mix, RowKernel
 from stages.losses.rows import LogitRows
 from stages.losses.sparse import SparseRows
 from stages.losses.tail import check_tail, prepare_teacher, resolve_tail
-from stages.losses.targets import SparseTargets
+from stages.losses.targets import SparseTargets, check_distinct
 from stages.losses.vocab import VocabShard
 
 Teacher: TypeAlias = SparseTargets | TeacherHead | Tensor
@@ -49,7 +49,7 @@ class Objective:
                 raise ValueError(f"{name} is {value}, expected a finite number above 0")
         check_tail(self.tail, self.divergence)
 
-    def mix(self, kd: float, ce: float, gradient_scale: float = 1.0) -> Mix:
+    def mix(self, kd: float, ce: float, *, gradient_scale: float = 1.0) -> Mix:
         """Weights of the parts, with this objective's scales."""
         return Mix(
             kd=kd,
@@ -63,9 +63,9 @@ class Objective:
         self,
         teacher: Teacher | None,
         labels_N: Tensor,
+        *,
         keep_N: Tensor | None,
         shard: VocabShard,
-        columns: int,
         mix: Mix,
     ) -> RowKernel:
         """The row kernel for one batch.
@@ -75,7 +75,6 @@ class Objective:
             labels_N: labels of the rows that take part.
             keep_N: numbers of those rows, None for all.
             shard: the student's part of the vocabulary.
-            columns: the student's local columns, padding included.
             mix: weights.
 
         Raises:
@@ -89,25 +88,27 @@ class Objective:
             )
         if isinstance(teacher, SparseTargets):
             rows = teacher if keep_N is None else teacher.rows(keep_N)
-            return self._sparse(rows, labels_N, shard, mix)
+            return self._sparse(rows, labels_N, shard=shard, mix=mix)
         if self.tail is not None:
             raise ValueError(f"tail={self.tail!r} is for sparse rows; a dense teacher has no tail: leave it None")
         scale = self.target_logits_scale / self.temperature
         if isinstance(teacher, TeacherHead):
-            local = teacher.local(shard, columns)
+            local = teacher.local(shard)
             return DenseRows(ProjectedLogits(local, keep_N, shard.size), scale, labels_N, self.divergence, mix)
-        logits = shard.slice_of(teacher.detach(), columns, "the teacher")
-        given = LogitRows(logits, keep_N, shard.size)
+        logits = shard.slice_of(teacher.detach(), "the teacher")
+        given = LogitRows(logits, keep_N=keep_N, columns=shard.size)
         return DenseRows(given.read, scale, labels_N, self.divergence, mix)
 
-    def _sparse(self, targets: SparseTargets, labels_N: Tensor, shard: VocabShard, mix: Mix) -> SparseRows:
+    def _sparse(self, targets: SparseTargets, labels_N: Tensor, *, shard: VocabShard, mix: Mix) -> SparseRows:
         strange_NE = (targets.head_NE | targets.sample_NE) & ((targets.ids_NE < 0) | (targets.ids_NE >= shard.total))
         if bool(strange_NE.any()):
             raise ValueError(
                 f"the teacher's rows hold token id {int(targets.ids_NE[strange_NE][0])}, the student's vocabulary has "
                 f"{shard.total} tokens; a store serves students with the teacher's own token ids only"
             )
+        check_distinct(targets)
         temperature = self.temperature / self.target_logits_scale
-        policy = resolve_tail(self.tail, self.divergence, targets, temperature)
-        teacher = prepare_teacher(targets, policy, temperature, labels_N, row_dtype(labels_N.device))
+        policy = resolve_tail(self.tail, self.divergence, targets=targets, temperature=temperature)
+        dtype = row_dtype(labels_N.device)
+        teacher = prepare_teacher(targets, policy, temperature=temperature, labels_N=labels_N, dtype=dtype)
         return SparseRows(teacher, labels_N, self.divergence, mix)

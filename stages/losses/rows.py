@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 
-def valid_rows(labels_N: Tensor, ignore_index: int, vocab_size: int) -> tuple[Tensor | None, Tensor]:
-    """Numbers of the rows that take part (None for all), and their labels.
+def valid_rows(labels_N: Tensor, *, ignore_index: int, vocab_size: int) -> tuple[Tensor | None, Tensor]:
+    """Numbers of the rows that take part (None for all), and their labels in int64.
 
     Raises:
-        ValueError: a label that is no token.
+        ValueError: labels that are no integers, or one that is no token.
     """
+    if labels_N.dtype == torch.bool or labels_N.is_floating_point():
+        raise ValueError(f"labels are {labels_N.dtype}, expected token ids of an integer type")
+    labels_N = labels_N.long()
     valid_N = labels_N != ignore_index
     keep_N = None if bool(valid_N.all()) else valid_N.nonzero().squeeze(-1)
     kept_N = labels_N if keep_N is None else labels_N[keep_N]
@@ -38,7 +41,7 @@ class LogitRows:
         columns: leading columns that are real tokens.
     """
 
-    def __init__(self, logits: Tensor, keep_N: Tensor | None, columns: int) -> None:
+    def __init__(self, logits: Tensor, *, keep_N: Tensor | None, columns: int) -> None:
         self._lead, self._columns, self._keep_N = logits.shape[:-1], columns, keep_N
         self._logits = logits
         if logits.is_contiguous():

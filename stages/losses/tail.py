@@ -87,7 +87,7 @@ def check_tail(tail: str | None, divergence: Divergence) -> None:
         )
 
 
-def resolve_tail(tail: str | None, divergence: Divergence, targets: SparseTargets, temperature: float) -> str:
+def resolve_tail(tail: str | None, divergence: Divergence, *, targets: SparseTargets, temperature: float) -> str:
     """The policy that applies: the one asked for, else `sampled` where samples and a linear loss allow it."""
     if tail is not None:
         return tail
@@ -95,7 +95,7 @@ def resolve_tail(tail: str | None, divergence: Divergence, targets: SparseTarget
 
 
 def prepare_teacher(
-    targets: SparseTargets, policy: str, temperature: float, labels_N: Tensor, dtype: torch.dtype
+    targets: SparseTargets, policy: str, *, temperature: float, labels_N: Tensor, dtype: torch.dtype
 ) -> TeacherEntries:
     """Turns stored rows into the numbers of one policy.
 
@@ -110,12 +110,12 @@ def prepare_teacher(
         ValueError: rows that lack what the policy needs.
     """
     if policy == "sampled":
-        return _sampled(targets, temperature, dtype)
-    head_NE, log_p_NE, log_tail_N = _head_at(targets, temperature, dtype, need_tail="renormalize" not in policy)
+        return _sampled(targets, temperature, dtype=dtype)
+    head_NE, log_p_NE, log_tail_N = _head_at(targets, temperature, dtype=dtype, need_tail="renormalize" not in policy)
     if policy == "bucket":
         return TeacherEntries(ids_NE=targets.ids_NE, used_NE=head_NE, log_p_NE=log_p_NE, log_tail_N=log_tail_N)
     if policy == "residual_to_label":
-        return _residual_to_label(targets, head_NE, log_p_NE, log_tail_N.exp(), labels_N)
+        return _residual_to_label(targets, labels_N, p_NE=log_p_NE.exp(), r_N=log_tail_N.exp())
     log_p_NE = log_p_NE - log_p_NE.logsumexp(-1, keepdim=True)
     if policy == "renormalize_both":
         return TeacherEntries(ids_NE=targets.ids_NE, used_NE=head_NE, log_p_NE=log_p_NE)
@@ -129,7 +129,7 @@ def prepare_teacher(
 
 
 def _head_at(
-    targets: SparseTargets, temperature: float, dtype: torch.dtype, *, need_tail: bool
+    targets: SparseTargets, temperature: float, *, dtype: torch.dtype, need_tail: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Head mask, log p_T of the head (-inf elsewhere) and log r_T.
 
@@ -144,7 +144,7 @@ def _head_at(
     if temperature == 1.0:
         logit_N = targets.tail_logit_N.to(dtype)
     elif need_tail:
-        logit_N = _at(targets.tail_logit_by_temperature, temperature, "tail_logit").to(dtype)
+        logit_N = _at(targets.tail_logit_by_temperature, temperature, what="tail_logit").to(dtype)
         _warn_heavy_tail(logit_N, temperature)
     else:
         logit_N = torch.zeros_like(targets.tail_logit_N, dtype=dtype)
@@ -153,7 +153,7 @@ def _head_at(
     return head_NE, log_p_NE, torch.nn.functional.logsigmoid(logit_N)
 
 
-def _sampled(targets: SparseTargets, temperature: float, dtype: torch.dtype) -> TeacherEntries:
+def _sampled(targets: SparseTargets, temperature: float, *, dtype: torch.dtype) -> TeacherEntries:
     """p_hat = p on the head, r * count / M on samples; at T != 1 samples carry the weight p_T / p besides."""
     if targets.draws == 0:
         raise ValueError("tail='sampled', but the rows hold no tail samples (draws is 0): use tail='bucket'")
@@ -170,8 +170,8 @@ def _sampled(targets: SparseTargets, temperature: float, dtype: torch.dtype) -> 
                 "use tail='bucket'"
             )
         warnings.warn(f"tail='sampled' at temperature {temperature:g}: its variance grows fast with T", stacklevel=5)
-        entropy_N = _at(targets.entropy_by_temperature, temperature, "entropy")
-        _, log_p_NE, _ = _head_at(targets, temperature, dtype, need_tail=True)
+        entropy_N = _at(targets.entropy_by_temperature, temperature, what="entropy")
+        _, log_p_NE, _ = _head_at(targets, temperature, dtype=dtype, need_tail=True)
         # log Z_T from the head: sum_H p^(1/T) / Z_T = 1 - r_T, and log p_T - (log p) / T is the same for every entry.
         shift_N1 = log_p_NE[:, :1] - targets.logprob_NE[:, :1].to(dtype) / temperature
         sampled_NE = targets.sample_logprob_NE.to(dtype).masked_fill(~sample_NE, 0.0)
@@ -190,25 +190,22 @@ def _sampled(targets: SparseTargets, temperature: float, dtype: torch.dtype) -> 
     )
 
 
-def _residual_to_label(
-    targets: SparseTargets, head_NE: Tensor, log_p_NE: Tensor, r_N: Tensor, labels_N: Tensor
-) -> TeacherEntries:
+def _residual_to_label(targets: SparseTargets, labels_N: Tensor, *, p_NE: Tensor, r_N: Tensor) -> TeacherEntries:
     """p_hat(label) += r, wherever the label lies; the value is the KL of that p_hat, so its own entropy counts."""
-    p_NE = log_p_NE.exp()
-    is_label_NE = head_NE & (targets.ids_NE == labels_N.unsqueeze(-1))
+    is_label_NE = targets.head_NE & (targets.ids_NE == labels_N.unsqueeze(-1))
     whole_NE = p_NE + is_label_NE * r_N.unsqueeze(-1)
     outside_N = torch.where(is_label_NE.any(-1), 0.0, r_N)
     negentropy_N = -torch.special.entr(whole_NE).sum(-1) - torch.special.entr(outside_N)
     return TeacherEntries(
         ids_NE=targets.ids_NE,
-        used_NE=head_NE,
+        used_NE=targets.head_NE,
         estimate_NE=whole_NE,
         label_mass_N=outside_N,
         negentropy_N=negentropy_N,
     )
 
 
-def _at(stored: Mapping[float, Tensor], temperature: float, what: str) -> Tensor:
+def _at(stored: Mapping[float, Tensor], temperature: float, *, what: str) -> Tensor:
     """The stored column of that temperature."""
     for key, value in stored.items():
         if math.isclose(key, temperature, rel_tol=1e-6):

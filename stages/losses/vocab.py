@@ -23,6 +23,7 @@ class VocabShard:
     Attributes:
         start: first local id.
         size: number of local ids, real tokens only.
+        columns: local columns, padding included.
         total: number of real tokens over all processes.
         width: columns over all processes, padding included.
         widest: columns of the widest shard: what must be the same everywhere may depend on it.
@@ -32,6 +33,7 @@ class VocabShard:
 
     start: int
     size: int
+    columns: int
     total: int
     width: int
     widest: int
@@ -39,7 +41,9 @@ class VocabShard:
     group: dist.ProcessGroup | None = None
 
     @classmethod
-    def of(cls, columns: int, group: dist.ProcessGroup | None, vocab_size: int | None, labels_N: Tensor) -> VocabShard:
+    def of(
+        cls, columns: int, labels_N: Tensor, *, group: dist.ProcessGroup | None, vocab_size: int | None
+    ) -> VocabShard:
         """Describes `columns` local logit columns.
 
         Shards lie in rank order and may be uneven; their sizes are gathered once. Columns at or beyond `vocab_size`
@@ -48,11 +52,10 @@ class VocabShard:
         Raises:
             ValueError: vocab_size beyond the columns, or a group whose processes hold different labels.
         """
-        sizes = [columns]
-        rank = 0
+        sizes, rank = [columns], 0
         if group is not None:
             rank = dist.get_rank(group)
-            sizes = _gather_sizes(columns, labels_N, rank, group)
+            sizes = _gather_sizes(columns, labels_N, group=group)
         start, width = sum(sizes[:rank]), sum(sizes)
         total = width if vocab_size is None else vocab_size
         if total > width:
@@ -60,6 +63,7 @@ class VocabShard:
         return cls(
             start=start,
             size=max(0, min(columns, total - start)),
+            columns=columns,
             total=total,
             width=width,
             widest=max(sizes),
@@ -93,12 +97,11 @@ class VocabShard:
         here = (column >= 0) & (column < self.size)
         return column.masked_fill(~here, 0), here
 
-    def slice_of(self, full: Tensor, columns: int, what: str) -> Tensor:
+    def slice_of(self, full: Tensor, what: str) -> Tensor:
         """The local part of a teacher's vocabulary axis (the last), which may be given whole or already sharded.
 
         Args:
             full: [*, V] or [*, columns]; a DTensor sharded by vocabulary must be cut where the student is.
-            columns: local columns of the student, padding included.
             what: how errors name it.
 
         Raises:
@@ -107,19 +110,20 @@ class VocabShard:
         sharded = vocab_group(full, -1) is not None
         full = local_part(full)
         width = full.shape[-1]
-        if width == columns:
+        if width == self.columns:
             return full[..., : self.size]
         if not sharded and (width == self.width or (self.declared and width >= self.total)):
             return full[..., self.start : self.start + self.size]
         place = " here" if sharded else ""
         raise ValueError(
-            f"{what} has {width} vocabulary columns{place}, the student has {columns}; if both share a vocabulary and "
-            "differ in padding only, give vocab_size, the number of real tokens; others cannot be compared"
+            f"{what} has {width} vocabulary columns{place}, the student has {self.columns}; if both share a vocabulary "
+            "and differ in padding only, give vocab_size, the number of real tokens; others cannot be compared"
         )
 
 
-def _gather_sizes(columns: int, labels_N: Tensor, rank: int, group: dist.ProcessGroup) -> list[int]:
+def _gather_sizes(columns: int, labels_N: Tensor, *, group: dist.ProcessGroup) -> list[int]:
     """Columns of each process, after making sure that all hold the same rows."""
+    rank = dist.get_rank(group)
     place_N = torch.arange(1, len(labels_N) + 1, device=labels_N.device)
     gathered = torch.zeros(dist.get_world_size(group), 2, dtype=torch.int64, device=labels_N.device)
     gathered[rank, 0], gathered[rank, 1] = columns, (labels_N * place_N).sum() + len(labels_N)
@@ -131,6 +135,12 @@ def _gather_sizes(columns: int, labels_N: Tensor, rank: int, group: dist.Process
         )
     sizes: list[int] = gathered[:, 0].tolist()
     return sizes
+
+
+def check_vocab_size(vocab_size: int | None) -> None:
+    """Raises ValueError unless it is a number of tokens, or None where every column is one."""
+    if vocab_size is not None and vocab_size < 1:
+        raise ValueError(f"vocab_size is {vocab_size}, expected at least 1 token, or None where no column is padding")
 
 
 def vocab_group(tensor: Tensor, dim: int) -> dist.ProcessGroup | None:

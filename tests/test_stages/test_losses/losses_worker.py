@@ -36,6 +36,7 @@ from stages.losses import (
 
 N, D, V = 11, 6, 23
 LABELS = torch.tensor([0, 22, -100, 4, 5, 13, 7, -100, 8, 20, 11])
+FACTOR = 2.5  # on the loss, before backward
 NAMES = ["forward_kl", "reverse_kl", "jsd(0.1)", "skew_forward_kl", "skew_reverse_kl", "mixed", "tvd"]
 
 
@@ -44,7 +45,8 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
 
 
 def rows(draws: int = 5) -> SparseTargets:
-    return SparseTargets.from_logits(rand(N, V, seed=1) * 2, 6, draws=draws, generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    return SparseTargets.from_logits(rand(N, V, seed=1) * 2, 6, draws=draws, generator=generator, temperatures=(2.0,))
 
 
 def split(world: int) -> list[int]:
@@ -80,9 +82,9 @@ def check_logits(mesh: DeviceMesh, name: str, form: str, how: str) -> None:
         local = part(full.detach(), mesh, -1).requires_grad_()
         given: Tensor | SparseTargets = part(teacher, mesh, -1) if form == "dense" else rows()
         loss = KDLoss(tp_group=mesh.get_group(), **fields)(local, given, LABELS, 21)  # type: ignore[arg-type]
-        loss.backward()
+        (FACTOR * loss).backward()
         assert local.grad is not None
-        close(local.grad, part(gradient, mesh, -1))
+        close(local.grad, FACTOR * part(gradient, mesh, -1))
         if form == "dense":  # a teacher given whole is cut to the student's shard
             close(KDLoss(tp_group=mesh.get_group(), **fields)(local, teacher, LABELS, 21), expected)  # type: ignore[arg-type]
     else:
@@ -90,16 +92,20 @@ def check_logits(mesh: DeviceMesh, name: str, form: str, how: str) -> None:
         given = distribute_tensor(teacher, mesh, [Shard(1)]) if form == "dense" else rows()
         labels = distribute_tensor(LABELS, mesh, [Replicate()])
         loss = KDLoss(**fields)(sharded, given, labels, 21)  # type: ignore[arg-type]
-        loss.backward()
+        (FACTOR * loss).backward()
         assert isinstance(sharded.grad, DTensor)
-        close(sharded.grad.full_tensor(), gradient)
+        close(sharded.grad.full_tensor(), FACTOR * gradient)
     close(loss, expected)
 
 
-def check_fused(mesh: DeviceMesh, name: str, form: str, how: str, temperature: float = 1.0) -> None:
+def check_fused(
+    mesh: DeviceMesh, name: str, form: str, how: str, temperature: float = 1.0, softcap: float | None = None
+) -> None:
     """The fused form with a sharded weight: value, gradient of hidden, of the weight and of the bias."""
     hidden, weight, bias = ((rand(*s, seed=i)).requires_grad_() for i, s in enumerate([(N, D), (V, D), (V,)]))
     logits = hidden @ weight.t() + bias
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     head = TeacherHead(hidden_ND=rand(N, 4, seed=5), weight_VD=rand(V, 4, seed=6))
     if form == "dense":
         kd = reference.dense_kd(name, logits, head.hidden_ND @ head.weight_VD.t(), temperature)
@@ -108,12 +114,11 @@ def check_fused(mesh: DeviceMesh, name: str, form: str, how: str, temperature: f
     expected = 0.6 * reference.mean_over(kd, LABELS, 9) + 0.4 * reference.mean_over(
         reference.cross_entropy(logits, LABELS), LABELS, 9
     )
-    wanted = torch.autograd.grad(expected, [hidden, weight, bias])
+    wanted = torch.autograd.grad(FACTOR * expected, [hidden, weight, bias])
     tail = None if form == "dense" else form
     group = mesh.get_group() if how == "group" else None
-    loss = FusedLinearKDLoss(
-        divergence=name, tail=tail, kd_ratio=0.6, chunk_size=4, tp_group=group, temperature=temperature
-    )
+    fields = {"divergence": name, "tail": tail, "temperature": temperature, "softcap": softcap}
+    loss = FusedLinearKDLoss(kd_ratio=0.6, chunk_size=4, tp_group=group, **fields)  # type: ignore[arg-type]
     if how == "group":
         inputs = [hidden.detach(), part(weight.detach(), mesh, 0), part(bias.detach(), mesh, 0)]
         teacher_weight = part(head.weight_VD, mesh, 0)
@@ -124,7 +129,7 @@ def check_fused(mesh: DeviceMesh, name: str, form: str, how: str, temperature: f
     inputs = [x.requires_grad_() for x in inputs]
     teacher = TeacherHead(hidden_ND=head.hidden_ND, weight_VD=teacher_weight) if form == "dense" else rows()
     parts = loss(inputs[0], inputs[1], teacher, LABELS, 9, bias_V=inputs[2])
-    parts.loss.backward()
+    (FACTOR * parts.loss).backward()
     # unit_mass leaves a rounded sum out; collectives add a multiplication, which is exact in it
     close(parts.loss, expected, 1e-7)
     for x, whole in zip(inputs, wanted, strict=True):
@@ -147,10 +152,18 @@ def check_cross_entropy(mesh: DeviceMesh) -> None:
     close(local.grad, part(gradient, mesh, -1))
     sharded = distribute_tensor(full.detach(), mesh, [Shard(1)]).requires_grad_()
     for module in (MaskedCrossEntropy(), TEParallelCrossEntropy()):
-        close(module(sharded, LABELS), expected * 9)
-    hidden, weight = rand(N, D), rand(V, D, seed=1)
-    fused = FusedLinearCrossEntropy(tp_group=mesh.get_group())(hidden, LABELS, part(weight, mesh, 0))
-    close(fused, reference.mean_over(reference.cross_entropy(hidden @ weight.t(), LABELS), LABELS, 1))
+        total = module(sharded, LABELS)
+        close(total, expected * 9)
+        close(torch.autograd.grad(total, [sharded])[0].full_tensor(), gradient * 9)
+    hidden, weight = rand(N, D).requires_grad_(), rand(V, D, seed=1).requires_grad_()
+    expected = reference.mean_over(reference.cross_entropy(hidden @ weight.t(), LABELS), LABELS, 1)
+    wanted = torch.autograd.grad(expected, [hidden, weight])
+    mine = part(weight.detach(), mesh, 0).requires_grad_()
+    fused = FusedLinearCrossEntropy(tp_group=mesh.get_group(), chunk_size=4)(hidden, LABELS, mine)
+    close(fused, expected)
+    found = torch.autograd.grad(fused, [hidden, mine])
+    close(found[0], wanted[0])
+    close(found[1], part(wanted[1], mesh, 0))
 
 
 def check_bfloat16(mesh: DeviceMesh) -> None:
@@ -174,6 +187,24 @@ def check_bfloat16(mesh: DeviceMesh) -> None:
         assert local.grad.dtype == torch.bfloat16
         close(loss, expected, 1e-5)
         close(local.grad, part(gradient, mesh, -1), 2.0**-8)
+
+
+def check_bfloat16_fused(mesh: DeviceMesh) -> None:
+    """Products in bfloat16, weights in either precision, against the float64 reference of the same numbers."""
+    hidden, weight = rand(N, D).bfloat16(), rand(V, D, seed=1).bfloat16()
+    exact = [x.double().requires_grad_() for x in (hidden, weight)]
+    logits = exact[0] @ exact[1].t()
+    kd = reference.mean_over(reference.sparse_kd("forward_kl", logits, rows(), LABELS, "sampled"), LABELS)
+    expected = 0.5 * kd + 0.5 * reference.mean_over(reference.cross_entropy(logits, LABELS), LABELS)
+    wanted = torch.autograd.grad(expected, exact)
+    for dtype in (torch.bfloat16, torch.float32):
+        local = [hidden.clone().requires_grad_(), part(weight.to(dtype), mesh, 0).requires_grad_()]
+        parts = FusedLinearKDLoss(tp_group=mesh.get_group(), chunk_size=4)(local[0], local[1], rows(), LABELS)
+        found = torch.autograd.grad(parts.loss, local)
+        assert [x.dtype for x in found] == [torch.bfloat16, dtype]
+        close(parts.loss, expected, 2.0**-6)
+        close(found[0], wanted[0], 2.0**-5)
+        close(found[1], part(wanted[1], mesh, 0), 2.0**-5)
 
 
 def check_padded_vocabulary(mesh: DeviceMesh) -> None:
@@ -292,14 +323,16 @@ def cases() -> dict[str, tuple[int, Check]]:
                     check = partial(check_logits, name=name, form=form, how=how)
                     chosen[f"logits {name} {form} {how} {size}"] = size, check
             chosen[f"fused {name} {size}"] = size, partial(check_fused_everywhere, name=name)
-        chosen[f"sampled {size}"] = size, partial(check_logits, name="forward_kl", form="sampled", how="group")
-        chosen[f"fused sampled {size}"] = size, partial(check_fused, name="forward_kl", form="sampled", how="dtensor")
-        chosen[f"fused dense T=2 {size}"] = (
-            size,
-            partial(check_fused, name="jsd", form="dense", how="group", temperature=2.0),
-        )
+        for form in ("sampled", "renormalize", "residual_to_label"):
+            check = partial(check_logits, name="forward_kl", form=form, how="group")
+            chosen[f"logits {form} {size}"] = size, check
+            chosen[f"fused {form} {size}"] = size, partial(check_fused, name="forward_kl", form=form, how="dtensor")
+        for name, form in (("jsd", "dense"), ("jsd", "bucket"), ("forward_kl", "sampled")):
+            fused = partial(check_fused, name=name, form=form, how="group", temperature=2.0, softcap=2.5)
+            chosen[f"fused {name} {form} T=2 softcap {size}"] = size, fused
         chosen[f"cross-entropy {size}"] = size, check_cross_entropy
         chosen[f"bfloat16 {size}"] = size, check_bfloat16
+        chosen[f"bfloat16 fused {size}"] = size, check_bfloat16_fused
         chosen[f"padded vocabulary {size}"] = size, check_padded_vocabulary
         chosen[f"no valid label {size}"] = size, check_no_valid_label
         chosen[f"misuse {size}"] = size, check_misuse

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import MISSING, fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,7 +119,10 @@ def test_dispatch_errors() -> None:
         ("divergence", None, TypeError),
         ("tail", "bukket", ValueError),
         ("logits_scale", -1.0, ValueError),
+        ("target_logits_scale", float("inf"), ValueError),
         ("vocab_size", "many", TypeError),
+        ("vocab_size", 0, ValueError),
+        ("vocab_size", -1, ValueError),
     ],
 )
 def test_values_are_checked_as_well_as_names(field: str, value: object, error: type[Exception]) -> None:
@@ -131,26 +136,60 @@ def test_values_are_checked_as_well_as_names(field: str, value: object, error: t
         {"kd_ratio": 1.5},
         {"kd_coef": -0.1},
         {"kd_loss_weight": -1.0},
+        {"kd_loss_weight": float("nan")},
+        {"kd_loss_weight": float("inf")},
+        {"kd_loss_weight": 0.0},
         {"kd_loss_weight": 0.0, "sft_loss_weight": 0.0},
+        {"sft_loss_weight": float("nan")},
+        {"sft_loss_weight": float("inf")},
         {"kd_ratio": 0.3, "kd_coef": 0.4},
         {"kd_ratio": 0.3, "kd_loss_weight": 1.0},
         {"kd_coef": 0.4, "sft_loss_weight": 1.0},
         {"softcap": 0.0},
+        {"softcap": -30.0},
+        {"softcap": float("inf")},
+        {"softcap": float("nan")},
         {"logit_multiplier": 0.0},
+        {"logit_multiplier": float("inf")},
         {"chunk_size": 0},
+        {"vocab_size": 0},
     ],
 )
 def test_fused_values_are_checked(values: dict[str, float]) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=next(iter(values))):
         build_loss_config("FusedLinearKDLoss", **values)
-    for name in ("MaskedCrossEntropy", "TEParallelCrossEntropy", "FusedLinearCrossEntropy"):
-        with pytest.raises(ValueError, match="reduction is 'none'"):
-            build_loss_config(name, reduction="none")
+    if values.keys() <= {"softcap", "logit_multiplier"}:
+        with pytest.raises(ValueError, match=next(iter(values))):
+            losses.TeacherHead(hidden_ND=torch.zeros(1, 2), weight_VD=torch.zeros(3, 2), **values)
+
+
+@pytest.mark.parametrize("name", ["MaskedCrossEntropy", "TEParallelCrossEntropy", "FusedLinearCrossEntropy"])
+@pytest.mark.parametrize(
+    ("field", "value"), [("reduction", "none"), ("chunk_size", -1), ("vocab_size", 0), ("vocab_size", -1)]
+)
+def test_values_of_cross_entropies_are_checked(name: str, field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{field} is {value!r}, "):
+        build_loss_config(name, **{field: value})
+
+
+@pytest.mark.parametrize("cap", [-1.0, float("inf"), float("nan")])
+def test_the_cap_of_fused_cross_entropy_is_checked(cap: float) -> None:
+    with pytest.raises(ValueError, match="softcap"):
+        build_loss_config("FusedLinearCrossEntropy", logit_softcapping=cap)
 
 
 def test_integers_are_numbers_and_configs_are_not_shared() -> None:
     assert KDLossConfig(temperature=2).temperature == 2
     assert LossFromFactoryConfig().kwargs is not LossFromFactoryConfig().kwargs
+
+
+def test_the_guide_runs_and_names_everything() -> None:
+    guide = (Path(__file__).parents[3] / "docs" / "losses.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    assert len(blocks) == 1
+    exec(blocks[0], {})
+    for name in (*LOSS_CONFIG_REGISTRY, *losses.DIVERGENCES, *losses.TAIL_POLICIES):
+        assert f"`{name}" in guide, name
 
 
 class KDLoss(nn.Module):

@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.losses import KDLoss, MaskedCrossEntropy, SparseTargets
+from stages.losses import (
+    LOSS_CONFIG_REGISTRY,
+    FusedLinearKDLoss,
+    KDLoss,
+    MaskedCrossEntropy,
+    SparseTargets,
+    build_loss_module,
+)
 
 B, T, V = 2, 5, 31
 
@@ -37,6 +44,14 @@ def test_signature_of_nemo_automodel() -> None:
     call = list(inspect.signature(KDLoss.forward).parameters.values())[1:]
     assert [p.name for p in call] == ["student_logits", "teacher_logits", "labels", "num_batch_labels"]
     assert call[3].default is None
+
+
+@pytest.mark.parametrize("name", LOSS_CONFIG_REGISTRY)
+def test_recipes_of_nemo_automodel_read_attributes(name: str) -> None:
+    """They give ignored positions the loss's own ignore_index, and log the temperature."""
+    loss = build_loss_module(name, ignore_index=7)
+    assert loss.ignore_index == 7
+    assert KDLoss(temperature=2.0).temperature == 2.0
 
 
 def test_calls_of_nemo_automodel_and_openrlhf() -> None:
@@ -66,6 +81,21 @@ def test_openrlhf_differs_by_the_teachers_entropy() -> None:
     entropy = torch.special.entr(p).sum(-1)[valid].mean()
     torch.testing.assert_close(mine, theirs - entropy)
     torch.testing.assert_close(*(torch.autograd.grad(x, [student])[0] for x in (mine, theirs)))
+    with pytest.raises(TypeError, match="logits"):
+        KDLoss()(logits=student, teacher_logits=teacher, label=LABELS)
+
+
+def test_openrlhf_leaves_out_what_the_student_rules_out() -> None:
+    """Ours is infinite there unless the teacher rules it out as well; with both it is as above."""
+    student, teacher = rand(B, T, V), rand(B, T, V, seed=1)
+    student[..., 3] = -torch.inf
+    p = teacher.softmax(-1)
+    theirs = -(p * student.log_softmax(-1)).masked_fill(student.isinf(), 0.0).sum(-1)[LABELS != -100].mean()
+    assert theirs.isfinite()
+    labels = LABELS.masked_fill(LABELS == 3, 2)
+    assert KDLoss()(student, teacher, labels) == torch.inf
+    teacher[..., 3] = -torch.inf
+    assert KDLoss()(student, teacher, labels).isfinite()
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "backward_kl"])
@@ -87,6 +117,21 @@ def test_nemo_aligner_top_k(name: str, student_scale: float, teacher_scale: floa
     torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
     found, expected = (torch.autograd.grad(x, [student])[0] for x in (mine, theirs))
     assert reference.error(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "weights", [{"kd_loss_weight": 0.5, "sft_loss_weight": 2.0}, {"kd_loss_weight": 0.5}, {"sft_loss_weight": 2.0}]
+)
+def test_nemo_aligner_weights(weights: dict[str, float]) -> None:
+    """kd_loss_weight is 1 and sft_loss_weight 0 where they are not given, as in its model class."""
+    hidden, weight, labels = rand(B * T, 8), rand(V, 8, seed=1), LABELS.flatten()
+    targets = SparseTargets.from_logits(rand(B * T, V, seed=2), 6)
+    kd = KDLoss(tail="renormalize_both")(hidden @ weight.t(), targets, labels)
+    sft = F.cross_entropy(hidden @ weight.t(), labels)
+    loss = FusedLinearKDLoss(tail="renormalize_both", **weights)(hidden, weight, targets, labels).loss
+    torch.testing.assert_close(
+        loss, weights.get("kd_loss_weight", 1.0) * kd + weights.get("sft_loss_weight", 0.0) * sft
+    )
 
 
 def test_masked_cross_entropy_of_nemo_automodel() -> None:

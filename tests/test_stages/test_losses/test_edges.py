@@ -107,15 +107,23 @@ def test_minus_infinity_where_the_other_has_no_mass(name: str) -> None:
     torch.testing.assert_close(found, KDLoss(divergence=name)(student_V, sparse, labels_N))
 
 
-def test_forward_kl_is_infinite_where_the_student_rules_out_the_teacher() -> None:
+@pytest.mark.parametrize("name", ["forward_kl", "mixed", "mixed(0.3)"])
+def test_forward_kl_is_infinite_where_the_student_rules_out_the_teacher(name: str) -> None:
     student_NV = rand(N, V)
     student_NV[2, 5] = -torch.inf
     student_NV.requires_grad_()
-    value = KDLoss()(student_NV, rand(N, V, seed=1), LABELS)
+    value = KDLoss(divergence=name)(student_NV, rand(N, V, seed=1), LABELS)
     assert value == torch.inf
     value.backward()
     assert student_NV.grad is not None
     assert student_NV.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "mixed", "mixed(0.3)"])
+def test_reverse_kl_is_infinite_where_the_teacher_rules_out_the_student(name: str) -> None:
+    teacher_NV = rand(N, V, seed=1)
+    teacher_NV[2, 5] = -torch.inf
+    assert KDLoss(divergence=name)(rand(N, V), teacher_NV, LABELS) == torch.inf
 
 
 @pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
@@ -231,11 +239,13 @@ def test_padded_vocabulary() -> None:
         wide_teacher_NV = torch.cat([teacher_NV, torch.full((N, 5), 70.0)], -1)
         value = KDLoss(divergence=name, vocab_size=V)(wide_NV, wide_teacher_NV, LABELS)
         assert value == KDLoss(divergence=name)(student_NV, teacher_NV, LABELS)
+        assert value == KDLoss(divergence=name, vocab_size=V)(wide_NV, wide_teacher_NV[:, : V + 3], LABELS)
         value.backward()
         assert wide_NV.grad is not None
         assert wide_NV.grad[:, V:].eq(0).all()
         hidden_ND, weight_VD = rand(N, D), torch.cat([rand(V, D), 9 * torch.ones(2, D)]).requires_grad_()
-        for targets in (rows(), TeacherHead(hidden_ND=rand(N, 3), weight_VD=rand(V + 4, 3))):
+        heads = [TeacherHead(hidden_ND=rand(N, 3), weight_VD=rand(V + more, 3)) for more in (2, 4)]
+        for targets in (rows(), *heads):
             parts = FusedLinearKDLoss(divergence=name, vocab_size=V)(hidden_ND, weight_VD, targets, LABELS)
             trimmed = targets if isinstance(targets, SparseTargets) else TeacherHead(
                 hidden_ND=targets.hidden_ND, weight_VD=targets.weight_VD[:V])  # fmt: skip
@@ -272,28 +282,25 @@ def test_mismatches_name_what_does_not_fit() -> None:
         FusedLinearKDLoss()(rand(N, D), rand(V, D + 1), rows(), LABELS)
     with pytest.raises(ValueError, match=r"num_batch_labels is 0\.0, but this call alone has 8"):
         KDLoss()(logits_NV, rows(), LABELS, 0)
+    with pytest.raises(ValueError, match="num_batch_labels is inf"):
+        KDLoss()(logits_NV, rows(), LABELS, float("inf"))
+    for labels in (LABELS.float(), VALID):
+        with pytest.raises(ValueError, match=r"labels are torch\.(float32|bool)"):
+            KDLoss()(logits_NV, rows(), labels)
+    with pytest.raises(TypeError, match="teacher_logits is a TeacherHead"):
+        KDLoss()(logits_NV, teacher, LABELS)  # type: ignore[arg-type]
 
 
-def test_autocast() -> None:
-    """Under autocast products run in bfloat16, row sums do not, and master gradients keep their precision."""
-    hidden_ND, weight_VD = rand(N, D).requires_grad_(), rand(V, D).requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        parts = FusedLinearKDLoss()(hidden_ND, weight_VD, rows(), LABELS)
-        kd = KDLoss()(rand(N, V), rand(N, V, seed=1), LABELS)
-    parts.loss.backward()
-    assert parts.loss.dtype == kd.dtype == torch.float32
-    assert hidden_ND.grad is not None
-    assert weight_VD.grad is not None
-    assert hidden_ND.grad.dtype == weight_VD.grad.dtype == torch.float32
-    by_hand = FusedLinearKDLoss()(hidden_ND.bfloat16(), weight_VD, rows(), LABELS)
-    torch.testing.assert_close(by_hand.loss, parts.loss, rtol=0, atol=0)
-    torch.testing.assert_close(kd, KDLoss()(rand(N, V), rand(N, V, seed=1), LABELS), rtol=0, atol=0)
-
-
-def test_fp32_upcast_off_keeps_the_logits_precision() -> None:
-    logits_NV = rand(N, V).bfloat16().requires_grad_()
-    exact = float(KDLoss()(logits_NV, rows(), LABELS).detach())
-    assert float(KDLoss(fp32_upcast=False)(logits_NV, rows(), LABELS).detach()) == pytest.approx(exact, rel=1e-2)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32])
+def test_labels_of_any_integer_type(dtype: torch.dtype) -> None:
+    logits_NV, hidden_ND, weight_VD = rand(N, V), rand(N, D), rand(V, D)
+    labels_N = LABELS.clamp_min(0) if dtype == torch.uint8 else LABELS
+    narrow_N = labels_N.to(dtype)
+    for teacher in (rows(), rand(N, V, seed=1)):
+        assert KDLoss()(logits_NV, teacher, narrow_N) == KDLoss()(logits_NV, teacher, labels_N)
+        fused = [FusedLinearKDLoss()(hidden_ND, weight_VD, teacher, labels).loss for labels in (narrow_N, labels_N)]
+        assert fused[0] == fused[1]
+    assert MaskedCrossEntropy()(logits_NV, narrow_N) == MaskedCrossEntropy()(logits_NV, labels_N)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo asks, we do not
@@ -346,13 +353,47 @@ def test_one_loss_object_twice_and_backward_twice() -> None:
 
 
 def test_without_gradient() -> None:
-    """Under no_grad nothing is kept; with a frozen head only hidden gets a gradient."""
-    hidden_ND, weight_VD = rand(N, D).requires_grad_(), rand(V, D)
+    """The same value under no_grad; a frozen head or frozen hidden states get no gradient and change no other."""
+    values, gradients = [], []
+    for hidden, weight in ((True, True), (True, False), (False, True)):
+        hidden_ND, weight_VD = rand(N, D).requires_grad_(hidden), rand(V, D).requires_grad_(weight)
+        parts = FusedLinearKDLoss(chunk_size=4)(hidden_ND, weight_VD, rows(), LABELS)
+        parts.loss.backward()
+        values.append(parts.loss.detach())
+        gradients.append([hidden_ND.grad, weight_VD.grad])
     with torch.no_grad():
-        silent = FusedLinearKDLoss()(hidden_ND, weight_VD, rows(), LABELS)
+        silent = FusedLinearKDLoss(chunk_size=4)(hidden_ND, weight_VD, rows(), LABELS)
     assert not silent.loss.requires_grad
-    parts = FusedLinearKDLoss()(hidden_ND, weight_VD, rows(), LABELS)
-    parts.loss.backward()
-    assert parts.loss == silent.loss
-    assert hidden_ND.grad is not None
-    assert weight_VD.grad is None
+    assert all(value == silent.loss for value in values)
+    whole_ND, whole_VD = gradients[0]
+    torch.testing.assert_close(gradients[1:], [[whole_ND, None], [None, whole_VD]], rtol=0, atol=0)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    """It would be zero: the gradient is formed in the forward pass and kept as numbers."""
+    logits_NV, hidden_ND, weight_VD = rand(N, V).requires_grad_(), rand(N, 4).requires_grad_(), rand(V, 4, seed=1)
+    for loss, wanted in (
+        (KDLoss()(logits_NV, rows(), LABELS), logits_NV),
+        (FusedLinearKDLoss()(hidden_ND, weight_VD, rows(), LABELS).loss, hidden_ND),
+    ):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(loss, wanted, create_graph=True)
+
+
+@pytest.mark.parametrize("total", [None, 1_000_000])
+def test_a_loss_scale_comes_before_float16_rounds(total: int | None) -> None:
+    """As torch.amp.GradScaler does it: small gradients must not vanish before they are scaled."""
+    scale = 65536.0
+    logits_NV = (2 * rand(N, V)).half().requires_grad_()
+    hidden_ND, weight_VD = rand(N, 4).requires_grad_(), rand(V, 4, seed=1).half().requires_grad_()
+    (KDLoss()(logits_NV, rows(), LABELS, total) * scale).backward()
+    with torch.autocast("cpu", dtype=torch.float16):
+        (FusedLinearKDLoss()(hidden_ND, weight_VD, rows(), LABELS, total).loss * scale).backward()
+    exact = [value.detach().double().requires_grad_() for value in (logits_NV, hidden_ND, weight_VD)]
+    KDLoss()(exact[0], rows(), LABELS, total).backward()
+    FusedLinearKDLoss()(exact[1], exact[2], rows(), LABELS, total).loss.backward()
+    for mine, wide in zip((logits_NV, hidden_ND, weight_VD), exact, strict=True):
+        assert mine.grad is not None
+        assert mine.grad.dtype == mine.dtype
+        assert wide.grad is not None
+        assert reference.error(mine.grad.double() / scale, wide.grad) <= 2e-3

@@ -16,13 +16,13 @@ from stages.losses import DIVERGENCES, FusedLinearCrossEntropy, FusedLinearKDLos
 N, D, V, CHUNK = 64, 8, 211, 8
 
 
-class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The largest storage, in elements, that any operation returned and that was not there before."""
+class Allocated(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sizes, in elements, of the storages that operations returned and that were not there before."""
 
     def __init__(self, *known: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.known = {x.untyped_storage().data_ptr() for x in known}
-        self.elements = 0
+        self.sizes = {0}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -30,7 +30,7 @@ class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in self.known:
-                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+                self.sizes.add(x.untyped_storage().nbytes() // x.element_size())
         return out
 
 
@@ -66,16 +66,34 @@ def test_fused_forms_never_hold_tokens_by_vocab(
     if isinstance(targets, TeacherHead):
         targets = TeacherHead(hidden_ND=targets.hidden_ND.to(dtype), weight_VD=targets.weight_VD.to(dtype))
     loss = FusedLinearKDLoss(divergence=name, chunk_size=CHUNK, **fields)  # type: ignore[arg-type]
-    with Largest(hidden_ND, weight_VD) as seen:
+    with Allocated(hidden_ND, weight_VD) as seen:
         loss(hidden_ND, weight_VD, targets, LABELS).loss.backward()
-    assert seen.elements <= max(CHUNK * V + 1, V * D)
+    assert max(seen.sizes) <= max(CHUNK * V + 1, V * D)
 
 
 def test_fused_cross_entropy_never_holds_tokens_by_vocab() -> None:
     hidden_ND, weight_VD = rand(N, D).requires_grad_(), rand(V, D).requires_grad_()
-    with Largest(hidden_ND, weight_VD) as seen:
+    with Allocated(hidden_ND, weight_VD) as seen:
         FusedLinearCrossEntropy(chunk_size=CHUNK)(hidden_ND, LABELS, weight_VD).backward()
-    assert seen.elements <= max(CHUNK * V + 1, V * D)
+    assert max(seen.sizes) <= max(CHUNK * V + 1, V * D)
+
+
+@pytest.mark.parametrize(("hidden", "weight"), [(True, True), (True, False), (False, True), (False, False)])
+def test_only_wanted_gradients_are_formed(hidden: bool, weight: bool) -> None:
+    """Those of frozen hidden states or of a frozen head are not, and under no_grad none is."""
+    hidden_ND, weight_VD = rand(N, D).requires_grad_(hidden), rand(V, D).requires_grad_(weight)
+    logits_NV, targets = rand(N, V).requires_grad_(hidden), rows()
+
+    def formed() -> tuple[bool, bool, bool]:
+        with Allocated(hidden_ND, weight_VD) as fused:
+            FusedLinearKDLoss(chunk_size=CHUNK)(hidden_ND, weight_VD, targets, LABELS)
+        with Allocated(logits_NV) as plain:
+            KDLoss(chunk_size=CHUNK)(logits_NV, targets, LABELS)
+        return N * D in fused.sizes, V * D in fused.sizes, N * V in plain.sizes
+
+    assert formed() == (hidden, weight, hidden)
+    with torch.no_grad():
+        assert formed() == (False, False, False)
 
 
 def peak_bytes(step: Callable[[], None]) -> int:
@@ -124,14 +142,25 @@ def test_training_memory_of_logit_losses_is_their_gradient_and_a_chunk(name: str
     assert peak_bytes(naive) > 4 * peaks[0]
 
 
-def test_fused_memory_is_flat_in_tokens() -> None:
-    """Eight times the tokens: the peak grows by their hidden gradient and row numbers only."""
+@pytest.mark.parametrize("fields", [{}, {"temperature": 2.0}, {"softcap": 5.0, "kd_ratio": 1.0}])
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("name", ["forward_kl", "jsd"])
+@pytest.mark.filterwarnings("ignore:at temperature")
+def test_fused_memory_is_a_chunk_and_flat_in_tokens(name: str, teacher: str, fields: dict[str, float]) -> None:
+    """All student buffers together are one chunk, and a second chunk adds its rows' own numbers only."""
+    chunk, vocab = 128, 1 << 14
 
     def peak(tokens: int) -> int:
-        hidden, weight = rand(tokens, D).requires_grad_(), rand(2000, D).requires_grad_()
-        targets = SparseTargets.from_logits(rand(tokens, 2000), 4, draws=2)
-        labels = torch.randint(0, 2000, (tokens,))
-        return peak_bytes(lambda: FusedLinearKDLoss(chunk_size=32)(hidden, weight, targets, labels).loss.backward())
+        hidden, weight = rand(tokens, D).requires_grad_(), rand(vocab, D).requires_grad_()
+        targets: SparseTargets | TeacherHead = TeacherHead(hidden_ND=rand(tokens, 5), weight_VD=rand(vocab, 5))
+        if teacher == "sparse":
+            targets = SparseTargets.from_logits(rand(tokens, V), 4, draws=2, temperatures=(2.0,))
+        labels = torch.randint(0, vocab, (tokens,))
+        loss = FusedLinearKDLoss(divergence=name, chunk_size=chunk, **fields)  # type: ignore[arg-type]
+        return peak_bytes(lambda: loss(hidden, weight, targets, labels).loss.backward())
 
-    small, large = peak(64), peak(512)
-    assert large < 1.5 * small
+    small, large = peak(chunk), peak(2 * chunk)
+    assert large - small <= chunk * 512
+    # 1 MiB is a block of float32 numbers: the dense kernel has up to ten of them, the sparse one up to three
+    buffers, blocks = (2, 10) if teacher == "head" else (1, 3)
+    assert large <= buffers * chunk * vocab * 4 + vocab * D * 4 + blocks * 2**20

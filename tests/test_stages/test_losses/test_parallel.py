@@ -31,7 +31,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | N
     errors = []
     try:
         for process in processes:
-            errors.append(process.communicate(timeout=90)[1].decode()[-2000:])
+            errors.append(process.communicate(timeout=240)[1].decode()[-2000:])
     finally:
         for process in processes:
             if process.poll() is None:

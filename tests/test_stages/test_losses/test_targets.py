@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,26 @@ def test_from_ragged() -> None:
 def test_refusals(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SparseTargets.from_ragged(**flat(**changes))
+
+
+@pytest.mark.parametrize("loss", [KDLoss(), KDLoss(tail="bucket"), KDLoss(divergence="jsd")])
+def test_losses_refuse_an_id_that_is_twice_in_a_row(loss: KDLoss) -> None:
+    """Rows that were not built by from_ragged, which merges: the gradient of such a row would be wrong."""
+    logits, labels = torch.zeros(3, 12, requires_grad=True), torch.tensor([-100, 1, 2])
+    targets = SparseTargets.from_logits(torch.randn(3, 12, generator=torch.Generator().manual_seed(0)), 3)
+    targets = replace(
+        targets, count_NE=torch.tensor([[0, 2, 2]]).expand(3, 3).int(), draws=4, head_size_N=torch.ones(3)
+    )
+    loss(logits, targets, labels)
+    for row, slots, refused in ((0, (1, 2), False), (1, (1, 2), True), (2, (0, 2), True)):
+        ids = targets.ids_NE.clone()
+        ids[row, slots[0]] = ids[row, slots[1]]
+        repeated = replace(targets, ids_NE=ids)
+        if refused:
+            with pytest.raises(ValueError, match=f"token id {int(ids[row, slots[0]])} twice; .*from_ragged"):
+                loss(logits, repeated, labels)
+        else:  # an ignored row may hold anything
+            loss(logits, repeated, labels)
 
 
 def test_no_rows() -> None:
