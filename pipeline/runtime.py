@@ -59,8 +59,8 @@ def _show_warning(
 
 
 def is_main_process() -> bool:
-    """Tell whether this is the process that speaks: rank 0 of a distributed run, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+    """Tell whether this is the process that speaks: rank 0 of a distributed run, or the only one, whatever its rank."""
+    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 @contextlib.contextmanager

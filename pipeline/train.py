@@ -17,7 +17,7 @@ from itertools import islice
 
 import torch
 
-from pipeline.config.train import TrainConfig, with_defaults
+from pipeline.config.train import TrainConfig, spelled_out
 from pipeline.processes import processes_of
 from pipeline.recipe import (
     build_learner,
@@ -45,6 +45,7 @@ from stages.training.optimizer import AdamWSettings, build_optimizer
 from stages.training.run import Finish, RunDirectory
 from stages.training.schedule import Schedule
 from stages.training.step import Learner, optimizer_step, require_finite_weights, validate
+from storage.errors import IdentityError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +121,8 @@ def train(config: TrainConfig) -> Iterator[Event]:
     Raises:
         UsageError: no store, corpus, teacher or student of that name, sequences longer than a micro-batch, another
             number of processes than `distributed` says, or processes with different configurations.
-        IdentityError: the student's tokenizer is not the teacher's, the run directory belongs to another run, or the
-            processes do not learn from the same.
+        IdentityError: the student's tokenizer is not the teacher's, the run directory belongs to another run or to one
+            that finished and lost its checkpoints, or the processes do not learn from the same.
         CorruptionError: the store is damaged.
         NumericsError: loss, gradient or weights are not finite; the newest checkpoint is untouched.
         OutOfSpaceError, StorageUnavailableError: a checkpoint, the curve or the model cannot be written.
@@ -149,11 +150,20 @@ def _begin(
     """Make the run directory this run's, or check that it is; its totals if it is finished."""
     # What dtype auto means here is part of the run: on another machine it may be another one.
     dtype = dtype_name(resolve_dtype(config.dtype, resolve_device(config.device)))
-    run.begin(config.model_dump(mode="json") | {"dtype": dtype}, data.record, completed=with_defaults)
-    done = run.finished()
-    if done is not None and done.step == schedule.steps:
-        return done
-    check_learning_rates(config, schedule, run=run, done=checkpoints.newest_step())
+    run.begin(config.model_dump(mode="json") | {"dtype": dtype}, data.record, spelled_out=spelled_out)
+    finished = run.finished()
+    if finished is not None and finished.step == schedule.steps and run.has_model():
+        return finished
+    newest = checkpoints.newest_step()
+    if finished is not None and newest == 0:
+        raise IdentityError(
+            f"the run finished at step {finished.step}, but no whole checkpoint is left to go on from",
+            where=str(run.checkpoints),
+            fix="restore its checkpoints, or choose another run directory",
+        )
+    # After a checkpoint was lost, a finished run goes on from an older one: its model has seen more steps than that.
+    done = newest if finished is None else max(newest, finished.step)
+    check_learning_rates(config, schedule, run=run, done=done)
     return None
 
 

@@ -5,10 +5,15 @@ Checking builds the loss once, which loads torch; only training configurations p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pipeline.config.base import FieldError
+from pipeline.config.problems import shown
 
 LOSS = "KDLoss"
 # Fields of KDLoss that a training run takes from elsewhere, and from where.
@@ -33,18 +38,50 @@ def check_loss(loss: Mapping[str, Any]) -> None:
         raise FieldError(
             f"loss.name: expected {LOSS}, found {name!r}",
             path=("loss", "name"),
-            fix=f"training mixes {LOSS} with cross-entropy by kd_ratio; kd_ratio: 0 is cross-entropy alone",
+            fix=f"{LOSS} compares teacher and student, always in its fused form; kd_ratio mixes cross-entropy in, "
+            "kd_ratio: 0 is cross-entropy alone",
         )
-    for key in fields.keys() & SET_ELSEWHERE.keys():
-        raise FieldError(f"loss.{key} is not set here: it comes from {SET_ELSEWHERE[key]}", path=("loss", key))
+    _check_keys(fields)
     _build(fields)
 
 
+def loss_spelled_out(loss: Mapping[str, Any]) -> dict[str, Any]:
+    """What a valid `loss` section computes, with all defaults: jsd and jsd(0.5) are the same."""
+    from stages.losses import KDLossConfig
+    from stages.losses.divergences import make_divergence
+
+    fields = vars(KDLossConfig(**{key: value for key, value in loss.items() if key != "name"}))
+    named = {"name": LOSS, "divergence": str(make_divergence(fields["divergence"]))}
+    # check only looks; it changes no number.
+    return {key: value for key, value in fields.items() if key not in SET_ELSEWHERE and key != "check"} | named
+
+
+def _check_keys(keys: Iterable[str]) -> None:
+    from stages.losses import KDLossConfig
+
+    known = ["name", *(field.name for field in dataclasses.fields(KDLossConfig) if field.name not in SET_ELSEWHERE)]
+    for key in keys:
+        if key in SET_ELSEWHERE:
+            what, fix = f"loss.{key} is not set here: it comes from {SET_ELSEWHERE[key]}", f"leave loss.{key} out"
+            raise FieldError(what, path=("loss", key), fix=fix)
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            fix = f"did you mean {near[0]!r}?" if near else f"keys here: {', '.join(known)}"
+            raise FieldError(f"unknown key {key!r} in loss", path=("loss", key), fix=fix)
+
+
 def _build(fields: dict[str, Any]) -> None:
-    from stages.losses import build_loss_config
+    from stages.losses import KDLossConfig
 
     try:
-        build_loss_config(LOSS, **fields)
+        KDLossConfig(**fields)
     except (TypeError, ValueError) as error:
-        key = next((key for key in fields if key in str(error)), None)
-        raise FieldError(f"loss: {error}", path=("loss",) if key is None else ("loss", key)) from error
+        # Only what stands behind a divergence's name is told without its key.
+        key = next((key for key in fields if re.search(rf"\b{key}\b", str(error))), "divergence")
+        default = getattr(KDLossConfig, key)
+        what = f"loss: {error}"
+        if isinstance(error, TypeError):
+            expected = {float: "a number", bool: "true or false"}.get(type(default), "text")
+            what = f"loss.{key}: expected {expected}, found {shown(fields[key])}"
+        fix = f"leave loss.{key} out for its default, {json.dumps(default)}"
+        raise FieldError(what, path=("loss", key), fix=fix) from error

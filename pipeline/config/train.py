@@ -19,7 +19,7 @@ from pipeline.config.extract import (
     SourceConfig,
     TeacherConfig,
 )
-from pipeline.config.loss import check_loss
+from pipeline.config.loss import check_loss, loss_spelled_out
 
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -122,12 +122,16 @@ class DistributedConfig(Model):
     """Tensor parallelism: processes among which student and live teacher are cut."""
 
 
-def with_defaults(stored: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A configuration as a run keeps it, with the defaults of fields that are newer than the run."""
+def spelled_out(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A configuration as a run keeps it, with all defaults, also of fields that are newer than the run.
+
+    One that this version does not know is returned as it is.
+    """
     try:
-        return TrainConfig.model_validate(stored).model_dump(mode="json")
+        known = TrainConfig.model_validate(config)
     except ValidationError:
-        return stored
+        return config
+    return known.model_dump(mode="json") | {"loss": loss_spelled_out(known.loss)}
 
 
 class TrainConfig(Model):
@@ -148,7 +152,7 @@ class TrainConfig(Model):
     student: StudentConfig
     """The model that learns."""
     loss: dict[str, Any] = Field(default_factory=lambda: {"name": "KDLoss"})
-    """Registry name and fields of the loss, for example {name: KDLoss, divergence: jsd}."""
+    """How teacher and student are compared: KDLoss and its fields, for example {name: KDLoss, divergence: jsd}."""
     kd_ratio: Unit = 0.7
     """loss = (1 - kd_ratio) * cross-entropy + kd_ratio * KD. 0 reads no targets, 1 computes no cross-entropy."""
     kd_ratio_schedule: KDRatioScheduleConfig = KDRatioScheduleConfig()

@@ -20,6 +20,7 @@ from storage.faults import fault_point
 from storage.files import storage_errors
 
 _TEMPORARY = ".tmp-"
+_OLD = "old-"
 
 
 @contextmanager
@@ -74,13 +75,14 @@ def replace_file(path: Path, data: bytes) -> None:
         _sync(path.parent)
 
 
-def remove_leftovers(directory: Path) -> None:
-    """Remove what a killed process left half-written in `directory`."""
-    for path in directory.glob(f"{_TEMPORARY}*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+def remove_leftovers(directory: Path, *names: str) -> None:
+    """Remove what a killed process left half-written of `names`, which are patterns, in `directory`."""
+    for pattern in [f"{_TEMPORARY}{old}{name}" for name in names for old in ("", _OLD)]:
+        for path in directory.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -95,7 +97,7 @@ def _safetensors_errors() -> Iterator[None]:
 
 def _put_in_place(temporary: Path, target: Path) -> None:
     """Rename; an older directory of that name steps aside first, because POSIX does not replace a full one."""
-    aside = target.parent / f"{_TEMPORARY}old-{target.name}"
+    aside = target.parent / f"{_TEMPORARY}{_OLD}{target.name}"
     if target.exists():
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(target, aside)

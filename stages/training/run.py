@@ -2,7 +2,9 @@
 
 RUN/config.yaml     the configuration, as it was when the run began, with the dtype that auto meant
 RUN/run.json        the store, or corpus and live teacher, that it learns from; once finished, its totals
-RUN/metrics.jsonl   RUN/checkpoints/   RUN/model/
+RUN/metrics.jsonl   RUN/checkpoints/   RUN/model/   RUN/report.html
+
+run.json is written first. A directory without it is not a run's: nothing in there is removed or replaced.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -46,8 +48,10 @@ FREE_FIELDS = frozenset(
     }
 )
 
-# What a run directory holds beside run.json, and plan.json, which makes a directory a store.
-_NAMES = ("config.yaml", "metrics.jsonl", "checkpoints", "model", "plan.json")
+_RECORD = "run.json"
+# What a run writes beside it, and what makes a directory a store or a model.
+_WRITTEN = ("config.yaml", "metrics.jsonl", "checkpoints", "model", "report.html")
+_OF_OTHERS = ("plan.json", "config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +93,10 @@ class RunDirectory:
         """Keep other processes from training in this directory; the lock ends with the process, however it ends.
 
         Raises:
-            UsageError: another process trains here, or the directory holds something else than a run.
+            UsageError: another process trains here, or the path is a file, or holds something else than a run.
         """
         self._require_own()
-        with storage_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / ".lock", "w")  # noqa: SIM115  # closed below
-        with lock:
+        with self._lock_file() as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -104,8 +105,9 @@ class RunDirectory:
                     where=str(self.path),
                     fix="wait for it, or choose another run directory",
                 ) from error
-            for directory in (self.path, self.checkpoints):
-                remove_leftovers(directory)
+            if (self.path / _RECORD).exists():
+                remove_leftovers(self.path, _RECORD, *_WRITTEN)
+                remove_leftovers(self.checkpoints, "step-*")
             yield
 
     def begin(
@@ -113,7 +115,7 @@ class RunDirectory:
         config: Mapping[str, Any],
         store: Mapping[str, Any],
         *,
-        completed: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+        spelled_out: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
     ) -> None:
         """Make this directory that run's, or check that it is.
 
@@ -125,7 +127,8 @@ class RunDirectory:
             store: `digest`, `id` and whatever else is worth recording about what it learns from; `digest` is
                 compared, `id` tells another store from the same one with more shards, and `identity`, where there is
                 one, is what was hashed and names the difference.
-            completed: gives a configuration that an earlier version stored the fields that it did not know yet.
+            spelled_out: gives a configuration, which an earlier version may have stored, with all its defaults: two
+                that mean the same are equal then.
 
         Raises:
             IdentityError: the directory belongs to another configuration, store, corpus or teacher; every differing
@@ -134,10 +137,10 @@ class RunDirectory:
         """
         stored = self._stored_config()
         if stored is None or not (any(self.checkpoints.glob("step-*")) or self.model.exists()):
-            replace_file(self.path / "run.json", _json({"store": dict(store), "finished": None}))
+            replace_file(self.path / _RECORD, _json({"store": dict(store), "finished": None}))
             replace_file(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False).encode())
             return
-        lines = _differences("", _semantic(completed(stored)), _semantic(config))
+        lines = _differences("", _semantic(spelled_out(stored)), _semantic(spelled_out(config)))
         began = self._record()["store"]
         if began["digest"] != store["digest"] and began.get("id") == store.get("id") is not None:
             raise IdentityError(
@@ -157,14 +160,16 @@ class RunDirectory:
     def finish(self, totals: Finish) -> None:
         """Record that the run is finished: RUN/model is the student after `totals.step` steps."""
         record = {**self._record(), "finished": vars(totals)}
-        replace_file(self.path / "run.json", _json(record))
+        replace_file(self.path / _RECORD, _json(record))
 
     def finished(self) -> Finish | None:
-        """Totals if RUN/model holds a finished student, else None."""
-        if self._stored_config() is None or not self.model.is_dir():
-            return None
+        """Totals of a run that was finished, whether or not RUN/model is still there; else None."""
         totals = self._record()["finished"]
         return None if totals is None else Finish(**totals)
+
+    def has_model(self) -> bool:
+        """Whether RUN/model holds a configuration and weights."""
+        return (self.model / "config.json").is_file() and any(self.model.glob("*.safetensors"))
 
     def _stored_config(self) -> dict[str, Any] | None:
         path = self.path / "config.yaml"
@@ -185,12 +190,24 @@ class RunDirectory:
         return stored
 
     def _record(self) -> dict[str, Any]:
-        return read_record(self.path / "run.json")
+        return read_record(self.path / _RECORD)
+
+    def _lock_file(self) -> TextIO:
+        with storage_errors(self.path):
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError) as error:
+                raise UsageError(
+                    "the run directory is a file, or lies in one", where=str(self.path), fix="name a directory"
+                ) from error
+            return open(self.path / ".lock", "a")
 
     def _require_own(self) -> None:
-        """Training replaces files of these names, so they must be a run's: config.yaml is written before them."""
-        missing = [name for name in ("run.json", "config.yaml") if not (self.path / name).exists()]
-        found = [name for name in _NAMES if (self.path / name).exists()]
+        """Training replaces files, so they must be a run's: run.json and config.yaml are written before the others."""
+        if (self.path / _RECORD).exists():
+            self._record()
+        missing = [name for name in (_RECORD, "config.yaml") if not (self.path / name).exists()]
+        found = [name for name in (*_WRITTEN, *_OF_OTHERS) if (self.path / name).exists()]
         if missing and found:
             raise UsageError(
                 f"not a run directory: it has {', '.join(found)}, but no {' and no '.join(missing)}",

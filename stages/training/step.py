@@ -52,17 +52,24 @@ class Learner:
     teacher: LiveTeacher | None = None
 
     def parts(self, batch: MicroBatch, rows: int) -> LossParts:
-        """The losses of one micro-batch, summed over its rows and divided by `rows`."""
+        """The losses of one micro-batch, summed over its rows and divided by `rows`.
+
+        Raises:
+            NumericsError: the loss checks its rows (loss.check), and one is not finite.
+        """
         batch = batch.to(self.student.device)
-        parts: LossParts = self.loss(
-            self.student.hidden(batch),
-            self.student.weight_VD,
-            self.targets(batch),
-            batch.labels_N,
-            max(rows, 1),
-            bias_V=self.student.bias_V,
-            kd_ratio=self.kd_ratio,
-        )
+        try:
+            parts: LossParts = self.loss(
+                self.student.hidden(batch),
+                self.student.weight_VD,
+                self.targets(batch),
+                batch.labels_N,
+                max(rows, 1),
+                bias_V=self.student.bias_V,
+                kd_ratio=self.kd_ratio,
+            )
+        except FloatingPointError as error:
+            raise _numerics(f"the loss of a row is not finite: {error}", "loss.check") from error
         return parts
 
     def targets(self, batch: MicroBatch) -> SparseTargets | TeacherHead | None:
@@ -145,7 +152,7 @@ def validate(learner: Learner, batches: Sequence[MicroBatch], *, number: int) ->
     model.train()
     losses = learner.losses(sums)
     if not math.isfinite(losses.loss):
-        raise _numerics(f"the held-out loss is {losses.loss} after step {number}", number)
+        raise _numerics(f"the held-out loss is {losses.loss} after step {number}", f"step {number}")
     return losses
 
 
@@ -158,18 +165,19 @@ def require_finite_weights(model: nn.Module, number: int) -> None:
     """
     for name, parameter in model.named_parameters():
         if not is_finite(parameter):
-            raise _numerics(f"{name} has a weight that is NaN or infinite after step {number}; it is not saved", number)
+            what = f"{name} has a weight that is NaN or infinite after step {number}; it is not saved"
+            raise _numerics(what, f"step {number}")
 
 
 def _require_finite(name: str, value: float, number: int) -> None:
     if not math.isfinite(value):
-        raise _numerics(f"the {name} is {value} at step {number}; the weights have not moved", number)
+        raise _numerics(f"the {name} is {value} at step {number}; the weights have not moved", f"step {number}")
 
 
-def _numerics(what: str, number: int) -> NumericsError:
+def _numerics(what: str, where: str) -> NumericsError:
     return NumericsError(
         what,
-        where=f"step {number}",
+        where=where,
         fix="lower optimizer.lr, add schedule.warmup_steps, or set dtype: float32: in a new run directory if this one "
         "has a checkpoint, which belongs to the settings it was made with",
     )

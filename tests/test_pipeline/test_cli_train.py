@@ -75,6 +75,27 @@ def test_json_events_are_one_object_per_line(config: Path, tmp_path: Path) -> No
     assert "step 1" not in result.stderr
 
 
+@pytest.mark.parametrize("processes", [None, "1"])
+def test_one_process_speaks_whatever_its_rank(
+    processes: str | None, config: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (finished / "report.html").unlink()
+    monkeypatch.setenv("RANK", "1")
+    if processes is not None:
+        monkeypatch.setenv("WORLD_SIZE", processes)
+    assert run("train", config).stdout.startswith("finished already")
+    assert (finished / "report.html").exists()
+    assert json.loads(run("train", config, "--dry-run", "--json").stdout)["steps"] == 4
+
+
+def test_what_lies_beside_a_run_is_left_alone(config: Path, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    (project / ".tmp-mine").mkdir(parents=True)
+    (project / "notes.txt").write_text("mine")
+    assert run("train", config, "--set", f"run={project}", "--set", "steps=1").exit_code == 0
+    assert {path.name for path in project.iterdir()} >= {".tmp-mine", "notes.txt", "report.html"}
+
+
 def test_dry_run_writes_nothing(config: Path, tmp_path: Path) -> None:
     result = run("train", config, "--dry-run", "--set", f"run={tmp_path / 'run'}")
     assert result.exit_code == 0, result.stderr
@@ -92,6 +113,7 @@ def test_dry_run_writes_nothing(config: Path, tmp_path: Path) -> None:
         ("loss.divergence=kl", 2, "--set loss.divergence=kl"),
         ("optimizer.lr=fast", 2, "--set optimizer.lr=fast"),
         ("epochs=1", 2, "exactly one of steps and epochs"),
+        (f"run={__file__}", 2, "the run directory is a file"),
     ],
 )
 def test_bad_input(override: str, code: int, words: str, config: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config.loading import load_extract, load_train
+from pipeline.config.loss import SET_ELSEWHERE
 from pipeline.config.train import TrainConfig
 from pipeline.config.yaml_text import MAX_BYTES, MAX_DEPTH, parse
 from storage.errors import StorageUnavailableError, UsageError
@@ -218,10 +219,15 @@ def test_number_forms_that_yaml_1_1_takes_for_text(tmp_path: Path) -> None:
     [
         ("name: KDLos", "loss.name: expected KDLoss, found 'KDLos'", 8),
         ("name: MaskedCrossEntropy", "loss.name: expected KDLoss", 8),
-        ("temperatur: 2", "temperatur", 8),
+        ("name: FusedLinearKDLoss", "loss.name: expected KDLoss", 8),
+        ("temperatur: 2", "unknown key 'temperatur' in loss", 8),
         ("divergence: kl", "divergence 'kl' is unknown; known are forward_kl", 8),
+        ("divergence: jsd(2)", "beta is 2.0, allowed is 0 < beta < 1", 8),
         ("name: KDLoss\n  temperature: -1", "temperature is -1, expected a finite number above 0", 9),
-        ("temperature: hot", "temperature", 8),
+        ("temperature: hot", "loss.temperature: expected a number, found 'hot'", 8),
+        ("logits_scale: 1\n  target_logits_scale: hot", "loss.target_logits_scale: expected a number, found 'hot'", 9),
+        ("check: 1", "loss.check: expected true or false, found 1", 8),
+        ("tail: [bucket]", "loss.tail: expected text, found ['bucket']", 8),
         (f"temperature: 1{'0' * 400}", "expected a finite number above 0", 8),
         ("tail: fluffy", "tail", 8),
         ("divergence: reverse_kl\n  tail: sampled", "tail", 9),
@@ -233,13 +239,28 @@ def test_loss_problems(loss: str, what: str, where: int, tmp_path: Path) -> None
     error = error_of(tmp_path, text, phase="train")
     assert what in error.what
     assert error.where == f"{tmp_path / 'c.yaml'}:{where}"
+    assert error.fix
     with pytest.raises(ValidationError) as caught:  # built in Python, a configuration says the same
         TrainConfig.model_validate(yaml.safe_load(text))
-    assert error.what in str(caught.value)
-    assert (error.fix or "") in str(caught.value)
+    assert f"{error.what}; {error.fix}" in str(caught.value)
 
 
-@pytest.mark.parametrize("loss", ["{}", "{divergence: jsd(0.3), temperature: 1}", "{name: KDLoss, logits_scale: 0.5}"])
+def test_only_fields_that_are_set_there_are_named(tmp_path: Path) -> None:
+    error = error_of(tmp_path, TRAIN + "loss: {warmth: 2}\n", phase="train")
+    assert error.fix is not None
+    assert error.fix.startswith("keys here: name, temperature, divergence, tail, ")
+    assert not [key for key in SET_ELSEWHERE if key in error.fix]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "{}",
+        "{divergence: jsd(0.3), temperature: 1}",
+        "{name: KDLoss, logits_scale: 0.5}",
+        "{divergence: backward_kl, tail: renormalize_both, logits_scale: 0.5, target_logits_scale: 2.0}",
+    ],
+)
 def test_good_losses(loss: str, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(f"{TRAIN}loss: {loss}\n")

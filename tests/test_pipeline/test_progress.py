@@ -72,9 +72,12 @@ def test_only_the_main_process_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert isinstance(place, Lines)
     with display(quiet=True) as place:
         assert isinstance(place, Silence)
-    monkeypatch.setenv("RANK", "1")
-    with display(quiet=False) as place:
-        assert isinstance(place, Silence)
+    for rank, processes, kind in (("1", None, Lines), ("1", "1", Lines), ("0", "2", Lines), ("1", "2", Silence)):
+        monkeypatch.setenv("RANK", rank)
+        if processes is not None:
+            monkeypatch.setenv("WORLD_SIZE", processes)
+        with display(quiet=False) as place:
+            assert isinstance(place, kind)
 
 
 def test_warnings_are_one_line_each(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,6 +86,7 @@ def test_warnings_are_one_line_each(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         warnings.warn("mind this", UserWarning, stacklevel=1)
         logging.getLogger(f"{LOGGER}.part").warning("and that")
         monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
         warnings.warn("not twice", UserWarning, stacklevel=1)
         logging.getLogger(LOGGER).warning("not this either")
     assert capsys.readouterr().err.splitlines() == ["WARNING: mind this", "WARNING: and that"]

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner, Result
+from transformers import AutoModelForCausalLM
 
 from pipeline.cli import main
 from pipeline.config.extract import ExtractConfig
@@ -139,6 +141,92 @@ def test_a_decay_that_was_run_is_not_forgotten(configure: MakeConfig) -> None:
     assert stop_at(short, 6) == 2
     with pytest.raises(IdentityError, match="learning rates of the 6 steps done: step 5 had"):
         list(train(long))
+
+
+CONSTANT = {"schedule": {"kind": "constant"}, "steps": 4, "checkpoint": {"every": 3}}
+
+
+def lose(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint)
+
+
+def damage(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").write_bytes(b"")
+
+
+@pytest.mark.parametrize("fault", [lose, damage])
+@pytest.mark.parametrize("steps", [2, 6])
+def test_a_finished_run_without_a_checkpoint_is_not_trained_anew(
+    fault: Callable[[Path], None], steps: int, configure: MakeConfig
+) -> None:
+    config = configure(**CONSTANT)
+    list(train(config))
+    files = [config.run / "metrics.jsonl", config.run / "model" / "model.safetensors"]
+    before = [file.read_bytes() for file in files]
+    for checkpoint in config.run.glob("checkpoints/*"):
+        fault(checkpoint)
+    with pytest.raises(IdentityError, match="the run finished at step 4, but no whole checkpoint is left") as caught:
+        list(train(configure(**CONSTANT | {"steps": steps})))
+    assert caught.value.where == str(config.run / "checkpoints")
+    assert [file.read_bytes() for file in files] == before
+    (again,) = train(config)
+    assert isinstance(again, Finished)
+
+
+def test_a_finished_run_goes_on_from_an_older_checkpoint_but_never_back(configure: MakeConfig) -> None:
+    list(train(configure(**CONSTANT)))
+    lose(configure().run / "checkpoints" / "step-00000004")
+    with pytest.raises(IdentityError, match="3 steps are fewer than the 4 steps done"):
+        list(train(configure(**CONSTANT | {"steps": 3})))
+    started, *_, ended = train(configure(**CONSTANT | {"steps": 5}))
+    assert isinstance(started, Started)
+    assert isinstance(ended, Finished)
+    assert (started.step, ended.step) == (3, 5)
+
+
+def test_a_finished_run_whose_weights_are_gone_saves_them_again(configure: MakeConfig) -> None:
+    config = configure(**CONSTANT)
+    list(train(config))
+    weights = config.run / "model" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    assert [type(event) for event in train(config)] == [Started, Finished]
+    assert weights.read_bytes() == content
+
+
+def test_a_loss_is_compared_by_what_it_computes(configure: MakeConfig) -> None:
+    list(train(configure()))
+    for same in ({"divergence": "forward_kl"}, {"name": "KDLoss", "temperature": 1, "check": True}):
+        (event,) = train(configure(loss=same))
+        assert isinstance(event, Finished)
+    with pytest.raises(IdentityError, match=r"loss\.divergence: 'ForwardKL\(\)' -> 'JSD\(beta=0\.5\)'") as caught:
+        list(train(configure(loss={"divergence": "jsd"})))
+    assert "loss.name" not in caught.value.what
+    list(train(configure(loss={"divergence": "jsd"}, run=configure().run / "jsd")))
+    (event,) = train(configure(loss={"divergence": "jsd(0.50)"}, run=configure().run / "jsd"))
+    assert isinstance(event, Finished)
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("online", [True, False])
+def test_a_loss_that_is_no_number_is_told(
+    check: bool, online: bool, configure: MakeConfig, tiny_teacher_dir: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    broken = copied(tiny_teacher_dir, tmp_path / "broken")
+    model = AutoModelForCausalLM.from_pretrained(broken)
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.inf
+    model.save_pretrained(broken)
+    live = {
+        "store": None,
+        "teacher_model": {"path": str(tiny_teacher_dir), "dtype": "float32"},
+        "corpus": [{"source": "jsonl", "path": str(tiny_corpus)}],
+        "rendering": {"window": 64},
+    }
+    changes = {"student": {"init": "pretrained", "path": str(broken)}, "loss": {"check": check}}
+    with pytest.raises(NumericsError, match="loss of a row is not finite: row 0" if check else "loss is") as caught:
+        list(train(configure(**changes, **(live if online else {}))))
+    assert caught.value.where == ("loss.check" if check else "step 1")
 
 
 def test_a_micro_batch_too_small_is_refused_before_the_first_step(tiny_store: Path, configure: MakeConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -94,12 +95,13 @@ def save_checkpoint(folder: Path) -> None:
 def test_weights_that_the_disk_refuses_are_told(write: Callable[[Path], None], tmp_path: Path) -> None:
     with pytest.raises(DistillError, match="File too large") as caught:
         write(tmp_path)
-    assert caught.value.exit_code in (5, 6)
+    assert caught.value.exit_code == 6
     assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(errno.ENOSPC, OutOfSpaceError.exit_code), (errno.EDQUOT, 6), (errno.EIO, 5)]
+    ("number", "code"),
+    [(errno.ENOSPC, OutOfSpaceError.exit_code), (errno.EDQUOT, 6), (errno.EFBIG, 6), (errno.EIO, 5)],
 )
 def test_what_safetensors_says_of_the_disk_becomes_an_exit_code(number: int, code: int, tmp_path: Path) -> None:
     with pytest.raises(DistillError) as caught, durable_directory(tmp_path / "model"):
@@ -118,21 +120,66 @@ def test_weights_that_are_no_numbers_are_told_by_name(value: float) -> None:
     assert "in a new run directory" in (caught.value.fix or "")
 
 
-@pytest.mark.parametrize("name", ["model", "checkpoints", "metrics.jsonl", "plan.json", "config.yaml"])
+OF_OTHERS = ["model", "checkpoints", "metrics.jsonl", "config.yaml", "report.html", "plan.json", "config.json"]
+
+
+@pytest.mark.parametrize("name", [*OF_OTHERS, "run.json"])
 def test_a_directory_of_something_else_is_left_alone(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text("precious")
-    with pytest.raises(UsageError, match="not a run directory"), RunDirectory(path=tmp_path).held():
+    content = '{"mine": 1}'
+    (tmp_path / name).write_text(content)
+    (tmp_path / ".tmp-model").mkdir()
+    told = "record cannot be read" if name == "run.json" else "not a run directory"
+    with pytest.raises(UsageError, match=told), RunDirectory(path=tmp_path).held():
         pass
-    assert names(tmp_path) == [name]
+    assert names(tmp_path) == [".tmp-model", name]
+    assert (tmp_path / name).read_text() == content
 
 
-def test_a_run_that_was_killed_at_its_birth_begins_again(tmp_path: Path) -> None:
+def test_a_run_removes_what_it_left_itself_and_nothing_else(tmp_path: Path) -> None:
     run = RunDirectory(path=tmp_path)
-    (tmp_path / "run.json").write_text("{}")
-    with run.held():
+    (tmp_path / ".tmp-mine").mkdir()
+    (tmp_path / ".tmp-model").mkdir()
+    (tmp_path / ".lock").write_text("mine")
+    with run.held():  # no run yet: nothing here is a run's
+        assert names(tmp_path) == [".lock", ".tmp-mine", ".tmp-model"]
         run.begin(CONFIG, {"digest": "d"})
+    for leftover in (".tmp-old-model", ".tmp-config.yaml", "checkpoints/.tmp-step-00000003"):
+        (tmp_path / leftover).mkdir(parents=True)
     with run.held():
-        run.begin(CONFIG, {"digest": "d"})
+        assert names(tmp_path) == [".lock", ".tmp-mine", "checkpoints", "config.yaml", "run.json"]
+        assert names(run.checkpoints) == []
+    assert (tmp_path / ".lock").read_text() == "mine"
+
+
+@pytest.mark.parametrize("writes", [0, 1])
+def test_a_run_that_was_killed_at_its_birth_begins_again(
+    writes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped before the file after the first `writes` ones gets its name."""
+    run, rename, renamed = RunDirectory(path=tmp_path / "run"), os.replace, []
+
+    def stopped(source: Path, target: Path) -> None:
+        if len(renamed) == writes:
+            raise KeyboardInterrupt
+        renamed.append(target)
+        rename(source, target)
+
+    with monkeypatch.context() as patch, run.held():
+        patch.setattr(os, "replace", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run.begin(CONFIG, {"digest": "d"})
+    for _ in range(2):
+        with run.held():
+            run.begin(CONFIG, {"digest": "d"})
+    assert names(run.path) == [".lock", "config.yaml", "run.json"]
+
+
+@pytest.mark.parametrize("place", ["file", "file/run"])
+def test_a_run_directory_that_is_a_file_is_told(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file") as caught, RunDirectory(path=tmp_path / place).held():
+        pass
+    assert caught.value.where == str(tmp_path / place)
 
 
 def test_a_partial_store_that_has_grown_needs_a_new_run_directory(tmp_path: Path) -> None:

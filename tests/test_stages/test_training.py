@@ -304,10 +304,12 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".tmp-step-00000003").mkdir()
+    (tmp_path / ".tmp-old-model").mkdir()
     (tmp_path / ".tmp-config.yaml").write_text("")
-    (tmp_path / "kept").write_text("")
-    remove_leftovers(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    for kept in ("kept", ".tmp-kept"):
+        (tmp_path / kept).write_text("")
+    remove_leftovers(tmp_path, "config.yaml", "model", "step-*")
+    assert {path.name for path in tmp_path.iterdir()} == {"kept", ".tmp-kept"}
 
 
 def test_the_curve_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
@@ -346,14 +348,17 @@ def test_a_run_directory_refuses_another_run_and_names_every_field(tmp_path: Pat
         assert line in caught.value.what
 
 
-def test_a_run_is_finished_once_its_model_is_there(tmp_path: Path) -> None:
+def test_a_finished_run_says_so_and_whether_it_has_its_model(tmp_path: Path) -> None:
     run = RunDirectory(path=tmp_path)
-    assert run.finished() is None
     run.begin(CONFIG, {"digest": "d", "teacher": {"name": "t"}})
-    run.finish(Finish(step=5, tokens=100, seconds=2.0))
     assert run.finished() is None
-    run.model.mkdir()
+    run.finish(Finish(step=5, tokens=100, seconds=2.0))
     assert run.finished() == Finish(step=5, tokens=100, seconds=2.0)
+    run.model.mkdir()
+    for name in ("config.json", "model-00001-of-00002.safetensors"):
+        assert not run.has_model()
+        (run.model / name).write_text("")
+    assert run.has_model()
     assert json.loads((tmp_path / "run.json").read_text())["store"] == {"digest": "d", "teacher": {"name": "t"}}
 
 
