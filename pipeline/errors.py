@@ -28,13 +28,12 @@ from pathlib import Path
 
 import click
 
-from storage.errors import DistillError, OutOfSpaceError, StorageUnavailableError, UsageError
+from storage.errors import NO_SPACE, DistillError, OutOfSpaceError, StorageUnavailableError, UsageError, no_space
 
 BUG = 70
 RESUMABLE = 75
 INTERRUPTED = 130
 
-_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _UNAVAILABLE = frozenset(
     {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT}
 )
@@ -90,9 +89,8 @@ def _known(error: BaseException, command: str) -> DistillError | None:
         )
     if isinstance(error, OSError):
         place = None if error.filename is None else str(error.filename)
-        if error.errno in _NO_SPACE:
-            fix = "free space or move the target, then run the same command again: what was committed stays valid"
-            return OutOfSpaceError(f"no space left: {error.strerror}", where=place, fix=fix)
+        if error.errno in NO_SPACE:
+            return no_space(str(error.strerror), place)
         # With a file's name it is about that file, whatever the number: gone, a loop of links, a name too long.
         if error.errno in _UNAVAILABLE or (error.errno is not None and place is not None):
             fix = "check that it is there, its permissions and mounts; pipeline doctor PATH tests a directory"

@@ -1,4 +1,4 @@
-"""Students against the live teacher, over the full vocabulary, on documents that no training has seen.
+"""Students against the live teacher, over the full vocabulary, on documents that a store holds out.
 
 Data path: held-out documents of a store -> teacher and students, one after another -> **scores**. One model body is in
 memory at a time; hidden states and heads of all stay, so that each chunk of positions is scored for all models at once
@@ -9,6 +9,7 @@ Shape suffixes: B sequences, T tokens, N positions, C positions of a chunk, D hi
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -20,17 +21,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.runs import warn_if_trained_on
 from stages.batches.sequences import lengths, part
 from stages.devices import resolve_device, resolve_dtype
-from stages.student.identity import check_tokenizer
-from stages.student.source import StudentSource
-from stages.teacher.files import file_hashes, find_model, load_config
+from stages.student.identity import compare_tokenizers
+from stages.teacher.files import ModelDirectory, file_hashes, find_model, load_config
 from stages.teacher.head import Head
 from stages.teacher.hf import HFTeacher
 from storage.errors import IdentityError, UsageError
 from storage.plan import Plan
 from storage.reader import StoreReader
 from storage.rows import SequenceBatch
+
+logger = logging.getLogger("topk_distill.evaluate")
 
 BINS = 15
 RESAMPLES = 2_000
@@ -75,13 +78,17 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Scores of the teacher and of each student by name, over the same positions of `documents` held-out documents."""
+    """Scores of the teacher and of each student by name, over the same positions of `documents` held-out documents.
+
+    `warnings` names students that learned from some of those documents.
+    """
 
     teacher: Scores
     students: Mapping[str, Scores]
     documents: int
     tokens: int
     store_digest: str
+    warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for summary.json and --json."""
@@ -120,6 +127,8 @@ def evaluate(
 ) -> Evaluation:
     """Score students beside the teacher on the store's held-out documents.
 
+    A warning names each run that is known to have learned from some of them.
+
     Args:
         store: directory of the store.
         models: run or model directory of each student by name.
@@ -130,8 +139,10 @@ def evaluate(
         max_tokens: tokens read at most; whole documents are kept, from the first on. None: all.
 
     Raises:
-        UsageError: nothing is held out, there is no such model, or the store does not describe its teacher.
+        UsageError: nothing is held out, there is no such model or its files are broken, or the store does not describe
+            its teacher.
         IdentityError: not the store's teacher, or a student with another tokenizer.
+        NumericsError, OutOfSpaceError: a model's logits are not finite, or it does not fit into memory.
     """
     reader = StoreReader(store, split="heldout")
     plan = reader.plan
@@ -141,13 +152,18 @@ def evaluate(
     slim = dtype == "auto" and place.type == "cpu"
     student_dtype = torch.float32 if slim else teacher_dtype
 
-    teacher_path = _check_teacher(plan, teacher)
-    directories = {name: model_directory(Path(path)) for name, path in models.items()}
-    for directory in directories.values():
-        check_tokenizer(StudentSource(init="pretrained", path=str(directory)), reader.tokenizer_files())
-    reads = {"": _read(teacher_path, heldout, plan, place, teacher_dtype)}
-    for name, directory in directories.items():
-        reads[name] = _read(directory, heldout, plan, place, student_dtype)
+    teacher_files = _check_teacher(plan, teacher)
+    student_files = {name: find_model(str(model_directory(Path(path)))) for name, path in models.items()}
+    for files in student_files.values():
+        compare_tokenizers(files.directory, reader.tokenizer_files(), where=str(files.directory))
+    documents = np.unique(heldout.document).tolist()
+    told = [warn_if_trained_on(Path(path), plan, documents) for path in models.values()]
+    warnings = tuple(line for line in told if line is not None)
+    for line in warnings:
+        logger.warning("%s", line)
+    reads = {"": _read(teacher_files, heldout, plan, place, teacher_dtype)}
+    for name, files in student_files.items():
+        reads[name] = _read(files, heldout, plan, place, student_dtype)
 
     document_N = np.repeat(heldout.document, lengths(heldout))[heldout.has_row]
     marks = _score(list(reads.values()), _following(heldout, place))
@@ -158,9 +174,10 @@ def evaluate(
     return Evaluation(
         teacher=scores.pop(""),
         students=scores,
-        documents=len(np.unique(heldout.document)),
+        documents=len(documents),
         tokens=len(document_N),
         store_digest=reader.digest,
+        warnings=warnings,
     )
 
 
@@ -198,11 +215,11 @@ def _heldout(reader: StoreReader, max_tokens: int | None) -> SequenceBatch:
     return part(batch, 0, end)
 
 
-def _check_teacher(plan: Plan, given: Path | None) -> Path:
+def _check_teacher(plan: Plan, given: Path | None) -> ModelDirectory:
     """The teacher's directory, proven by the hashes in the plan to be the store's teacher."""
     recorded = plan.recorded.get("teacher", {})
     path = str(given if given is not None else recorded.get("directory", ""))
-    found = find_model(path)
+    found = find_model(path, key="--teacher")
     hashes = file_hashes(found)
     stored: Mapping[str, str] = _of_teacher(plan, "files")
     for name in sorted(stored.keys() | hashes.keys()):
@@ -212,7 +229,7 @@ def _check_teacher(plan: Plan, given: Path | None) -> Path:
                 where=str(found.directory),
                 fix="name the directory of the teacher that the store was made with",
             )
-    return found.directory
+    return found
 
 
 def _of_teacher(plan: Plan, key: str) -> Any:
@@ -226,12 +243,13 @@ def _of_teacher(plan: Plan, key: str) -> Any:
     return plan.teacher[key]
 
 
-def _read(directory: Path, heldout: SequenceBatch, plan: Plan, device: torch.device, dtype: torch.dtype) -> _Read:
+def _read(files: ModelDirectory, heldout: SequenceBatch, plan: Plan, device: torch.device, dtype: torch.dtype) -> _Read:
     """Run a model over all sequences and keep the hidden states at positions with a row, in order."""
     began = time.perf_counter()
-    files = find_model(str(directory))
     load_config(files)
-    model = HFTeacher.load(files, vocab_size=plan.vocab_size, device=device, dtype=dtype, attention="sdpa")
+    # A store of eager attention may be of an architecture that knows no other.
+    attention = "eager" if plan.teacher.get("attention") == "eager" else "sdpa"
+    model = HFTeacher.load(files, vocab_size=plan.vocab_size, device=device, dtype=dtype, attention=attention, key=None)
     kept: list[Tensor] = []
     for first, end in _forwards(lengths(heldout)):
         batch = part(heldout, first, end)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.evaluate import model_directory
+from pipeline.runs import find_record
 from stages.corpus.tokenizer import load_tokenizer
 from stages.devices import resolve_device, resolve_dtype
 from stages.teacher.files import find_model
@@ -73,7 +74,7 @@ def teacher_directory(path: Path) -> Path:
     Raises:
         UsageError: `path` is no run, or its teacher is not where it was.
     """
-    record = next((place / "run.json" for place in (path, path.parent) if (place / "run.json").is_file()), None)
+    record = find_record(path)
     if record is None:
         raise UsageError("only a run knows its teacher", where=str(path), fix="name the run directory, not a model")
     recorded = read_record(record)["store"].get("teacher")

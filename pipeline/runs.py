@@ -1,12 +1,18 @@
-"""Run directories named on a command line: what to call them, and which store they learned from."""
+"""Run directories named on a command line: what to call them, and what they learned from."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from stages.training.run import read_record
-from storage.errors import UsageError
+from storage.errors import DistillError, UsageError
+from storage.files import LocalFiles
+from storage.manifest import read_plan
+from storage.plan import HeldoutRule, Json, Plan
 
 
 def name_models(paths: Sequence[Path]) -> dict[str, Path]:
@@ -37,3 +43,76 @@ def find_store(runs: Sequence[Path]) -> Path:
         where=", ".join(str(run) for run in runs),
         fix="name it with --store PATH",
     )
+
+
+def find_record(path: Path) -> Path | None:
+    """Return run.json of a run, named by its own directory or by its model's; None if `path` is of no run."""
+    for place in (path, path.absolute().parent):
+        if (place / "run.json").is_file() and (place / "config.yaml").is_file():
+            return place / "run.json"
+    return None
+
+
+def warn_if_trained_on(path: Path, plan: Plan, documents: Sequence[int]) -> str | None:
+    """Say whether a run learned from documents that it is to be scored on.
+
+    Args:
+        path: run or model directory.
+        plan: of the store whose held-out documents these are.
+        documents: their numbers.
+
+    Returns:
+        One line; None if it did not, or if nothing tells what it learned from.
+
+    Raises:
+        UsageError: the run's record is damaged.
+    """
+    record = find_record(path)
+    learned = None if record is None else _corpus_and_rule(record)
+    if learned is None:
+        return None
+    corpus, rule = learned
+    stored = [dict(source) for source in plan.corpus]
+    if corpus != stored:
+        if not _contents(corpus) & _contents(stored):
+            return None
+        return f"{path} learned from files that the store's corpus holds too, maybe from what it is scored on"
+    trained = sum(not rule.holds_out(number) for number in documents)
+    if trained == 0:
+        return None
+    return (
+        f"{path} learned from {trained} of the {len(documents)} documents that it is scored on, so its scores are too "
+        f"good: hold out what the store holds out, heldout: {{fraction: {plan.heldout.fraction}, "
+        f"seed: {plan.heldout.seed}}}"
+    )
+
+
+def _corpus_and_rule(record: Path) -> tuple[list[Json], HeldoutRule] | None:
+    """The corpus of a run and what it held out: by its record, or by the plan of its store if that is still there.
+
+    Raises:
+        UsageError: the record is damaged.
+    """
+    learned_from = read_record(record)["store"]
+    if "path" in learned_from:
+        with suppress(DistillError):  # whatever has become of that store
+            plan = read_plan(LocalFiles(Path(str(learned_from["path"]))))
+            if plan is not None and plan.store_id == learned_from.get("id"):
+                return [dict(source) for source in plan.corpus], plan.heldout
+        return None
+    try:
+        identity = learned_from["identity"]
+        rule = HeldoutRule(**identity["heldout"])
+        rule.check()
+        return [dict(source) for source in identity["corpus"]], rule
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"the run's record does not say what it learned from: {error!r}",
+            where=str(record),
+            fix="restore it; a copy of the run's model can be scored without it",
+        ) from error
+
+
+def _contents(corpus: list[Json]) -> set[str]:
+    """Every sha256 that identifies a corpus: of its files, or of the texts themselves."""
+    return set(re.findall(r"\b[0-9a-f]{64}\b", json.dumps(corpus)))

@@ -6,7 +6,10 @@ It sits at the bottom of the import order so that all three packages can raise f
 
 from __future__ import annotations
 
+import errno
 from typing import ClassVar
+
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # a full disk, a quota, a limit on the size of files
 
 
 class DistillError(Exception):
@@ -63,6 +66,21 @@ class OutOfSpaceError(DistillError):
     """No space or memory left. What was committed stays valid."""
 
     exit_code = 6
+
+
+def no_space(reason: str, where: str | None) -> OutOfSpaceError:
+    """Return the error for an OSError of `NO_SPACE`.
+
+    Args:
+        reason: what the operating system says.
+        where: the file concerned, if known.
+    """
+    return OutOfSpaceError(
+        f"no space left: {reason}",
+        where=where,
+        fix="free some space or raise the limit (quota, ulimit -f), then run the same command again: "
+        "what is committed stays valid",
+    )
 
 
 class NumericsError(DistillError):

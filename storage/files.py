@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from storage.errors import DistillError, OutOfSpaceError, StorageUnavailableError, UsageError
+from storage.errors import NO_SPACE, DistillError, StorageUnavailableError, UsageError, no_space
 from storage.faults import fault_point
 
 TEMPORARY = "tmp"
@@ -28,7 +28,6 @@ PARALLEL_SYNCS = 8
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 _NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOTSUP}
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
 
 def sha256(data: bytes) -> str:
@@ -41,7 +40,7 @@ def storage_errors(path: Path | str) -> Iterator[None]:
     """Turn an OSError inside into an error of ours that names `path`.
 
     Raises:
-        OutOfSpaceError: the disk or the quota is full.
+        OutOfSpaceError: the disk or the quota is full, or the file larger than one may be.
         StorageUnavailableError: anything else the operating system refuses.
     """
     try:
@@ -52,12 +51,8 @@ def storage_errors(path: Path | str) -> Iterator[None]:
 
 def _translated(error: OSError, path: Path | str) -> DistillError:
     reason = error.strerror or str(error)
-    if error.errno in _NO_SPACE:
-        return OutOfSpaceError(
-            f"no space left: {reason}",
-            where=str(path),
-            fix="free some space, then run the same command again: what is committed stays valid",
-        )
+    if error.errno in NO_SPACE:
+        return no_space(reason, str(path))
     fixes = {
         errno.EROFS: "the file system is read-only: name a directory that can be written",
         errno.EACCES: "give this user the right to read and write there",

@@ -39,16 +39,31 @@ def check_tokenizer(source: StudentSource, teacher_files: Mapping[str, bytes]) -
     directory = _tokenizer_directory(source)
     if directory is None:
         return False
+    compare_tokenizers(directory, teacher_files, where=f"student.path: {source.path}")
+    return True
+
+
+def compare_tokenizers(directory: Path, teacher_files: Mapping[str, bytes], *, where: str) -> None:
+    """Compare the tokenizer of a student's directory with the teacher's.
+
+    Args:
+        directory: of the student.
+        teacher_files: as `check_tokenizer`.
+        where: what names the student, for messages.
+
+    Raises:
+        IdentityError: as `check_tokenizer`.
+        UsageError: there is no tokenizer.
+    """
     with tempfile.TemporaryDirectory(prefix="topk-distill-tokenizer-") as stored:
         write_tokenizer(teacher_files, Path(stored))
         difference = first_difference(load_tokenizer(Path(stored)), load_tokenizer(directory))
     if difference is not None:
         raise IdentityError(
             f"the student's tokenizer is not the teacher's: {difference}",
-            where=f"student.path: {source.path} (the first is the teacher's)",
+            where=f"{where} (the first is the teacher's)",
             fix="use a student with the teacher's tokenizer, or a teacher (and a store of it) with the student's",
         )
-    return True
 
 
 def check_vocabulary(model: PreTrainedModel, vocab_size: int, *, same_tokenizer: bool) -> None:

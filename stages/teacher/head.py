@@ -58,19 +58,18 @@ class Head:
         layer: the model's output embedding.
         rule: scale and softcap.
         vocab_size: real tokens; head rows beyond them are padding.
-        key: the section of the configuration that names the model, for messages.
+        where: the model's directory, for messages.
 
     Raises:
         UsageError: the layer is not linear, or has fewer rows than there are tokens.
     """
 
-    def __init__(self, layer: torch.nn.Module | None, rule: HeadRule, vocab_size: int, *, key: str = "teacher") -> None:
-        where = f"{key}.path"
+    def __init__(self, layer: torch.nn.Module | None, rule: HeadRule, vocab_size: int, *, where: str) -> None:
         if not isinstance(layer, torch.nn.Linear):
-            raise UsageError(f"the teacher's head is {type(layer).__name__}, not a linear layer", where=where)
+            raise UsageError(f"the model's head is {type(layer).__name__}, not a linear layer", where=where)
         rows = layer.weight.shape[0]
         if rows < vocab_size:
-            raise UsageError(f"the teacher's head has {rows} rows for {vocab_size} tokens", where=where)
+            raise UsageError(f"the model's head has {rows} rows for {vocab_size} tokens", where=where)
         self.rule = rule
         self.exact_in_bfloat16 = layer.weight.dtype == torch.bfloat16
         self.weight_VD = layer.weight.detach()[:vocab_size].float()

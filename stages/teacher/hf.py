@@ -30,11 +30,11 @@ class HFTeacher:
     after it, so padding changes nothing, and an explicit mask of ones would only select slower attention kernels.
     """
 
-    def __init__(self, model: PreTrainedModel, vocab_size: int, *, key: str = "teacher") -> None:
+    def __init__(self, model: PreTrainedModel, vocab_size: int, *, where: str) -> None:
         self.model = model
         self.device = model.device
         layer = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        self.head = Head(layer, HeadRule.of(model.config), vocab_size, key=key)
+        self.head = Head(layer, HeadRule.of(model.config), vocab_size, where=where)
 
     @classmethod
     def load(
@@ -45,7 +45,7 @@ class HFTeacher:
         device: torch.device,
         dtype: torch.dtype,
         attention: str,
-        key: str = "teacher",
+        key: str | None = "teacher",
     ) -> HFTeacher:
         """Load safetensors weights and check on a few tokens that hidden states and head give the model's own logits.
 
@@ -53,7 +53,7 @@ class HFTeacher:
             files: the model.
             vocab_size: real tokens.
             device, dtype, attention: how it computes.
-            key: the section of the configuration that names the model, for messages.
+            key: the section of the configuration that names the model, for what messages advise; None: there is none.
 
         Raises:
             UsageError: not a causal language model, weights that are broken, lacking or of other shapes than the
@@ -64,7 +64,7 @@ class HFTeacher:
         where = str(files.directory)
         with _memory_told(where, key):
             model = _from_pretrained(files, dtype=dtype, attention=attention, key=key)
-            teacher = cls(model.to(device).eval().requires_grad_(False), vocab_size, key=key)
+            teacher = cls(model.to(device).eval().requires_grad_(False), vocab_size, where=where)
         teacher._check_head(where, key)
         return teacher
 
@@ -79,15 +79,17 @@ class HFTeacher:
         return self.head(hidden_ND)
 
     @torch.inference_mode()
-    def _check_head(self, where: str, key: str) -> None:
+    def _check_head(self, where: str, key: str | None) -> None:
         """Compare with the model's own logits, within what a bfloat16 product may differ by."""
         vocab_size = self.head.weight_VD.shape[0]
         ids_BT = torch.arange(min(PROBE_TOKENS, vocab_size), device=self.device)[None]
         expected_NV = self.model(input_ids=ids_BT, use_cache=False).logits[0, :, :vocab_size].float()
         found_NV = self.logits(self.hidden(ids_BT)[0])
         if not torch.isfinite(found_NV).all():
-            fix = f"try {key}.dtype: float32; if it persists, the weights themselves are broken"
-            raise NumericsError("the teacher's logits hold NaN or infinity", where=where, fix=fix)
+            fix = "the weights are broken: train, download or convert the model again"
+            if key is not None:
+                fix = f"try {key}.dtype: float32; if it persists, {fix}"
+            raise NumericsError("the model's logits hold NaN or infinity", where=where, fix=fix)
         error = (found_NV - expected_NV).abs().max().item()
         allowed = 0.02 * found_NV.abs().max().item() + 1e-3
         if not error <= allowed:
@@ -99,7 +101,7 @@ class HFTeacher:
             )
 
 
-def _from_pretrained(files: ModelDirectory, *, dtype: torch.dtype, attention: str, key: str) -> Any:
+def _from_pretrained(files: ModelDirectory, *, dtype: torch.dtype, attention: str, key: str | None) -> Any:
     where = str(files.directory)
     try:
         with quiet():
@@ -116,8 +118,9 @@ def _from_pretrained(files: ModelDirectory, *, dtype: torch.dtype, attention: st
     except Exception as error:  # transformers builds a model of the user's files here, and fails in many ways
         if _is_out_of_memory(error):
             raise
-        fix = f"check the files; if it is the attention that fails, set {key}.attention: eager"
-        raise UsageError(f"cannot load the teacher: {first_line(error)}", where=where, fix=fix) from error
+        eager = "" if key is None else f"; if it is the attention that fails, set {key}.attention: eager"
+        fix = f"check the files{eager}"
+        raise UsageError(f"cannot load the model: {first_line(error)}", where=where, fix=fix) from error
     model, report = loaded
     _refuse_mismatched(report["mismatched_keys"], where)
     _refuse_missing(report["missing_keys"], where)
@@ -125,15 +128,15 @@ def _from_pretrained(files: ModelDirectory, *, dtype: torch.dtype, attention: st
 
 
 @contextmanager
-def _memory_told(where: str, key: str) -> Iterator[None]:
+def _memory_told(where: str, key: str | None) -> Iterator[None]:
     """Say what does not fit where memory runs out."""
     try:
         yield
     except Exception as error:
         if not _is_out_of_memory(error):
             raise
-        what = "the teacher does not fit into memory"
-        raise OutOfSpaceError(what, where=where, fix=f"use a larger device, or {key}.dtype: bfloat16") from error
+        fix = "use a larger device" if key is None else f"use a larger device, or {key}.dtype: bfloat16"
+        raise OutOfSpaceError("the model does not fit into memory", where=where, fix=fix) from error
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -157,7 +160,7 @@ def _refuse_mismatched(keys: Iterable[tuple[str, torch.Size, torch.Size]], where
 
 
 def _refuse_missing(keys: Iterable[Any], where: str) -> None:
-    """transformers fills weights that a file lacks with random numbers; a teacher must have all of its own."""
+    """transformers fills weights that a file lacks with random numbers; a model must have all of its own."""
     names = sorted(str(key) for key in keys)
     if names:
         raise UsageError(

@@ -38,6 +38,7 @@ from pipeline.recipe import build_learner, order_of, step_shape
 from pipeline.train import Saved, StepDone, dry_run, train
 from pipeline.training_data import open_training_data
 from stages.batches.steps import training_steps
+from stages.online.teacher import LiveTeacher
 from stages.parallel.processes import gather
 from stages.parallel.tensors import whole
 from stages.training.optimizer import AdamWSettings, build_optimizer
@@ -124,6 +125,18 @@ def refuse() -> None:
     raise UsageError("what went wrong in the main process")
 
 
+def require_cut(teacher: LiveTeacher | None, rows: int) -> None:
+    """This process holds half of each matrix in the teacher's layers, and `rows` rows of its head."""
+    assert teacher is not None
+    matrices = {name: weight for name, weight in teacher.body.named_parameters() if name.endswith("_proj.weight")}
+    assert len(matrices) == 7 * teacher.body.config.num_hidden_layers
+    for name, weight in matrices.items():
+        assert isinstance(weight, DTensor), f"each process holds all of the teacher's {name}"
+        assert 2 * weight.to_local().numel() == weight.numel(), name
+    assert isinstance(teacher.weight_VD, DTensor)
+    assert len(teacher.weight_VD.to_local()) == rows
+
+
 def watch(config: TrainConfig) -> None:
     """No process makes a tensor as wide as the vocabulary, and what is communicated is summed, never gathered."""
     with processes_of(config) as processes:
@@ -134,6 +147,7 @@ def watch(config: TrainConfig) -> None:
         rows = len(learner.student.weight_VD)
         first = -(-rows // 2)  # DTensor gives the first process the larger half
         mine = first if processes.main else data.vocab_size - first
+        require_cut(learner.teacher, first if processes.main else rows - first)
         with Shapes() as shapes:
             optimizer_step(learner, optimizer, step, lr=1e-3, clip_norm=1.0, number=1)
             validate(learner, step.batches, number=1)

@@ -46,6 +46,7 @@ def os_error(code: int) -> OSError:
         (OutOfSpaceError("x"), 6),
         (os_error(errno.ENOSPC), 6),
         (os_error(errno.EDQUOT), 6),
+        (os_error(errno.EFBIG), 6),
         (MemoryError(), 6),
         (torch.OutOfMemoryError("CUDA out of memory"), 6),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 6),

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
+from pipeline.config.extract import ExtractConfig
+from pipeline.config.train import TrainConfig
 from pipeline.evaluate import Evaluation, bootstrap_interval, evaluate, model_directory, reliability
+from pipeline.extract import extract
+from pipeline.runs import warn_if_trained_on
+from pipeline.training_data import open_training_data
 from stages.batches.sequences import part
 from stages.student.source import StudentSource, build_student
+from stages.training.run import RunDirectory
 from storage.commit import StoreWriter
-from storage.errors import IdentityError, UsageError
+from storage.errors import DistillError, IdentityError, NumericsError, UsageError
 from storage.plan import SPLITS
 from storage.reader import StoreReader
 
@@ -133,6 +142,165 @@ def test_a_store_that_does_not_describe_its_teacher_is_refused(
     with pytest.raises(UsageError, match=f"the store does not say the {key} of its teacher") as caught:
         evaluate(store, {}, tiny_teacher_dir, device="cpu")
     assert caught.value.where == f"plan.json: teacher.{key}"
+
+
+def tear(student: Path) -> None:
+    weights = student / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+def lose(student: Path) -> None:
+    (student / "model.safetensors").unlink()
+
+
+def spoil(student: Path) -> None:
+    weights = load_file(student / "model.safetensors")
+    save_file(weights | {"lm_head.weight": weights["lm_head.weight"].fill_(torch.nan)}, student / "model.safetensors")
+
+
+def rename_a_token(student: Path) -> None:
+    (student / "tokenizer.json").write_text((student / "tokenizer.json").read_text().replace('"<pad>"', '"<gap>"'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind", "what"),
+    [
+        (tear, UsageError, "cannot load the model: "),
+        (lose, UsageError, "no safetensors weights"),
+        (spoil, NumericsError, "the model's logits hold NaN"),
+        (rename_a_token, IdentityError, "the student's tokenizer is not the teacher's"),
+    ],
+)
+def test_a_student_with_broken_files_is_named(
+    damage: Callable[[Path], None],
+    kind: type[DistillError],
+    what: str,
+    tiny_store: Path,
+    tiny_teacher_dir: Path,
+    student_dir: Path,
+    tmp_path: Path,
+) -> None:
+    """By its directory: there is no configuration whose keys could be meant."""
+    broken = tmp_path / "student"
+    shutil.copytree(student_dir, broken)
+    damage(broken)
+    with pytest.raises(kind, match=what) as caught:
+        evaluate(tiny_store, {"student": broken}, tiny_teacher_dir, device="cpu")
+    assert str(caught.value.where).startswith(str(broken))
+    assert not any(key in str(caught.value) for key in ("student.path", "teacher.attention", "teacher.dtype"))
+
+
+def test_a_teacher_that_is_not_there_is_asked_for_by_its_option(tiny_store: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no model directory") as caught:
+        evaluate(tiny_store, {}, tmp_path / "nowhere", device="cpu")
+    assert caught.value.where == "--teacher"
+
+
+def test_models_attend_as_the_stores_teacher_had_to(
+    tiny_tokenizer_dir: Path, tiny_extraction: dict[str, Any], tmp_path: Path
+) -> None:
+    """Gemma 2 caps its attention scores, which sdpa cannot."""
+    teacher, store = tmp_path / "teacher", tmp_path / "store"
+    shutil.copytree(tiny_tokenizer_dir, teacher)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    Gemma2ForCausalLM(Gemma2Config(vocab_size=512, **shape, **heads)).save_pretrained(teacher)
+    described = {"path": str(teacher), "dtype": "float32", "attention": "eager"}
+    list(extract(ExtractConfig.model_validate({**tiny_extraction, "store": store, "teacher": described})))
+    found = evaluate(store, {"copy": teacher}, device="cpu")
+    assert found.students["copy"].kl == 0.0
+
+
+@pytest.fixture
+def begin(tiny_teacher_dir: Path, tiny_corpus: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Begin a run on the tiny corpus, held out as in the tiny store, with changes, as training does."""
+
+    def make(**changes: Any) -> Path:
+        values = {
+            "teacher_model": {"path": str(tiny_teacher_dir), "dtype": "float32"},
+            "corpus": [{"source": "jsonl", "path": str(tiny_corpus)}],
+            "rendering": {"window": 64},
+            "heldout": {"fraction": 0.15},
+            "run": tmp_path / "run",
+            "student": {"init": "pretrained", "path": str(tiny_teacher_dir)},
+            "steps": 1,
+            "device": "cpu",
+            **changes,
+        }
+        config = TrainConfig.model_validate({key: value for key, value in values.items() if value is not None})
+        run = RunDirectory(path=config.run)
+        with run.held():
+            run.begin(config.model_dump(mode="json"), open_training_data(config).record)
+        return run.path
+
+    return make
+
+
+def warning(run: Path, store: Path) -> str | None:
+    reader = StoreReader(store, split="heldout")
+    return warn_if_trained_on(run, reader.plan, np.unique(reader.read(np.arange(len(reader))).document).tolist())
+
+
+@pytest.mark.parametrize(
+    ("heldout", "told"),
+    [
+        ({"fraction": 0.15}, None),
+        ({"fraction": 0.5}, None),  # those of 0.15 among them
+        (None, "learned from 5 of the 5 documents that it is scored on"),
+        ({"fraction": 0.05}, "learned from 4 of the 5 documents"),
+        ({"fraction": 0.15, "seed": 1}, "hold out what the store holds out, heldout: {fraction: 0.15, seed: 0}"),
+    ],
+)
+def test_a_run_that_learned_from_what_it_is_scored_on_is_told(
+    heldout: dict[str, Any] | None, told: str | None, begin: Callable[..., Path], tiny_store: Path
+) -> None:
+    run = begin(heldout=heldout)
+    for path in (run, run / "model"):
+        found = warning(path, tiny_store)
+        assert found is None if told is None else told in str(found)
+
+
+def test_other_texts_and_files_beside_others(
+    begin: Callable[..., Path], tiny_store: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "other.jsonl").write_text('{"text": "Words of another corpus, in one sentence."}\n' * 20)
+    other, same = ({"source": "jsonl", "path": str(path)} for path in (tmp_path / "other.jsonl", tiny_corpus))
+    assert warning(begin(corpus=[other]), tiny_store) is None
+    told = warning(begin(corpus=[other, same]), tiny_store)
+    assert "learned from files that the store's corpus holds too" in str(told)
+
+
+def test_a_run_on_another_store_of_the_corpus(
+    begin: Callable[..., Path], tiny_store: Path, tiny_extraction: dict[str, Any], tmp_path: Path
+) -> None:
+    own = dict.fromkeys(("teacher_model", "corpus", "rendering", "heldout"))
+    assert warning(begin(**own, store=tiny_store), tiny_store) is None
+    store = tmp_path / "store"
+    list(extract(ExtractConfig.model_validate({**tiny_extraction, "store": store, "heldout": {"fraction": 0.05}})))
+    run = begin(**own, store=store)
+    assert "learned from 4 of the 5 documents" in str(warning(run, tiny_store))
+    (store / "plan.json").write_text("{")
+    assert warning(run, tiny_store) is None
+    shutil.rmtree(store)
+    assert warning(run, tiny_store) is None
+
+
+def test_a_record_that_does_not_say_what_was_held_out_is_damaged(begin: Callable[..., Path], tiny_store: Path) -> None:
+    run = begin()
+    record = json.loads((run / "run.json").read_text())
+    for rule in ({"fraction": "some"}, {"fraction": 7.0}, {"share": 0.1}, None):
+        record["store"]["identity"]["heldout"] = rule
+        (run / "run.json").write_text(json.dumps(record))
+        with pytest.raises(UsageError, match="does not say what it learned from") as caught:
+            warning(run, tiny_store)
+        assert caught.value.where == str(run / "run.json")
+
+
+def test_a_model_beside_a_record_of_something_else(tiny_store: Path, student_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(student_dir, tmp_path / "student")
+    (tmp_path / "student" / "run.json").write_text('{"mine": 1}')
+    assert warning(tmp_path / "student", tiny_store) is None
 
 
 def test_a_run_stands_for_its_model(tmp_path: Path, student_dir: Path) -> None:

@@ -310,7 +310,7 @@ def test_nothing_is_written_for_bad_input(config: dict[str, Any], tmp_path: Path
         ({"corpus": [{**source, "field": "body"}]}, "no field 'body'; the fields are 'text', 'number'"),
         ({"target": {"k": 513}}, "k = 513 is more than the vocabulary of 512 tokens"),
         ({"teacher": {"path": str(tmp_path / "absent")}}, "no model directory"),
-        ({"teacher": {"path": str(broken)}}, "cannot load the teacher"),
+        ({"teacher": {"path": str(broken)}}, "cannot load the model"),
         ({"rendering": {"window": 513}}, "window = 513 is more than the 512 positions that the teacher knows"),
         ({"device": "cuda:99"}, "not available"),
     ):

@@ -1,11 +1,13 @@
 """A live teacher and a store that keeps everything are the same teacher: same losses, same gradients.
 
 The store is a real one, with the `exact` codec and k = V. Its entropy, which is float16, takes no part in bucket forms.
+Both routes are held against plain models too: one sequence at a time, whole logits, float64, the formulas below.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.config.extract import ExtractConfig
 from pipeline.config.train import TrainConfig
@@ -25,6 +28,7 @@ from storage.codecs.exact import Exact
 from storage.reader import StoreReader
 
 REAL_TOKENS = 512
+TEMPERATURES = [1.25, 2.0]  # of the teacher, stored besides 1
 SHAPE = {"num_hidden_layers": 2, "initializer_range": 0.1}  # random weights wide enough to disagree with the teacher
 
 
@@ -51,7 +55,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, read
         **reading,
         "store": path,
         "teacher": {"path": str(tiny_teacher_dir), "dtype": "float32"},
-        "target": {"kind": "topk", "k": REAL_TOKENS},
+        "target": {"kind": "topk", "k": REAL_TOKENS, "temperatures": TEMPERATURES},
         "documents_per_shard": 8,
         "device": "cpu",
     }
@@ -130,3 +134,84 @@ def test_online_equals_offline(
 def held_out_losses(config: TrainConfig, data: TrainingData, learner: Learner) -> Losses:
     shape = step_shape(config, data, learner.student.device)
     return validate(learner, heldout_batches(config, data, shape), number=0)
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+def jsd_of_three_tenths(log_p: Tensor, log_q: Tensor) -> Tensor:
+    log_m = (0.3 * log_p.exp() + 0.7 * log_q.exp()).log()
+    return 0.3 * (log_p.exp() * (log_p - log_m)).sum(-1) + 0.7 * (log_q.exp() * (log_q - log_m)).sum(-1)
+
+
+def plain_losses_and_gradients(
+    data: TrainingData, weights: dict[str, Tensor], teacher_dir: Path, divergence: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """What `losses_and_gradients` gives, for a kd_ratio of 0.7 and the student of these weights."""
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float64).eval()
+    config = AutoConfig.from_pretrained(teacher_dir, **SHAPE)
+    student = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+    student.load_state_dict(weights)
+    kd, ce, rows = [], [], 0
+    for index in range(len(data.train)):
+        sequence = data.train.read(np.array([index]), targets=False)
+        ids_T = torch.from_numpy(sequence.tokens.astype(np.int64))
+        at = torch.from_numpy(np.flatnonzero(sequence.has_row))
+        with torch.no_grad():
+            teacher_NV = teacher(input_ids=ids_T[None]).logits[0, at, :REAL_TOKENS]
+        student_NV = student(input_ids=ids_T[None]).logits[0, at, :REAL_TOKENS]
+        kd.append(divergence(teacher_NV, student_NV).sum())
+        ce.append(torch.nn.functional.cross_entropy(student_NV, ids_T[at + 1], reduction="sum"))
+        rows += len(at)
+    parts = torch.stack([torch.stack(kd).sum(), torch.stack(ce).sum()]) / rows
+    loss = 0.7 * parts[0] + 0.3 * parts[1]
+    loss.backward()
+    return torch.stack([loss, *parts]).detach(), [parameter.grad for parameter in student.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("name", "divergence", "temperature", "student_scale", "teacher_scale"),
+    [
+        ("forward_kl", forward_kl, 1.5, 1.25, 0.75),
+        ("reverse_kl", reverse_kl, 2.0, 0.8, 1.6),
+        ("jsd(0.3)", jsd_of_three_tenths, 1.5, 1.25, 0.75),
+    ],
+)
+def test_both_routes_equal_plain_models_at_another_temperature(
+    name: str,
+    divergence: Callable[[Tensor, Tensor], Tensor],
+    temperature: float,
+    student_scale: float,
+    teacher_scale: float,
+    store: Path,
+    reading: dict[str, Any],
+    tiny_teacher_dir: Path,
+    tmp_path: Path,
+) -> None:
+    def tempered(teacher_NV: Tensor, student_NV: Tensor) -> Tensor:
+        log_p = (teacher_NV * teacher_scale / temperature).log_softmax(-1)
+        log_q = (student_NV * student_scale / temperature).log_softmax(-1)
+        return temperature**2 * divergence(log_p, log_q)
+
+    assert temperature / teacher_scale in TEMPERATURES
+    loss = {"divergence": name, "temperature": temperature}
+    loss |= {"logits_scale": student_scale, "target_logits_scale": teacher_scale}
+    live = {**reading, "teacher_model": {"path": str(tiny_teacher_dir), "dtype": "float32"}}
+    routes = {
+        route: opened(source, tiny_teacher_dir, tmp_path / route, loss=loss, kd_ratio=0.7)
+        for route, source in (("online", live), ("offline", {"store": store}))
+    }
+    _, data, learner = routes["online"]
+    weights = learner.student.model.state_dict()
+    expected, expected_gradients = plain_losses_and_gradients(data, weights, tiny_teacher_dir, tempered)
+    assert float(expected[1]) > 0.1
+    for route, parts in routes.items():
+        found, gradients = losses_and_gradients(*parts)
+        assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-5), route
+        for ours, theirs in zip(gradients, expected_gradients, strict=True):
+            assert float((ours - theirs).norm()) <= 1e-4 * float(theirs.norm()), route

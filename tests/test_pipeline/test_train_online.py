@@ -143,6 +143,17 @@ def test_cross_entropy_alone_builds_no_teacher_and_sees_the_same_tokens(
     assert ours[0]["kd"] is None
 
 
+def test_the_seed_orders_the_sequences(configure: MakeConfig, tmp_path: Path) -> None:
+    """Weights of a student that is made of the teacher's layers know no seed."""
+    curves = []
+    for run, seed in (("first", 0), ("same", 0), ("other", 1)):
+        list(train(configure(run=tmp_path / run, seed=seed, steps=2, kd_ratio=0.0)))
+        curves.append([line["ce"] for line in curve(tmp_path / run) if line["event"] == "step"])
+    first, same, other = curves
+    assert first == same
+    assert all(abs(one - another) > 1e-3 for one, another in zip(first, other, strict=True))
+
+
 def other_teacher(teacher: Path, place: Path) -> Path:
     shutil.copytree(teacher, place)
     model = AutoModelForCausalLM.from_pretrained(place)
@@ -317,9 +328,22 @@ def test_the_command_line_trains_evaluates_and_generates(
     assert "--store" in refused.stderr
     scored = pipeline("eval", run, "--store", tiny_store, "--json")
     assert json.loads(scored.stdout)["students"]["run"]["kl"] > 0
+    assert json.loads(scored.stdout)["warnings"] == []
+    assert scored.stderr == ""
     answered = pipeline("generate", run, "The class", "--teacher", "--max-new-tokens", 3, "--json")
     assert [answer["role"] for answer in json.loads(answered.stdout)] == ["student", "teacher"]
     assert pipeline("train", path, "--set", "rendering.window=32").exit_code == 3
+
+
+def test_scores_on_text_of_the_training_are_told(configure: MakeConfig, tiny_store: Path, tmp_path: Path) -> None:
+    list(train(configure(steps=1, heldout=None)))
+    run = tmp_path / "run"
+    told = pipeline("eval", run, "--store", tiny_store, "--json")
+    assert told.exit_code == 0
+    (line,) = json.loads(told.stdout)["warnings"]
+    assert line.startswith(f"{run} learned from 5 of the 5 documents that it is scored on")
+    assert told.stderr == f"WARNING: {line}\n"
+    assert pipeline("eval", run, "--store", tiny_store).stderr == told.stderr
 
 
 def test_the_shipped_configuration_runs(tiny_teacher_dir: Path, tiny_corpus: Path, tmp_path: Path) -> None:

@@ -187,8 +187,8 @@ def test_broken_or_foreign_configuration(content: str, tmp_path: Path) -> None:
         ),
         ({"num_attention_heads": "four"}, "Validation error for field 'num_attention_heads': TypeError"),
         ({"num_attention_heads": 0}, "by zero"),
-        ({"num_key_value_heads": 0}, "cannot load the teacher: .*by zero"),
-        ({"hidden_act": "nope"}, "cannot load the teacher: KeyError 'nope'"),
+        ({"num_key_value_heads": 0}, "cannot load the model: .*by zero"),
+        ({"hidden_act": "nope"}, "cannot load the model: KeyError 'nope'"),
     ],
     ids=str,
 )
@@ -214,7 +214,7 @@ def test_truncated_weights(tmp_path: Path) -> None:
     directory = save(CONFIGS["llama"], tmp_path)
     weights = directory / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(UsageError, match="cannot load the teacher"):
+    with pytest.raises(UsageError, match="cannot load the model"):
         load(directory)
 
 
@@ -228,7 +228,7 @@ def test_weights_that_do_not_fit_the_configuration(tmp_path: Path) -> None:
 
 
 def test_unsupported_attention_names_the_way_out(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot load the teacher") as caught:
+    with pytest.raises(UsageError, match="cannot load the model") as caught:
         load(save(CONFIGS["gemma2: softcap"], tmp_path), attention="sdpa")
     assert "teacher.attention: eager" in str(caught.value)
 

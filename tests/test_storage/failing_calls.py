@@ -13,7 +13,7 @@ from seam import Call, Counter, FailAt, FullDisk, Watcher, watched
 
 from storage.errors import DistillError
 
-CODES = {errno.ENOSPC: 6, errno.EDQUOT: 6, errno.EIO: 5, errno.EROFS: 5, errno.EACCES: 5}
+CODES = {errno.ENOSPC: 6, errno.EDQUOT: 6, errno.EFBIG: 6, errno.EIO: 5, errno.EROFS: 5, errno.EACCES: 5}
 CLEANING = ("unlink", "rmtree")  # of what nothing refers to: an error there is no error
 
 
