@@ -24,6 +24,7 @@ os.environ |= {
 
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -37,6 +38,10 @@ sys.path.insert(0, str(Path(__file__).parent))  # for torture_results
 
 settings.register_profile("seeded", deadline=None, derandomize=True)
 settings.load_profile("seeded")
+
+# A shell without job control starts what it puts into the background with Ctrl-C ignored, which processes pass on.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REAL_TOKENS = 512
 TEACHER_STEPS = 100
