@@ -81,8 +81,8 @@ def warn_if_trained_on(path: Path, plan: Plan, documents: Sequence[int]) -> str 
     if trained == 0:
         return None
     return (
-        f"{path} learned from {trained} of the {len(documents)} documents that it is scored on, so its scores are too "
-        f"good: hold out what the store holds out, heldout: {{fraction: {plan.heldout.fraction}, "
+        f"{path} may have learned from {trained} of the {len(documents)} documents that it is scored on, so its scores "
+        f"may be too good: hold out what the store holds out, heldout: {{fraction: {plan.heldout.fraction}, "
         f"seed: {plan.heldout.seed}}}"
     )
 
@@ -93,7 +93,10 @@ def _corpus_and_rule(record: Path) -> tuple[list[Json], HeldoutRule] | None:
     Raises:
         UsageError: the record is damaged.
     """
-    learned_from = read_record(record)["store"]
+    try:
+        learned_from = read_record(record)["store"]
+    except UsageError:  # a model may lie beside a run.json of something else
+        return None
     if "path" in learned_from:
         with suppress(DistillError):  # whatever has become of that store
             plan = read_plan(LocalFiles(Path(str(learned_from["path"]))))

@@ -10,10 +10,11 @@ The same configuration again resumes from the newest valid checkpoint; a finishe
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -150,7 +151,11 @@ def _begin(
     """Make the run directory this run's, or check that it is; its totals if it is finished."""
     # What dtype auto means here is part of the run: on another machine it may be another one.
     dtype = dtype_name(resolve_dtype(config.dtype, resolve_device(config.device)))
-    run.begin(config.model_dump(mode="json") | {"dtype": dtype}, data.record, spelled_out=spelled_out)
+    run.begin(
+        config.model_dump(mode="json") | {"dtype": dtype},
+        data.record,
+        spelled_out=lambda stored: _with_dtype(spelled_out(stored), dtype),
+    )
     finished = run.finished()
     if finished is not None and finished.step == schedule.steps and run.has_model():
         return finished
@@ -165,6 +170,11 @@ def _begin(
     done = newest if finished is None else max(newest, finished.step)
     check_learning_rates(config, schedule, run=run, done=done)
     return None
+
+
+def _with_dtype(stored: Mapping[str, Any], dtype: str) -> Mapping[str, Any]:
+    """The first runs kept `auto` and not what it meant: they go on with what it means here."""
+    return {**stored, "dtype": dtype} if stored.get("dtype") == "auto" else stored
 
 
 def _train(

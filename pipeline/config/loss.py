@@ -48,10 +48,10 @@ def check_loss(loss: Mapping[str, Any]) -> None:
 def loss_spelled_out(loss: Mapping[str, Any]) -> dict[str, Any]:
     """What a valid `loss` section computes, with all defaults: jsd and jsd(0.5) are the same."""
     from stages.losses import KDLossConfig
-    from stages.losses.divergences import make_divergence
+    from stages.losses.divergences import spelled_out
 
     fields = vars(KDLossConfig(**{key: value for key, value in loss.items() if key != "name"}))
-    named = {"name": LOSS, "divergence": str(make_divergence(fields["divergence"]))}
+    named = {"name": LOSS, "divergence": spelled_out(fields["divergence"])}
     # check only looks; it changes no number.
     return {key: value for key, value in fields.items() if key not in SET_ELSEWHERE and key != "check"} | named
 

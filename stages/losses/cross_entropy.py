@@ -37,10 +37,15 @@ class MaskedCrossEntropy(nn.Module):
         vocab_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.ignore_index, self.reduction = ignore_index, check_reduction(reduction)
+        self.reduction = check_reduction(reduction)
         self.settings = LogitSettings(
             ignore_index=ignore_index, fp32_upcast=fp32_upcast, chunk_size=chunk_size, vocab_size=vocab_size
         )
+
+    @property
+    def ignore_index(self) -> int:
+        """Positions with this label take no part. Read-only."""
+        return self.settings.ignore_index
 
     def forward(
         self,
@@ -86,10 +91,15 @@ class TEParallelCrossEntropy(nn.Module):
         vocab_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.ignore_index, self.reduction = ignore_index, check_reduction(reduction)
+        self.reduction = check_reduction(reduction)
         self.settings = LogitSettings(
             ignore_index=ignore_index, tp_group=tp_group, chunk_size=chunk_size, vocab_size=vocab_size
         )
+
+    @property
+    def ignore_index(self) -> int:
+        """Positions with this label take no part. Read-only."""
+        return self.settings.ignore_index
 
     def forward(self, logits: Tensor, labels: Tensor, num_label_tokens: float | Tensor | None = None) -> Tensor:
         """The loss, a scalar, the same on every process of the group.

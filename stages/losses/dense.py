@@ -147,7 +147,8 @@ class DenseRows:
         # a row with NaN, or that rules out every token, is no distribution: its value is NaN
         kd_R = shard.sum(d_RV.sum(-1)).to(lse_R.dtype) + 0.0 * (teacher_lse_R + lse_R)
         sure = _Sure.find(q_RV, shard)
-        gradient_RV = _through_softmax(h_RV, q_RV, self.divergence, shard, sure).mul_(mix.kd_gradient)
+        gradient_RV = _through_softmax(h_RV, q_RV, divergence=self.divergence, shard=shard, sure=sure)
+        gradient_RV.mul_(mix.kd_gradient)
         if plain_RV is not None:
             local_R = softmax_(plain_RV)
             lse_R = shard.logsumexp(local_R)
@@ -187,19 +188,18 @@ class _Sure(NamedTuple):
 
 
 def _through_softmax(
-    h_RV: Tensor, q_RV: Tensor, divergence: Divergence, shard: VocabShard, sure: _Sure | None
+    h_RV: Tensor, q_RV: Tensor, *, divergence: Divergence, shard: VocabShard, sure: _Sure | None
 ) -> Tensor:
     """dD/du = h - q * sum h, in place on h.
 
     Where one outcome m has nearly all of the student's mass, h_m and q_m * sum h agree in all their digits. Any
-    constant times q may be added to h, so h_m is made zero first: the sum then runs over the other outcomes.
+    constant times q may be added to h, so h_m is made zero first, but for its rounding.
     """
     if divergence.linear:  # h = -p, and its sum is -1
         return h_RV.add_(q_RV)
     if sure is not None:
         level_R1 = h_RV.gather(-1, sure.column_R1) / q_RV.gather(-1, sure.column_R1)
         h_RV.addcmul_(q_RV, level_R1.masked_fill(~sure.row_R1, 0.0), value=-1.0)
-        sure.write(h_RV, torch.zeros_like(level_R1))
     return h_RV.addcmul_(q_RV, shard.sum(h_RV.sum(-1)).unsqueeze(-1), value=-1.0)
 
 

@@ -234,6 +234,13 @@ def make_divergence(divergence: str | Divergence) -> Divergence:
     return kind(**{parameters[0]: value})
 
 
+def spelled_out(divergence: str | Divergence) -> str:
+    """The name under which a recipe selects it, with its parameter: "jsd" is "jsd(0.5)"."""
+    made = make_divergence(divergence)
+    name = next((name for name, kind in DIVERGENCES.items() if type(made) is kind), type(made).__name__)
+    return name + "".join(f"({value})" for value in vars(made).values())
+
+
 def _check_skew(name: str, alpha: float) -> None:
     if not 0.0 <= alpha < 1.0:
         raise ValueError(f"{name}: alpha is {alpha}, allowed is 0 <= alpha < 1")

@@ -182,7 +182,7 @@ class FusedLinearCrossEntropy(nn.Module):
         tp_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        self.ignore_index, self.reduction = ignore_index, check_reduction(reduction)
+        self.reduction = check_reduction(reduction)
         self.fused = FusedLinearKDLoss(
             ignore_index,
             chunk_size=chunk_size,
@@ -191,6 +191,11 @@ class FusedLinearCrossEntropy(nn.Module):
             vocab_size=vocab_size,
             tp_group=tp_group,
         )
+
+    @property
+    def ignore_index(self) -> int:
+        """Positions with this label take no part. Read-only."""
+        return self.fused.ignore_index
 
     def forward(
         self,

@@ -52,7 +52,6 @@ class KDLoss(nn.Module):
         check: bool = False,
     ) -> None:
         super().__init__()
-        self.ignore_index, self.temperature = ignore_index, temperature
         self.objective = Objective(
             divergence=make_divergence(divergence),
             tail=tail,
@@ -68,6 +67,31 @@ class KDLoss(nn.Module):
             vocab_size=vocab_size,
             check=check,
         )
+
+    @property
+    def ignore_index(self) -> int:
+        """Rows with this label take no part. Recipes of NeMo AutoModel read it; like all settings, it is read-only."""
+        return self.settings.ignore_index
+
+    @property
+    def temperature(self) -> float:
+        """T of both distributions."""
+        return self.objective.temperature
+
+    @property
+    def fp32_upcast(self) -> bool:
+        """Whether half-precision logits are computed with in float32."""
+        return self.settings.fp32_upcast
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup | None:
+        """Processes that hold the parts of plain logits."""
+        return self.settings.tp_group
+
+    @property
+    def chunk_size(self) -> int:
+        """Rows computed at once; 0 chooses."""
+        return self.settings.chunk_size
 
     @eager
     def forward(

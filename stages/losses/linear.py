@@ -111,9 +111,11 @@ def _add_outer(d_weight_VD: Tensor, d_logits_CV: Tensor, hidden_CD: Tensor, fact
     if d_weight_VD.dtype == d_logits_CV.dtype:
         d_weight_VD.addmm_(d_logits_CV.t(), hidden_CD, beta=0.0 if first else 1.0, alpha=factor)
         return
+    # A sum over rows that is not divided yet may be beyond float16.
+    dtype = torch.float32 if d_logits_CV.dtype == torch.float16 else d_logits_CV.dtype
     for start in range(0, len(d_weight_VD), _GRADIENT_BLOCK):
         block = slice(start, start + _GRADIENT_BLOCK)
-        product_VD = torch.mm(d_logits_CV[:, block].t(), hidden_CD)
+        product_VD = torch.mm(d_logits_CV[:, block].t().to(dtype), hidden_CD.to(dtype))
         if first:
             torch.mul(product_VD, factor, out=d_weight_VD[block])
         else:

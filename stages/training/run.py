@@ -136,7 +136,7 @@ class RunDirectory:
             UsageError: a file of the run is damaged.
         """
         stored = self._stored_config()
-        if stored is None or not (any(self.checkpoints.glob("step-*")) or self.model.exists()):
+        if stored is None or not (any(self.checkpoints.glob("step-*")) or self.model.exists() or self.finished()):
             replace_file(self.path / _RECORD, _json({"store": dict(store), "finished": None}))
             replace_file(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False).encode())
             return
@@ -206,8 +206,9 @@ class RunDirectory:
         """Training replaces files, so they must be a run's: run.json and config.yaml are written before the others."""
         if (self.path / _RECORD).exists():
             self._record()
-        missing = [name for name in (_RECORD, "config.yaml") if not (self.path / name).exists()]
+        # In this order: another process may begin here right now, and writes run.json and config.yaml first.
         found = [name for name in (*_WRITTEN, *_OF_OTHERS) if (self.path / name).exists()]
+        missing = [name for name in (_RECORD, "config.yaml") if not (self.path / name).exists()]
         if missing and found:
             raise UsageError(
                 f"not a run directory: it has {', '.join(found)}, but no {' and no '.join(missing)}",

@@ -299,8 +299,9 @@ def test_a_record_that_does_not_say_what_was_held_out_is_damaged(begin: Callable
 
 def test_a_model_beside_a_record_of_something_else(tiny_store: Path, student_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(student_dir, tmp_path / "student")
-    (tmp_path / "student" / "run.json").write_text('{"mine": 1}')
-    assert warning(tmp_path / "student", tiny_store) is None
+    for name in ("run.json", "config.yaml"):
+        (tmp_path / "student" / name).write_text('{"mine": 1}')
+        assert warning(tmp_path / "student", tiny_store) is None
 
 
 def test_a_run_stands_for_its_model(tmp_path: Path, student_dir: Path) -> None:

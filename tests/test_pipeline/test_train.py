@@ -314,6 +314,11 @@ def test_a_run_goes_on_with_the_dtype_that_auto_meant(tiny_store: Path, tiny_tea
     for same in ("auto", meant):
         (event,) = train(make_config(tiny_store, tiny_teacher_dir, run, dtype=same, steps=2))
         assert isinstance(event, Finished)
+    stored = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(stored.replace(f"dtype: {meant}", "dtype: auto"))  # as the first runs kept it
+    (event,) = train(make_config(tiny_store, tiny_teacher_dir, run, dtype="auto", steps=2))
+    assert isinstance(event, Finished)
+    (run / "config.yaml").write_text(stored)
     other = "float32" if meant == "bfloat16" else "bfloat16"
     with pytest.raises(IdentityError, match=f"dtype: .*{meant}.* -> .*{other}"):
         list(train(make_config(tiny_store, tiny_teacher_dir, run, dtype=other, steps=2)))

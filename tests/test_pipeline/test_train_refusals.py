@@ -171,6 +171,10 @@ def test_a_finished_run_without_a_checkpoint_is_not_trained_anew(
     assert [file.read_bytes() for file in files] == before
     (again,) = train(config)
     assert isinstance(again, Finished)
+    shutil.rmtree(config.run / "model")
+    with pytest.raises(IdentityError, match="no whole checkpoint is left"):
+        list(train(config))
+    assert files[0].read_bytes() == before[0]
 
 
 def test_a_finished_run_goes_on_from_an_older_checkpoint_but_never_back(configure: MakeConfig) -> None:
@@ -199,7 +203,7 @@ def test_a_loss_is_compared_by_what_it_computes(configure: MakeConfig) -> None:
     for same in ({"divergence": "forward_kl"}, {"name": "KDLoss", "temperature": 1, "check": True}):
         (event,) = train(configure(loss=same))
         assert isinstance(event, Finished)
-    with pytest.raises(IdentityError, match=r"loss\.divergence: 'ForwardKL\(\)' -> 'JSD\(beta=0\.5\)'") as caught:
+    with pytest.raises(IdentityError, match=r"loss\.divergence: 'forward_kl' -> 'jsd\(0\.5\)'") as caught:
         list(train(configure(loss={"divergence": "jsd"})))
     assert "loss.name" not in caught.value.what
     list(train(configure(loss={"divergence": "jsd"}, run=configure().run / "jsd")))

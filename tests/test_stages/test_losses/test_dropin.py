@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import losses_reference as reference
 import pytest
@@ -51,7 +52,17 @@ def test_recipes_of_nemo_automodel_read_attributes(name: str) -> None:
     """They give ignored positions the loss's own ignore_index, and log the temperature."""
     loss = build_loss_module(name, ignore_index=7)
     assert loss.ignore_index == 7
-    assert KDLoss(temperature=2.0).temperature == 2.0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ignore_index", 0), ("temperature", 2.0), ("tp_group", None), ("chunk_size", 3), ("fp32_upcast", False)],
+)
+def test_settings_are_read_and_never_quietly_ignored(name: str, value: Any) -> None:
+    loss = KDLoss(**{name: value})
+    assert getattr(loss, name) == value
+    with pytest.raises(AttributeError, match="no setter"):
+        setattr(loss, name, value)
 
 
 def test_calls_of_nemo_automodel_and_openrlhf() -> None:

@@ -380,15 +380,16 @@ def test_a_second_derivative_is_refused() -> None:
             torch.autograd.grad(loss, wanted, create_graph=True)
 
 
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("total", [None, 1_000_000])
-def test_a_loss_scale_comes_before_float16_rounds(total: int | None) -> None:
+def test_a_loss_scale_comes_before_float16_rounds(total: int | None, keep: bool) -> None:
     """As torch.amp.GradScaler does it: small gradients must not vanish before they are scaled."""
     scale = 65536.0
     logits_NV = (2 * rand(N, V)).half().requires_grad_()
     hidden_ND, weight_VD = rand(N, 4).requires_grad_(), rand(V, 4, seed=1).half().requires_grad_()
-    (KDLoss()(logits_NV, rows(), LABELS, total) * scale).backward()
+    (KDLoss()(logits_NV, rows(), LABELS, total) * scale).backward(retain_graph=keep)
     with torch.autocast("cpu", dtype=torch.float16):
-        (FusedLinearKDLoss()(hidden_ND, weight_VD, rows(), LABELS, total).loss * scale).backward()
+        (FusedLinearKDLoss()(hidden_ND, weight_VD, rows(), LABELS, total).loss * scale).backward(retain_graph=keep)
     exact = [value.detach().double().requires_grad_() for value in (logits_NV, hidden_ND, weight_VD)]
     KDLoss()(exact[0], rows(), LABELS, total).backward()
     FusedLinearKDLoss()(exact[1], exact[2], rows(), LABELS, total).loss.backward()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.losses import FusedLinearKDLoss, KDLoss, MaskedCrossEntropy, SparseTargets
+from stages.losses import FusedLinearCrossEntropy, FusedLinearKDLoss, KDLoss, MaskedCrossEntropy, SparseTargets
 
 N, D, V = 10, 6, 19
 
@@ -63,3 +63,15 @@ def test_fp32_upcast_off_keeps_the_logits_precision() -> None:
         exact, rounded = (float(loss(fp32_upcast=on)(logits_NV, *teacher, LABELS)) for on in (True, False))
         assert rounded == pytest.approx(exact, rel=1e-2)
         assert rounded != pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_float16_sums_over_rows_do_not_overflow(dtype: torch.dtype) -> None:
+    """One label for all rows: the sum over them, before it is divided, is beyond 65504."""
+    rows, width = 4096, 4
+    hidden_ND, labels_N = torch.full((rows, width), 30.0), torch.zeros(rows, dtype=torch.int64)
+    weight_VD = torch.zeros(V, width, dtype=dtype, requires_grad=True)
+    loss = FusedLinearCrossEntropy(reduction="mean", chunk_size=rows)
+    loss(hidden_ND.half(), labels_N, weight_VD).backward()
+    assert weight_VD.grad is not None
+    torch.testing.assert_close(weight_VD.grad[0].float(), torch.full((width,), 30.0 * (1 / V - 1)), rtol=1e-2, atol=0.0)
