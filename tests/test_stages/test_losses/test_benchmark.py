@@ -137,3 +137,10 @@ def test_the_report_is_written_anew_from_what_is_kept(bench, monkeypatch, tmp_pa
     monkeypatch.setattr("sys.argv", ["losses", "--render", str(tmp_path)])
     losses.main()
     assert (tmp_path / "losses.md").read_text() == written
+
+
+def test_the_kept_report_is_that_of_the_kept_numbers(bench, tmp_path):
+    kept = ROOT / "benchmarks" / "results"
+    (tmp_path / "losses.jsonl").write_text((kept / "losses.jsonl").read_text())
+    bench[1].render(tmp_path)
+    assert (tmp_path / "losses.md").read_text() == (kept / "losses.md").read_text()
