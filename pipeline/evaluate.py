@@ -80,7 +80,7 @@ class Scores:
 class Evaluation:
     """Scores of the teacher and of each student by name, over the same positions of `documents` held-out documents.
 
-    `warnings` names students that learned from some of those documents.
+    `warnings` names students that may have learned from some of those documents.
     """
 
     teacher: Scores
@@ -127,7 +127,7 @@ def evaluate(
 ) -> Evaluation:
     """Score students beside the teacher on the store's held-out documents.
 
-    A warning names each run that is known to have learned from some of them.
+    A warning names each run whose own rule did not hold all of them out.
 
     Args:
         store: directory of the store.

@@ -54,7 +54,7 @@ def find_record(path: Path) -> Path | None:
 
 
 def warn_if_trained_on(path: Path, plan: Plan, documents: Sequence[int]) -> str | None:
-    """Say whether a run learned from documents that it is to be scored on.
+    """Say whether a run may have learned from documents that it is to be scored on.
 
     Args:
         path: run or model directory.
@@ -62,7 +62,7 @@ def warn_if_trained_on(path: Path, plan: Plan, documents: Sequence[int]) -> str 
         documents: their numbers.
 
     Returns:
-        One line; None if it did not, or if nothing tells what it learned from.
+        One line; None if it held all of them out, or if nothing tells what it learned from.
 
     Raises:
         UsageError: the run's record is damaged.

@@ -6,14 +6,13 @@ Checking builds the loss once, which loads torch; only training configurations p
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pipeline.config.base import FieldError
-from pipeline.config.problems import shown
+from pipeline.config.problems import right_key, shown
 
 LOSS = "KDLoss"
 # Fields of KDLoss that a training run takes from elsewhere, and from where.
@@ -65,9 +64,7 @@ def _check_keys(keys: Iterable[str]) -> None:
             what, fix = f"loss.{key} is not set here: it comes from {SET_ELSEWHERE[key]}", f"leave loss.{key} out"
             raise FieldError(what, path=("loss", key), fix=fix)
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            fix = f"did you mean {near[0]!r}?" if near else f"keys here: {', '.join(known)}"
-            raise FieldError(f"unknown key {key!r} in loss", path=("loss", key), fix=fix)
+            raise FieldError(f"unknown key {key!r} in loss", path=("loss", key), fix=right_key(key, known))
 
 
 def _build(fields: dict[str, Any]) -> None:

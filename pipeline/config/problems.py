@@ -167,13 +167,16 @@ def _unknown_key(path: KeyPath, model: type[BaseModel]) -> _Problem:
     owner = _model_at(model, section)
     valid = [] if owner is None else list(owner.model_fields)
     what = f"unknown key {key!r}" + (f" in {dotted(section)}" if section else "")
-    nearest = difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
     elsewhere = [dotted(other) for other in _all_keys(model) if other[-1] == key]
+    return _Problem(path=path, rank=0, what=what, fix=right_key(key, valid, elsewhere))
+
+
+def right_key(key: str, valid: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
+    """What to write in place of an unknown key: one like it, its own place, or any of those that are known."""
+    nearest = difflib.get_close_matches(key, valid, n=1)
     if nearest:
-        return _Problem(path=path, rank=0, what=what, fix=f"did you mean {nearest[0]!r}?")
-    if elsewhere:
-        return _Problem(path=path, rank=0, what=what, fix=f"{key!r} belongs at {' or '.join(elsewhere)}")
-    return _Problem(path=path, rank=0, what=what, fix=f"keys here: {', '.join(valid)}")
+        return f"did you mean {nearest[0]!r}?"
+    return f"{key!r} belongs at {' or '.join(elsewhere)}" if elsewhere else f"keys here: {', '.join(valid)}"
 
 
 def _describe(path: KeyPath, model: type[BaseModel]) -> str | None:

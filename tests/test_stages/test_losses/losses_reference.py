@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stages.losses import SparseTargets
+from stages.losses import MaskedCrossEntropy, SparseTargets
 
 IGNORE = -100
 
@@ -158,3 +158,13 @@ def mean_over(values_N: Tensor, labels_N: Tensor, total: float | None = None) ->
 def error(found: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of what is expected."""
     return float((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-300))
+
+
+def cross_entropy_error(logits_NV: Tensor, labels_N: Tensor) -> float:
+    """Of the gradient of our cross-entropy for float32 logits, against torch's in float64."""
+    mine_NV, exact_NV = logits_NV.clone().requires_grad_(), logits_NV.double().requires_grad_()
+    MaskedCrossEntropy(reduction="mean")(mine_NV, labels_N).backward()
+    torch.nn.functional.cross_entropy(exact_NV, labels_N).backward()  # type: ignore[no-untyped-call]
+    assert mine_NV.grad is not None
+    assert exact_NV.grad is not None
+    return error(mine_NV.grad, exact_NV.grad)
