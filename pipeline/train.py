@@ -131,6 +131,7 @@ def train(config: TrainConfig) -> Iterator[Event]:
     """
     run = RunDirectory(path=config.run)
     with processes_of(config) as processes:
+        processes.on_main(run.require_own)  # before a corpus is read for long
         data = yield from read_training_data(config)
         processes.require_same(data.digest, "what they learn from")
         schedule = schedule_of(config, data)

@@ -88,6 +88,33 @@ class RunDirectory:
         """The finished student."""
         return self.path / "model"
 
+    def require_own(self) -> None:
+        """Check that nothing here is another's: training replaces files. Nothing is created.
+
+        A run writes run.json and config.yaml before the others.
+
+        Raises:
+            UsageError: the path is a file, or holds something else than a run, or the run's record is damaged.
+            StorageUnavailableError: it cannot be read.
+        """
+        with storage_errors(self.path):
+            places = (self.path, *self.path.absolute().parents)
+            if not next(place for place in places if place.exists()).is_dir():
+                raise UsageError(
+                    "the run directory is a file, or lies in one", where=str(self.path), fix="name a directory"
+                )
+            if (self.path / _RECORD).exists():
+                self._record()
+            # In this order: another process may begin here right now, and writes run.json and config.yaml first.
+            found = [name for name in (*_WRITTEN, *_OF_OTHERS) if (self.path / name).exists()]
+            missing = [name for name in (_RECORD, "config.yaml") if not (self.path / name).exists()]
+            if missing and found:
+                raise UsageError(
+                    f"not a run directory: it has {', '.join(found)}, but no {' and no '.join(missing)}",
+                    where=str(self.path),
+                    fix="name a directory of its own for the run",
+                )
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep other processes from training in this directory; the lock ends with the process, however it ends.
@@ -95,7 +122,7 @@ class RunDirectory:
         Raises:
             UsageError: another process trains here, or the path is a file, or holds something else than a run.
         """
-        self._require_own()
+        self.require_own()
         with self._lock_file() as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -168,8 +195,11 @@ class RunDirectory:
         return None if totals is None else Finish(**totals)
 
     def has_model(self) -> bool:
-        """Whether RUN/model holds a configuration and weights."""
-        return (self.model / "config.json").is_file() and any(self.model.glob("*.safetensors"))
+        """Whether RUN/model holds a configuration and weights, without a gap."""
+        weights = [file.stem for file in self.model.glob("*.safetensors")]
+        of = {int(stem.rpartition("-of-")[2]) if "-of-" in stem else 1 for stem in weights}
+        names = ["config.json", *(["model.safetensors.index.json"] if len(weights) > 1 else [])]
+        return of == {len(weights)} and all((self.model / name).is_file() for name in names)
 
     def _stored_config(self) -> dict[str, Any] | None:
         path = self.path / "config.yaml"
@@ -194,27 +224,8 @@ class RunDirectory:
 
     def _lock_file(self) -> TextIO:
         with storage_errors(self.path):
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-            except (FileExistsError, NotADirectoryError) as error:
-                raise UsageError(
-                    "the run directory is a file, or lies in one", where=str(self.path), fix="name a directory"
-                ) from error
+            self.path.mkdir(parents=True, exist_ok=True)
             return open(self.path / ".lock", "a")
-
-    def _require_own(self) -> None:
-        """Training replaces files, so they must be a run's: run.json and config.yaml are written before the others."""
-        if (self.path / _RECORD).exists():
-            self._record()
-        # In this order: another process may begin here right now, and writes run.json and config.yaml first.
-        found = [name for name in (*_WRITTEN, *_OF_OTHERS) if (self.path / name).exists()]
-        missing = [name for name in (_RECORD, "config.yaml") if not (self.path / name).exists()]
-        if missing and found:
-            raise UsageError(
-                f"not a run directory: it has {', '.join(found)}, but no {' and no '.join(missing)}",
-                where=str(self.path),
-                fix="name a directory of its own for the run",
-            )
 
 
 def read_record(path: Path) -> dict[str, Any]:

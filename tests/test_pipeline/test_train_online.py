@@ -70,6 +70,17 @@ def weights(run: Path) -> bytes:
     return (run / "model" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("file", ["taken", "taken/config.json"])
+def test_a_directory_of_something_else_is_refused_before_the_corpus_is_read(
+    file: str, configure: MakeConfig, tmp_path: Path
+) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(UsageError, match=r"is a file|not a run directory") as caught:
+        next(train(configure(run=tmp_path / "taken", corpus=[{"source": "jsonl", "path": str(tmp_path / "none")}])))
+    assert caught.value.where == str(tmp_path / "taken")
+
+
 def test_the_student_learns_from_the_live_teacher_alone(configure: MakeConfig, tiny_teacher_dir: Path) -> None:
     student = {"init": "from_config", "path": str(tiny_teacher_dir), "overrides": {"num_hidden_layers": 1}}
     config = configure(student=student, steps=60, kd_ratio=1.0, validation={"every": 60, "sequences": 64})

@@ -21,7 +21,14 @@ from stages.training.durable import durable_directory
 from stages.training.metrics import read_metrics
 from stages.training.run import RunDirectory, read_record
 from stages.training.step import require_finite_weights
-from storage.errors import DistillError, IdentityError, NumericsError, OutOfSpaceError, UsageError
+from storage.errors import (
+    DistillError,
+    IdentityError,
+    NumericsError,
+    OutOfSpaceError,
+    StorageUnavailableError,
+    UsageError,
+)
 
 CONFIG = {"store": "s", "run": "r", "kd_ratio": 0.7}
 
@@ -180,6 +187,13 @@ def test_a_run_directory_that_is_a_file_is_told(place: str, tmp_path: Path) -> N
     with pytest.raises(UsageError, match="is a file") as caught, RunDirectory(path=tmp_path / place).held():
         pass
     assert caught.value.where == str(tmp_path / place)
+
+
+def test_a_run_directory_that_cannot_be_looked_into_is_told(tmp_path: Path) -> None:
+    path = tmp_path / (300 * "x")
+    with pytest.raises(StorageUnavailableError, match="too long") as caught, RunDirectory(path=path).held():
+        pass
+    assert caught.value.where == str(path)
 
 
 def test_a_partial_store_that_has_grown_needs_a_new_run_directory(tmp_path: Path) -> None:

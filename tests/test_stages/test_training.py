@@ -355,10 +355,14 @@ def test_a_finished_run_says_so_and_whether_it_has_its_model(tmp_path: Path) -> 
     run.finish(Finish(step=5, tokens=100, seconds=2.0))
     assert run.finished() == Finish(step=5, tokens=100, seconds=2.0)
     run.model.mkdir()
-    for name in ("config.json", "model-00001-of-00002.safetensors"):
-        assert not run.has_model()
-        (run.model / name).write_text("")
-    assert run.has_model()
+    parts = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    for files in (["model.safetensors"], ["model.safetensors.index.json", *parts]):
+        for name in ("config.json", *files):
+            assert not run.has_model()
+            (run.model / name).write_text("")
+        assert run.has_model()
+        for path in run.model.iterdir():
+            path.unlink()
     assert json.loads((tmp_path / "run.json").read_text())["store"] == {"digest": "d", "teacher": {"name": "t"}}
 
 
