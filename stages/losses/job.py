@@ -99,7 +99,8 @@ def row_total(num_batch_labels: float | Tensor | None, rows: int) -> float:
     total = float(num_batch_labels)
     if not 0 < total < math.inf:
         raise ValueError(
-            f"num_batch_labels is {total}, but this call alone has {rows} valid labels; expected a finite number"
+            f"num_batch_labels is {total}, but this call alone has {rows} valid labels; "
+            "expected a finite number above 0"
         )
     return total
 
@@ -132,7 +133,8 @@ def hand_over(ctx: Any, d_loss: Tensor | None) -> list[Tensor | None]:
         )
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "create_graph=True: a loss that forms its gradient in the forward pass has no second derivative"
+            "create_graph=True: a loss that forms its gradient in the forward pass has no second derivative; call "
+            "backward without it"
         )
     if d_loss is None:
         return [None for _ in gradients]
