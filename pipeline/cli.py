@@ -125,7 +125,7 @@ def extract(
 def status(store: Path, as_json: bool) -> None:
     """Show what a store holds and what is missing."""
     from pipeline.console import show_status
-    from storage.status import status
+    from storage.tools.status import status
 
     show_status(status(store), as_json=as_json)
 
@@ -138,7 +138,7 @@ def status(store: Path, as_json: bool) -> None:
 def verify(store: Path, quick: bool, as_json: bool) -> int:
     """Check every byte of a store. Changes nothing; exit code 0 or 4."""
     from pipeline.console import show_verification
-    from storage.verify import verify
+    from storage.tools.verify import verify
 
     return show_verification(verify(store, quick=quick), store, as_json=as_json)
 
@@ -155,7 +155,7 @@ def repair(store: Path, yes: bool, as_json: bool) -> None:
     What an interrupted gc has left out of its place goes back there.
     """
     from pipeline.console import show_repair
-    from storage.repair import command_after, repair
+    from storage.tools.repair import command_after, repair
 
     actions = repair(store, apply=yes)
     show_repair(actions, store, command=command_after(store), applied=yes, as_json=as_json)
@@ -172,7 +172,7 @@ def gc(store: Path, yes: bool, as_json: bool) -> None:
     No worker may run meanwhile. What a commit record names is never touched; a damaged store is refused.
     """
     from pipeline.console import show_garbage
-    from storage.gc import collect_garbage
+    from storage.tools.gc import collect_garbage
 
     show_garbage(collect_garbage(store, apply=yes), store, applied=yes, as_json=as_json)
 
@@ -188,7 +188,7 @@ def diff(first: Path, second: Path, as_json: bool) -> int:
     Of a store that is not finished, the shards committed so far are compared.
     """
     from pipeline.console import show_difference
-    from storage.diff import diff
+    from storage.tools.diff import diff
 
     return show_difference(diff(first, second), as_json=as_json)
 
@@ -210,7 +210,7 @@ def convert(session: Session, /, source: Path, target: Path, as_json: bool, **ch
     """
     from pipeline.conversion import conversion_of
     from pipeline.progress import show_convert
-    from storage.convert import convert
+    from storage.tools.convert import convert
 
     show_convert(convert(source, target, conversion_of(changes)), quiet=session.quiet, as_json=as_json)
 

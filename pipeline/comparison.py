@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.evaluate import Evaluation
 from pipeline.planning import Estimate
 from stages.training.metrics import read_metrics
-from storage.status import Status
+from storage.tools.status import Status
 
 KD, CE = "kd", "ce"  # the twins: with the teacher's rows, and with cross-entropy alone
 

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from pipeline.inspect import RowText, SequenceText
     from pipeline.planning import Estimate
     from pipeline.train import Estimate as TrainingEstimate
-    from storage.diff import Difference, SplitDifference
-    from storage.gc import Garbage
-    from storage.repair import Action
-    from storage.status import Status
-    from storage.verify import Report
+    from storage.tools.diff import Difference, SplitDifference
+    from storage.tools.gc import Garbage
+    from storage.tools.repair import Action
+    from storage.tools.status import Status
+    from storage.tools.verify import Report
 
 _LEVEL_COLORS = {"ok": "green", "warn": "yellow", "fail": "red"}
 

@@ -1,4 +1,4 @@
-"""The options of `pipeline convert` -> what `storage.convert` is to change."""
+"""The options of `pipeline convert` -> what `storage.tools.convert` is to change."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from storage.codecs import CODECS
-from storage.columns import ColumnFile
-from storage.convert import Conversion
 from storage.errors import UsageError
-from storage.plan import Json
+from storage.tools.columns import ColumnFile
+from storage.tools.convert import Conversion
+from storage.values import Json
 
 
 def conversion_of(options: Mapping[str, Any]) -> Conversion:

@@ -43,7 +43,7 @@ from stages.teacher.smollm2 import convert
 from stages.training.durable import replace_file
 from storage.errors import UsageError
 from storage.reader import StoreReader
-from storage.status import status
+from storage.tools.status import status
 
 Event = TypeVar("Event")
 

@@ -1,7 +1,7 @@
 """Rows of a store -> a Parquet, Arrow or JSON file, for every tool that is not ours.
 
-Data path: store -> `StoreReader` -> `storage.arrow`, `storage.jsonl` -> **file or stdout**. One batch is in memory at a
-time, and a file appears under its name only when it is complete.
+Data path: store -> `StoreReader` -> `storage.exchange.arrow`, `storage.exchange.jsonl` -> **file or stdout**. One
+batch is in memory at a time, and a file appears under its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
 
-from storage.arrow import SEQUENCES_PER_BATCH, record_batches, to_parquet
 from storage.errors import UsageError
-from storage.files import whole_file
-from storage.jsonl import sequence_lines
+from storage.exchange.arrow import SEQUENCES_PER_BATCH, record_batches, to_parquet
+from storage.exchange.jsonl import sequence_lines
+from storage.files.local import whole_file
 from storage.reader import StoreReader
 
 Format = Literal["text", "arrow", "parquet", "json"]
@@ -44,8 +44,8 @@ def export_store(reader: StoreReader, output: Path, form: FileFormat, *, limit: 
     Args:
         reader: the store.
         output: a file that does not exist yet.
-        form: parquet (zstd) and arrow (IPC file) have one line per target row, columns as in `storage.arrow.schema`;
-            jsonl has one line per sequence, as in `storage.jsonl`.
+        form: parquet (zstd) and arrow (IPC file) have one line per target row, columns as in
+            `storage.exchange.arrow.schema`; jsonl has one line per sequence, as in `storage.exchange.jsonl`.
         limit: only the first so many sequences; None: all.
 
     Returns:
@@ -66,7 +66,7 @@ def export_store(reader: StoreReader, output: Path, form: FileFormat, *, limit: 
 def export_rows(
     reader: StoreReader, form: Format, output: Path | None, *, sequences: Sequence[int] | None = None
 ) -> int:
-    """Write rows, one line or record per target row, with the columns of `storage.arrow.schema()`.
+    """Write rows, one line or record per target row, with the columns of `storage.exchange.arrow.schema()`.
 
     Args:
         reader: the store.

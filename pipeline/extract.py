@@ -31,14 +31,14 @@ from stages.targets import KINDS, TargetRows, assemble
 from stages.targets.positions import document_order, wanted_mask, wanted_positions
 from stages.teacher import BACKENDS, Teacher
 from stages.teacher.batching import pad
-from storage.claims import Claims
-from storage.commit import StoreWriter
+from storage.commit.claims import Claims
+from storage.commit.records import PLAN
 from storage.errors import OutOfSpaceError
 from storage.faults import fault_point
 from storage.plan import ShardSpec, Split, TargetSpec
-from storage.records import PLAN
 from storage.rows import SequenceBatch
-from storage.verify import require_whole
+from storage.tools.verify import require_whole
+from storage.writer import StoreWriter
 
 CONTEXT_TOKENS = 48  # of the first event: what the teacher read before it names its candidates
 CANDIDATES = 5

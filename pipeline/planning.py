@@ -25,8 +25,9 @@ from stages.teacher import teacher_identity
 from stages.teacher.batching import Batching, resolve_batching
 from stages.teacher.files import file_states
 from storage.codecs import default_codecs
-from storage.plan import HeldoutRule, Json, Plan, TargetSpec
-from storage.remap import build_remap, remap_sha256
+from storage.format.remap import build_remap, remap_sha256
+from storage.plan import HeldoutRule, Plan, TargetSpec
+from storage.values import Json
 
 ROWS_PER_SHARD = 32_000
 LIBRARIES = ("topk-distill", "torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy", "zarr", "pcodec")
@@ -184,7 +185,7 @@ def _planned(config: ExtractConfig, found: Survey, teacher: dict[str, Json]) -> 
         heldout=HeldoutRule(fraction=config.heldout.fraction, seed=config.heldout.seed),
         documents_per_shard=_documents_per_shard(config, found),
         batching=batching.to_plan(),
-        codecs=default_codecs(target),
+        codecs=default_codecs(),
         remap_sha256=remap_sha256(remap),
         recorded=_recorded(found),
     )

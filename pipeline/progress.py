@@ -24,7 +24,7 @@ from pipeline.runtime import is_main_process
 if TYPE_CHECKING:
     import pipeline.extract
     import pipeline.train
-    import storage.convert
+    import storage.tools.convert
 
 PLAIN_INTERVAL = 10.0  # seconds between lines of progress where there is no terminal
 
@@ -124,7 +124,7 @@ def show_train(events: Iterable[pipeline.train.Event], *, quiet: bool, as_json: 
 
 
 def show_convert(
-    events: Iterable[storage.convert.ValuesFound | storage.convert.Converted], *, quiet: bool, as_json: bool
+    events: Iterable[storage.tools.convert.ValuesFound | storage.tools.convert.Converted], *, quiet: bool, as_json: bool
 ) -> None:
     """Run a conversion and tell how far it is. The summary goes to stdout."""
     last = _run(events, tell_convert, quiet=quiet, as_json=as_json)
@@ -143,9 +143,9 @@ def _run(events: Iterable[Any], tell: Callable[[Any, Display], None], *, quiet: 
     return last
 
 
-def tell_convert(event: storage.convert.ValuesFound | storage.convert.Converted, place: Display) -> None:
+def tell_convert(event: storage.tools.convert.ValuesFound | storage.tools.convert.Converted, place: Display) -> None:
     """Tell how far a conversion is."""
-    from storage.convert import ValuesFound
+    from storage.tools.convert import ValuesFound
 
     rate = f"{event.rows / max(event.seconds, 1e-9):,.0f} rows/s  {duration_text(event.seconds_left)} left"
     if isinstance(event, ValuesFound):

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stages.cache import cache_directory
-from storage.plan import canonical_json
+from storage.values import canonical_json
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from stages.training.run import read_record
+from storage.commit.manifest import read_plan
 from storage.errors import DistillError, UsageError
-from storage.files import LocalFiles
-from storage.manifest import read_plan
-from storage.plan import HeldoutRule, Json, Plan
+from storage.files.local import LocalFiles
+from storage.plan import HeldoutRule, Plan
+from storage.values import Json
 
 
 def name_models(paths: Sequence[Path]) -> dict[str, Path]:

@@ -22,8 +22,9 @@ from stages.online.corpus import Tokenized, split_corpus
 from stages.teacher import teacher_identity
 from stages.teacher.files import ModelDirectory, file_states
 from storage.errors import UsageError
-from storage.plan import HeldoutRule, Json, canonical_json
+from storage.plan import HeldoutRule
 from storage.reader import StoreReader
+from storage.values import Json, canonical_json
 
 TEACHER_KEY = "teacher_model"
 

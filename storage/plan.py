@@ -12,12 +12,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 from storage.codecs import CODECS, logprob_codec
 from storage.errors import UsageError
-from storage.plain_values import (
+from storage.target import LARGEST_SEED, LARGEST_VOCABULARY
+from storage.target import TargetSpec as TargetSpec
+from storage.values import (
+    Json,
     as_float,
+    canonical_json,
     require_fields,
     require_hash,
     require_list,
@@ -26,10 +30,7 @@ from storage.plain_values import (
     require_whole,
     short,
 )
-from storage.target import LARGEST_SEED, LARGEST_VOCABULARY
-from storage.target import TargetSpec as TargetSpec
 
-Json = Any  # a JSON value: dict, list, str, int, float, bool or None
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 FORMAT_VERSION = 1
@@ -38,12 +39,6 @@ COLUMN_DTYPES = ("uint8", "uint16", "uint32", "uint64", "float16", "float32")
 _COLUMN_NAME = re.compile("[a-z][a-z0-9_]{0,62}")
 LARGEST_DOCUMENTS = 2**63 - 1  # rows hold document numbers as int64
 LARGEST_SHARDS = 1_000_000  # of training; a reader lists them all
-
-
-def canonical_json(value: Json) -> bytes:
-    """Return the one byte string of a JSON value: sorted keys, no spaces, UTF-8, no NaN."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.encode()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,18 +17,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.arrays import array_specs
 from storage.cache import BoundedCache
-from storage.damage import written_by
-from storage.decode import Slices, decode_batch
+from storage.commit.damage import written_by
+from storage.commit.manifest import Manifest, tokenizer_hashes
+from storage.commit.open_shard import CommittedObjects, DamageError, OpenShard, chunk_cache, no_stamps
+from storage.commit.records import CommitRecord, Seal, SealedShard, record_name
 from storage.errors import CorruptionError, UsageError
-from storage.files import LocalFiles, sha256
-from storage.manifest import Manifest, tokenizer_hashes
-from storage.open_shard import CommittedObjects, DamageError, OpenShard, chunk_cache, no_stamps
-from storage.parallel import Each, default_threads, in_threads
+from storage.files.local import LocalFiles
+from storage.format.arrays import array_specs
+from storage.format.decode import Slices, decode_batch
 from storage.plan import SPLITS, Plan, Split
-from storage.records import CommitRecord, Seal, SealedShard, record_name
 from storage.rows import SequenceBatch
+from storage.threads import Each, default_threads, in_threads
+from storage.values import sha256
 
 Indices = Sequence[int] | NDArray[np.integer]
 Run = tuple[SealedShard, int, int]  # neighbouring sequences in one shard: it, the first, the end

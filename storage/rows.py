@@ -86,3 +86,20 @@ class SequenceBatch:
     def sequence_of_row(self) -> NDArray[np.int64]:
         """Number of the sequence that each row belongs to, int64 [R]."""
         return np.repeat(np.arange(len(self)), np.diff(self.row_offset))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What a shard holds.
+
+    Attributes:
+        sequences, tokens, rows, head_entries, tail_entries: lengths of its axes.
+        head_mass: mean over rows of the teacher's mass in the head, rounded to six digits; 0 without rows.
+    """
+
+    sequences: int
+    tokens: int
+    rows: int
+    head_entries: int
+    tail_entries: int
+    head_mass: float

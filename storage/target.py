@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
 
-from storage.plain_values import as_float, require_number, require_whole, short
+from storage.values import as_float, require_number, require_whole, short
 
 Kind = Literal["topk", "topp", "sampled", "hybrid"]
 LARGEST_DRAWS = 65_535  # a shard holds counts of draws as uint16

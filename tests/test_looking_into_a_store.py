@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline.cli import main
-from storage.arrow import schema
+from storage.exchange.arrow import schema
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "looking_into_a_store.md").read_text(encoding="utf-8")

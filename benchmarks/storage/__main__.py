@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 from benchmarks.storage import fidelity, formats, memory, speed
 from benchmarks.storage.goals import RESULTS, goals, save
 from benchmarks.storage.material import MAIN, Material, make, replicated
-from storage.commit import StoreWriter
 from storage.reader import StoreReader
-from storage.status import status
+from storage.tools.status import status
+from storage.writer import StoreWriter
 
 QUICK_TOKENS = 15_000
 SPEED_ROWS = 110_000

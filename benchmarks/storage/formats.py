@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.feather as feather
 import pyarrow.parquet as pq
 
-from storage.jsonl import NEMO_ALIGNER_KEYS, sequence_lines
+from storage.exchange.jsonl import NEMO_ALIGNER_KEYS, sequence_lines
 from storage.rows import SequenceBatch
 from storage.segments import row_starts
 

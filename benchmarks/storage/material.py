@@ -23,9 +23,9 @@ from stages.targets.positions import document_order, wanted_mask, wanted_positio
 from stages.teacher.batching import pad
 from stages.teacher.hf import HFTeacher
 from stages.teacher.smollm2 import convert
-from storage.commit import StoreWriter
 from storage.plan import HeldoutRule
 from storage.rows import SequenceBatch
+from storage.writer import StoreWriter
 
 TARGETS = {
     "topk 64": {"kind": "topk", "k": 64},

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from storage.arrow import shard_rows, to_parquet
+from storage.commit.records import SEAL, Seal, SealedShard
+from storage.exchange.arrow import shard_rows, to_parquet
 from storage.plan import HeldoutRule, Plan
 from storage.reader import StoreReader
-from storage.records import SEAL, Seal, SealedShard
 from storage.rows import SequenceBatch
 
 SEQUENCES_PER_READ = 64  # about what a training step reads

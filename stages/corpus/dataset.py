@@ -15,7 +15,7 @@ from stages.corpus.files import user_path
 from stages.corpus.parquet import refuse_nulls
 from stages.corpus.source import SourceSpec
 from storage.errors import UsageError
-from storage.plan import Json
+from storage.values import Json
 
 ROWS_PER_READ = 1024
 

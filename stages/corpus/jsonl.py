@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from stages.corpus.files import FileState, find_files, unchanged
 from stages.corpus.source import SourceSpec
 from storage.errors import UsageError
-from storage.plan import Json
+from storage.values import Json
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from stages.corpus.files import FileState, file_sha256, find_files, unchanged
 from stages.corpus.source import SourceSpec
 from storage.errors import UsageError
-from storage.plan import Json
+from storage.values import Json
 
 
 @dataclass(frozen=True, kw_only=True)

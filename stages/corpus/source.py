@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import Protocol
 
 from storage.errors import UsageError
-from storage.plan import Json
+from storage.values import Json
 
 READ_AHEAD = 256  # documents per read of a source
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from stages.corpus.files import FileState, find_files, unchanged
 from stages.corpus.source import SourceSpec
 from storage.errors import UsageError
-from storage.plan import Json
+from storage.values import Json
 
 
 @dataclass(frozen=True, kw_only=True)

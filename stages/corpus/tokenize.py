@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stages.corpus.source import Document
 from storage.errors import UsageError
-from storage.plan import Json
+from storage.values import Json
 
 DOCUMENTS_PER_CALL = 64  # the tokenizer works on lists in parallel
 

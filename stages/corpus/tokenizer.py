@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from storage.errors import UsageError
-from storage.plan import Json, canonical_json
+from storage.values import Json, canonical_json
 
 FILES = (
     "tokenizer.json",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from platform import python_version
 
 from stages.corpus.source import SourceSpec
-from storage.plan import Json, canonical_json
+from storage.values import Json, canonical_json
 
 
 @dataclass(frozen=True, kw_only=True)

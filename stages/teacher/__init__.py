@@ -19,7 +19,7 @@ from stages.devices import dtype_name
 from stages.teacher.files import ModelDirectory, file_hashes, find_model, load_config
 from stages.teacher.head import HeadRule
 from stages.teacher.hf import HFTeacher
-from storage.plan import Json
+from storage.values import Json
 
 __all__ = ["BACKENDS", "ModelDirectory", "Teacher", "find_model", "load_config", "teacher_identity"]
 

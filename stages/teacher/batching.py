@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stages.corpus.tokenize import Sequence
-from storage.plan import Json
+from storage.values import Json
 
 TOKENS_PER_BATCH = {"cpu": 4096}
 TOKENS_PER_BATCH_ELSEWHERE = 16_384

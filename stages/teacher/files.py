@@ -22,7 +22,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from stages.corpus.files import FileState, file_sha256, user_path
 from storage.errors import UsageError
-from storage.plan import Json
+from storage.values import Json
 
 WEIGHTS = "*.safetensors"
 DESCRIPTION = ("*.json", "*.jinja", "*.txt", "tokenizer.model")  # everything but weights

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from stages.parallel.processes import ALONE, Processes
 from stages.parallel.tensors import like, whole
 from stages.training.durable import durable_directory
-from storage.files import storage_errors
+from storage.files.local import storage_errors
 
 logger = logging.getLogger("topk_distill.checkpoint")
 

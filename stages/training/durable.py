@@ -17,7 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from storage.faults import fault_point
-from storage.files import storage_errors
+from storage.files.local import storage_errors
 
 _TEMPORARY = ".tmp-"
 _OLD = "old-"

@@ -21,7 +21,7 @@ from typing import Self
 
 from stages.training.durable import replace_file
 from storage.errors import UsageError
-from storage.files import storage_errors
+from storage.files.local import storage_errors
 
 
 class MetricsLog:

@@ -8,7 +8,7 @@ A reader finds a codec by the id in the plan and in no other way, so nothing in 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,7 @@ from numpy.typing import NDArray
 from storage.codecs.exact import Exact
 from storage.codecs.sqrt_delta import SqrtDelta
 from storage.errors import UsageError
-
-if TYPE_CHECKING:  # plans name codecs: at run time the import goes the other way
-    from storage.plan import Json, TargetSpec
+from storage.values import Json
 
 
 class LogprobCodec(Protocol):
@@ -90,7 +88,6 @@ def logprob_codec(parameters: Mapping[str, Json]) -> LogprobCodec:
         raise UsageError(f"codec {name}: {error}", where="plan.json: codecs.logprob") from error
 
 
-def default_codecs(target: TargetSpec) -> dict[str, dict[str, Json]]:
-    """Return the `codecs` field of a plan for this target: the measured best, the same for every kind so far."""
-    del target
+def default_codecs() -> dict[str, dict[str, Json]]:
+    """Return the `codecs` field of a new plan: the measured best, the same for every target kind so far."""
     return {"logprob": SqrtDelta().parameters()}

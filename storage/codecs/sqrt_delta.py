@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from storage.segments import cumsum_rows, diff_rows, sum_ranks
-
-if TYPE_CHECKING:
-    from storage.plan import Json
+from storage.values import Json
 
 LARGEST_CODE = np.iinfo(np.uint16).max
 LOWEST = -1000.0  # nats that every choice of steps must reach: e to this is 0 in any precision

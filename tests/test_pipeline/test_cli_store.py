@@ -14,8 +14,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pipeline.cli import main
-from storage.arrow import schema, to_table
 from storage.errors import UsageError
+from storage.exchange.arrow import schema, to_table
 from storage.reader import StoreReader
 
 

@@ -14,7 +14,7 @@ from pipeline.comparison import verdict
 from pipeline.demo import DemoSettings, StepTimer, demo, link_teacher, program_name
 from storage.errors import IdentityError, UsageError
 from storage.reader import StoreReader
-from storage.status import status
+from storage.tools.status import status
 
 
 @pytest.fixture(scope="module")

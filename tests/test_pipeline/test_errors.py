@@ -77,7 +77,7 @@ def test_real_allocation_failure_of_torch_is_out_of_memory() -> None:
 
 
 def test_a_bug_says_so_in_one_line_each_with_the_place() -> None:
-    from storage.plan import canonical_json
+    from storage.values import canonical_json
 
     with pytest.raises(TypeError) as caught:
         canonical_json({"a": object()})

@@ -24,10 +24,10 @@ from pipeline.training_data import open_training_data
 from stages.batches.sequences import part
 from stages.student.source import StudentSource, build_student
 from stages.training.run import RunDirectory
-from storage.commit import StoreWriter
 from storage.errors import DistillError, IdentityError, NumericsError, UsageError
 from storage.plan import SPLITS
 from storage.reader import StoreReader
+from storage.writer import StoreWriter
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from pipeline.config.extract import ExtractConfig
 from pipeline.extract import ExtractSummary, Progress, ShardDone, Started, extract
 from pipeline.launchers import place_among_processes
 from storage.errors import CorruptionError, UsageError
-from storage.files import LocalFiles
+from storage.files.local import LocalFiles
 
 
 def config_for(store: Path, tiny_extraction: dict[str, Any]) -> ExtractConfig:
@@ -64,7 +64,7 @@ def test_a_shard_costs_the_same_in_stores_of_any_size(
     tmp_path: Path, tiny_extraction: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the number of looks for records, but for one at each batch: whether another process has done the shard."""
-    monkeypatch.setattr("storage.commit.LOOKS", 2)
+    monkeypatch.setattr("storage.writer.LOOKS", 2)
     looks: list[str] = []
 
     def noted(real: Callable[..., Any]) -> Callable[..., Any]:

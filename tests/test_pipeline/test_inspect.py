@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 from pipeline.cli import main
 from pipeline.export import export_rows
 from pipeline.inspect import TokenText, open_store, sample_sequences
-from storage.arrow import schema, to_table
 from storage.errors import UsageError
+from storage.exchange.arrow import schema, to_table
 from storage.reader import StoreReader
 
 

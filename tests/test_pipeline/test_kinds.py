@@ -22,8 +22,8 @@ from stages.targets import KINDS
 from storage.errors import UsageError
 from storage.reader import StoreReader
 from storage.rows import SequenceBatch
-from storage.status import status
-from storage.verify import verify
+from storage.tools.status import status
+from storage.tools.verify import verify
 
 TARGETS: dict[str, dict[str, Any]] = {
     "hybrid": {"kind": "hybrid", "k": 8, "draws": 4},

@@ -60,7 +60,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, read
         "device": "cpu",
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.planning.default_codecs", lambda target: {"logprob": Exact().parameters()})
+        patch.setattr("pipeline.planning.default_codecs", lambda: {"logprob": Exact().parameters()})
         list(extract(ExtractConfig.model_validate(content)))
     plan = StoreReader(path).plan
     assert (plan.target.k, plan.codecs["logprob"]["id"]) == (plan.vocab_size, "exact")

@@ -16,7 +16,7 @@ import pytest
 from stages.corpus import SOURCES, Corpus, Source, SourceSpec, open_corpus
 from stages.corpus.files import FileState, unchanged
 from storage.errors import IdentityError, StorageUnavailableError, UsageError
-from storage.plan import canonical_json
+from storage.values import canonical_json
 
 TEXTS = [f"text number {number}, é 語\nsecond line" for number in range(300)]
 

@@ -16,12 +16,12 @@ from stages.losses import KDLoss, SparseTargets
 from stages.targets import KINDS, assemble
 from stages.targets.positions import wanted_positions
 from storage.codecs import CODECS
-from storage.commit import StoreWriter
+from storage.format.remap import build_remap, remap_sha256
 from storage.plan import HeldoutRule, Plan, TargetSpec
 from storage.reader import StoreReader
-from storage.remap import build_remap, remap_sha256
 from storage.rows import SequenceBatch
-from storage.verify import verify
+from storage.tools.verify import verify
+from storage.writer import StoreWriter
 
 VOCABULARY, ROWS = 3000, 600
 TARGETS = {

@@ -19,13 +19,14 @@ import storage_cases as cases
 from power_loss import BATCH, small_plan
 from row_check import Reading, fingerprints, read_again, read_store
 
+from storage.commit.manifest import Manifest, read_plan
+from storage.commit.open_shard import CommittedObjects, DamageError, chunk_cache
+from storage.commit.records import PLAN, REMAP, SEAL
 from storage.errors import DistillError
-from storage.files import LocalFiles, sha256
-from storage.manifest import Manifest, read_plan
-from storage.open_shard import CommittedObjects, DamageError, chunk_cache
+from storage.files.local import LocalFiles
 from storage.reader import StoreReader
-from storage.records import PLAN, REMAP, SEAL
-from storage.verify import verify
+from storage.tools.verify import verify
+from storage.values import sha256
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """What POSIX lets a crash leave on a disk: a model of a file system that knows what was synced.
 
-Data path: calls of storage.files -> `Recorder` -> log of operations -> `Disk` at any prefix of the log -> every tree
-that may be found after a power loss there.
+Data path: calls of storage.files.local -> `Recorder` -> log of operations -> `Disk` at any prefix of the log -> every
+tree that may be found after a power loss there.
 
 The rules, and nothing but these: content that was synced stays; of later content any part from the front is there, and
 what follows is missing or zero. Entries of a directory (create, link, rename, unlink) made since its last sync are

@@ -19,8 +19,8 @@ from row_check import fingerprints, read_store
 from seam import Counter, watched
 from workers import Workers
 
-from storage.records import PLAN
-from storage.verify import verify
+from storage.commit.records import PLAN
+from storage.tools.verify import verify
 
 SHARDS = 3
 ONCE = ("plan-link", "plan-linked", "seal-link", "seal-linked")  # reached once in the life of a store

@@ -11,8 +11,8 @@ from row_check import fingerprints, read_store
 from seam import files_below
 from workers import Workers
 
-from storage.records import SEAL, CommitRecord
-from storage.verify import verify
+from storage.commit.records import SEAL, CommitRecord
+from storage.tools.verify import verify
 
 STOPS = [("link", number) for number in range(1, 7)] + [("rename", 1)]  # all that a store of one shard has
 

@@ -10,14 +10,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import storage.chunks
-import storage.files as files
-import storage.open_shard
-from storage import gc
-from storage.commit import StoreWriter
-from storage.files import LocalFiles
-from storage.manifest import Manifest
-from storage.records import SEAL, CommitRecord, Seal
+import storage.commit.open_shard
+import storage.files.local as files
+import storage.format.chunks
+from storage.commit.manifest import Manifest
+from storage.commit.records import SEAL, CommitRecord, Seal
+from storage.files.local import LocalFiles
+from storage.tools import gc
+from storage.writer import StoreWriter
 
 Substitutes = list[tuple[Any, str, Any]]  # where, name, what stands there instead
 
@@ -203,8 +203,8 @@ def _bugs() -> dict[str, Substitutes]:
         "a seal does not look for its shards": [(StoreWriter, "_check_directories", _no_sync)],
         "garbage collection looks for claims last": [(gc, "_in_use", _record_before_claims)],
         "what is put back is not synced": [(LocalFiles, "move_directory", _move_without_sync)],
-        "the reader checks no hash": [(storage.open_shard, "sha256", lambda data: _AnyHash())],
-        "chunks are decoded unchecked": [(storage.chunks, "_crc", lambda data: _AnyBytes())],
+        "the reader checks no hash": [(storage.commit.open_shard, "sha256", lambda data: _AnyHash())],
+        "chunks are decoded unchecked": [(storage.format.chunks, "_crc", lambda data: _AnyBytes())],
         "foreign files are not looked for": [(LocalFiles, "tree", _tree_of_known_names)],
     }
 

@@ -21,10 +21,10 @@ from disk_model import Disk, Operation, Recorder, Tree, exhaustive, read_tree, s
 from row_check import Fingerprints, fingerprints, read_store
 from seam import Call, watched
 
-from storage.commit import StoreWriter
+from storage.commit.records import PLAN, SEAL, record_name
 from storage.plan import HeldoutRule, Plan
-from storage.records import PLAN, SEAL, record_name
-from storage.verify import verify
+from storage.tools.verify import verify
+from storage.writer import StoreWriter
 
 STORE = "store"
 LIMIT = 200  # trees outside of tmp/ at one prefix; the protocol leaves a handful

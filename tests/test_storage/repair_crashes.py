@@ -20,13 +20,14 @@ from power_loss import BATCH, LIMIT, key_of, small_plan
 from row_check import fingerprints, read_store
 from seam import watched
 
-from storage import gc
+from storage.commit.records import SEAL, CommitRecord, record_name
 from storage.errors import DistillError
-from storage.files import LocalFiles, sha256
-from storage.gc import collect_garbage
-from storage.records import SEAL, CommitRecord, record_name
-from storage.repair import repair
-from storage.verify import verify
+from storage.files.local import LocalFiles
+from storage.tools import gc
+from storage.tools.gc import collect_garbage
+from storage.tools.repair import repair
+from storage.tools.verify import verify
+from storage.values import sha256
 
 
 def flip(path: Path) -> None:

@@ -1,7 +1,8 @@
 """The place where the storage tests look at, fail, stop and count what a store does to its files.
 
-All file operations of a store are calls of `os` (and one of `shutil`) in `storage.files`. Inside `watched(watcher)`
-every call that changes something goes through the watcher, which makes the real call: no logic is replaced.
+All file operations of a store are calls of `os` (and one of `shutil`) in `storage.files.local`. Inside
+`watched(watcher)` every call that changes something goes through the watcher, which makes the real call: no logic is
+replaced.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import storage.files
+import storage.files.local
 
 CHANGING = ("mkdir", "open", "write", "fsync", "link", "unlink", "rename", "rmtree")
 
@@ -42,7 +43,7 @@ Watcher = Callable[[Call], Any]
 
 
 class SeamOs:
-    """The module `os` (or `shutil`) as storage.files sees it."""
+    """The module `os` (or `shutil`) as storage.files.local sees it."""
 
     def __init__(self, module: Any, watcher: Watcher, paths: dict[int, str]) -> None:
         self._module, self._watcher, self._paths = module, watcher, paths
@@ -71,19 +72,19 @@ class SeamOs:
 
 @contextmanager
 def watched(watcher: Watcher) -> Iterator[None]:
-    """Send every changing call of storage.files through `watcher`.
+    """Send every changing call of storage.files.local through `watcher`.
 
     Files are synced one after another meanwhile, so that the n-th call is the same in every run.
     """
-    kept = storage.files.os, storage.files.shutil, storage.files.PARALLEL_SYNCS
+    kept = storage.files.local.os, storage.files.local.shutil, storage.files.local.PARALLEL_SYNCS
     paths: dict[int, str] = {}
-    storage.files.os = SeamOs(os, watcher, paths)
-    storage.files.shutil = SeamOs(shutil, watcher, paths)
-    storage.files.PARALLEL_SYNCS = 1
+    storage.files.local.os = SeamOs(os, watcher, paths)
+    storage.files.local.shutil = SeamOs(shutil, watcher, paths)
+    storage.files.local.PARALLEL_SYNCS = 1
     try:
         yield
     finally:
-        storage.files.os, storage.files.shutil, storage.files.PARALLEL_SYNCS = kept
+        storage.files.local.os, storage.files.local.shutil, storage.files.local.PARALLEL_SYNCS = kept
 
 
 class Counter:

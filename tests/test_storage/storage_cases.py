@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from storage.codecs import default_codecs
-from storage.commit import StoreWriter
+from storage.format.remap import build_remap, remap_sha256
 from storage.plan import HeldoutRule, Plan, ShardSpec, TargetSpec
-from storage.remap import build_remap, remap_sha256
 from storage.rows import SequenceBatch
+from storage.writer import StoreWriter
 
 VOCAB = 300
 TOKENIZER_FILES = {"tokenizer.json": b'{"model": {}}' * 9, "tokenizer_config.json": b"{}"}
@@ -56,7 +56,7 @@ def make_plan(**changes) -> Plan:
         "heldout": HeldoutRule(fraction=0.2, seed=3),
         "documents_per_shard": 6,
         "batching": {"sequences": 4},
-        "codecs": default_codecs(target),
+        "codecs": default_codecs(),
         "remap_sha256": remap_sha256(make_remap(vocab_size)),
         "recorded": {"workers": 1},
     }
@@ -175,7 +175,7 @@ def in_order(batch: SequenceBatch) -> SequenceBatch:
     """The same batch with the tail of each row in the order in which a reader gives it: by frequency rank."""
     from dataclasses import replace
 
-    from storage.remap import invert
+    from storage.format.remap import invert
 
     rank = invert(make_remap())
     row = np.repeat(np.arange(batch.rows), batch.tail_size)

@@ -20,12 +20,12 @@ import storage_cases as cases
 from power_loss import small_plan
 from seam import SignalAt, watched
 
-from storage.claims import Claims
+from storage.commit.claims import Claims
+from storage.commit.records import COMMITS
 from storage.errors import DistillError
 from storage.faults import ENVIRONMENT_VARIABLE
-from storage.files import LocalFiles
-from storage.gc import collect_garbage
-from storage.records import COMMITS
+from storage.files.local import LocalFiles
+from storage.tools.gc import collect_garbage
 
 
 def write(job: dict[str, Any]) -> dict[str, Any]:

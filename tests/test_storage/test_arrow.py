@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import storage_cases as cases
 
-from storage.arrow import record_batches, schema, shard_rows, to_parquet, to_record_batch, to_table
 from storage.errors import UsageError
-from storage.jsonl import KEYS, sequence_lines
+from storage.exchange.arrow import record_batches, schema, shard_rows, to_parquet, to_record_batch, to_table
+from storage.exchange.jsonl import KEYS, sequence_lines
 from storage.reader import StoreReader
 
 SAMPLES = ("sample_ids", "sample_counts")

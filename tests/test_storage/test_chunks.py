@@ -9,7 +9,7 @@ import pytest
 from numcodecs import zstd
 from storage_cases import zarr_quietly
 
-from storage.chunks import (
+from storage.format.chunks import (
     DTYPES,
     PCODEC_LEVEL,
     ArrayLayout,

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 import pytest
 import storage_cases as cases
 
-from storage.claims import Claim, Claims
+from storage.commit.claims import Claim, Claims
 
 
 @pytest.fixture

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from storage.codecs import CODECS, default_codecs, logprob_codec
 from storage.codecs.sqrt_delta import SqrtDelta
-from storage.decode import scale_heads
 from storage.errors import UsageError
-from storage.plan import TargetSpec
+from storage.format.decode import scale_heads
 from storage.segments import cumsum_rows, diff_rows
 
 GOLDEN = Path(__file__).parent / "golden" / "codecs.json"
@@ -149,7 +148,7 @@ def test_the_largest_code_is_where_the_format_says(root, log):
 
 
 def test_default_is_in_the_table():
-    assert logprob_codec(default_codecs(TargetSpec(kind="topk", k=8))["logprob"]) == SqrtDelta()
+    assert logprob_codec(default_codecs()["logprob"]) == SqrtDelta()
 
 
 @settings(max_examples=200, deadline=None)

@@ -9,15 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from storage.arrow import to_table
-from storage.columns import ColumnFile
-from storage.convert import Conversion, Converted, ValuesFound, convert
-from storage.diff import diff
+from storage.commit.records import CommitRecord
 from storage.errors import IdentityError, StorageUnavailableError, UsageError
+from storage.exchange.arrow import to_table
 from storage.reader import StoreReader
-from storage.records import CommitRecord
-from storage.status import status
-from storage.verify import verify
+from storage.tools.columns import ColumnFile
+from storage.tools.convert import Conversion, Converted, ValuesFound, convert
+from storage.tools.diff import diff
+from storage.tools.status import status
+from storage.tools.verify import verify
 
 KEYS = ["document", "sequence", "position"]
 

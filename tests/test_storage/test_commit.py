@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import storage_cases as cases
 
-import storage.commit
-from storage.commit import StoreWriter
+import storage.writer
+from storage.commit.records import CommitRecord, Seal
 from storage.errors import (
     CorruptionError,
     IdentityError,
@@ -22,10 +22,10 @@ from storage.errors import (
     StorageUnavailableError,
     UsageError,
 )
-from storage.files import LocalFiles
+from storage.files.local import LocalFiles
 from storage.plan import HeldoutRule, TargetSpec
 from storage.reader import StoreReader
-from storage.records import CommitRecord, Seal
+from storage.writer import StoreWriter
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -139,7 +139,7 @@ def looks_per_shard(path, monkeypatch, *, shards):
 
 
 def test_counting_what_is_committed_costs_the_same_in_stores_of_any_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage.commit, "LOOKS", 3)
+    monkeypatch.setattr(storage.writer, "LOOKS", 3)
     few = looks_per_shard(tmp_path / "few", monkeypatch, shards=5)
     many = looks_per_shard(tmp_path / "many", monkeypatch, shards=20)
     assert set(many[:-3]) == {few[0]}
@@ -149,7 +149,7 @@ def test_counting_what_is_committed_costs_the_same_in_stores_of_any_size(tmp_pat
 def test_shards_of_another_process_are_counted_a_few_at_a_time(tmp_path, monkeypatch):
     mine = cases.open_writer(tmp_path / "store", cases.make_plan())
     cases.write_store(tmp_path / "store", shards=[0, 1, 3, 4])
-    monkeypatch.setattr(storage.commit, "LOOKS", 2)
+    monkeypatch.setattr(storage.writer, "LOOKS", 2)
     assert [mine.count_committed() for _ in range(4)] == [2, 3, 4, 4]
     cases.write_store(tmp_path / "store", shards=[2])
     assert mine.count_committed() == 5
@@ -171,15 +171,15 @@ def test_invalid_batches_are_refused_and_not_committed(tmp_path):
 
 def test_a_store_that_another_process_makes_meanwhile_is_taken(tmp_path, sealed, monkeypatch):
     """It had looked for the plan before the other one made the whole store."""
-    look = storage.commit.read_plan
+    look = storage.writer.read_plan
 
     def look_then_sleep(files):
-        monkeypatch.setattr(storage.commit, "read_plan", look)
+        monkeypatch.setattr(storage.writer, "read_plan", look)
         found = look(files)
         cases.write_store(tmp_path / "store")
         return found
 
-    monkeypatch.setattr(storage.commit, "read_plan", look_then_sleep)
+    monkeypatch.setattr(storage.writer, "read_plan", look_then_sleep)
     assert cases.open_writer(tmp_path / "store", cases.make_plan()).missing() == []
     assert cases.tree(tmp_path / "store") == cases.tree(sealed)
 

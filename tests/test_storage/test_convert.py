@@ -14,17 +14,17 @@ import pytest
 import storage_cases as cases
 
 from storage.codecs.sqrt_delta import SqrtDelta
-from storage.convert import Conversion, convert
-from storage.decode import scale_heads
-from storage.diff import diff
 from storage.errors import CorruptionError, IdentityError, UsageError
-from storage.files import LocalFiles
-from storage.gc import collect_garbage
+from storage.files.local import LocalFiles
+from storage.format.decode import scale_heads
 from storage.plan import TargetSpec
 from storage.reader import StoreReader
-from storage.smaller_head import smaller_head
-from storage.status import status
-from storage.verify import verify
+from storage.tools.convert import Conversion, convert
+from storage.tools.diff import diff
+from storage.tools.gc import collect_garbage
+from storage.tools.smaller_head import smaller_head
+from storage.tools.status import status
+from storage.tools.verify import verify
 
 EXACT = {"id": "exact"}
 TARGETS = {
@@ -58,7 +58,7 @@ def test_another_codec(sealed, tmp_path):
 
 def test_telling_progress_does_not_look_for_every_shard(sealed, tmp_path, monkeypatch):
     """As many looks at records of the new store after the first shards as after the later ones."""
-    monkeypatch.setattr("storage.commit.LOOKS", 2)
+    monkeypatch.setattr("storage.writer.LOOKS", 2)
     looks, told, found = [], [], []
 
     def noted(real):
@@ -232,7 +232,7 @@ def test_each_conversion_of_a_chain_draws_by_its_origin(sealed, tmp_path, monkey
         origins.append(origin)
         return smaller_head(batch, target, origin=origin)
 
-    monkeypatch.setattr("storage.convert.smaller_head", noted)
+    monkeypatch.setattr("storage.tools.convert.smaller_head", noted)
     run(sealed, tmp_path / "3", k=3)
     run(tmp_path / "3", tmp_path / "1", k=1)
     assert set(origins) == {StoreReader(path).plan.store_id for path in (sealed, tmp_path / "3")}

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import storage_cases as cases
 
+from storage.commit.records import CommitRecord
 from storage.errors import CorruptionError, DistillError, UsageError
 from storage.reader import StoreReader
-from storage.records import CommitRecord
-from storage.repair import repair
-from storage.verify import verify
+from storage.tools.repair import repair
+from storage.tools.verify import verify
 
 SHARD = 1  # the damaged one
 
@@ -236,7 +236,7 @@ def test_a_repair_names_what_is_missing_though_there_is_nothing_to_move(store, s
 
 
 def test_a_repair_that_is_cut_off_is_finished_by_the_next(store, sealed, monkeypatch):
-    from storage.files import LocalFiles
+    from storage.files.local import LocalFiles
 
     real = LocalFiles.quarantine
     for steps in range(3):
@@ -280,9 +280,9 @@ def test_a_recomputed_shard_that_is_the_same_is_not(store, caplog):
 
 def test_verify_checks_what_rows_mean(tmp_path, monkeypatch):
     """A writer with a defect has committed a shard whose hashes are all right."""
-    import storage.commit
+    import storage.writer
 
-    monkeypatch.setattr(storage.commit, "check_batch", lambda *arguments: None)
+    monkeypatch.setattr(storage.writer, "check_batch", lambda *arguments: None)
     plan = cases.make_plan()
     writer = cases.open_writer(tmp_path / "store", plan)
     batch = cases.make_batch(plan, plan.shards()[0])
@@ -294,9 +294,9 @@ def test_verify_checks_what_rows_mean(tmp_path, monkeypatch):
 
 
 def test_sizes_that_contradict_each_other_are_told_of_the_whole_shard(tmp_path, monkeypatch):
-    import storage.commit
+    import storage.writer
 
-    monkeypatch.setattr(storage.commit, "check_batch", lambda *arguments: None)
+    monkeypatch.setattr(storage.writer, "check_batch", lambda *arguments: None)
     writer = cases.open_writer(tmp_path / "store", cases.make_plan())
     shard = writer.plan.shards()[0]
     batch = cases.make_batch(writer.plan, shard)

@@ -7,7 +7,7 @@ import pytest
 import storage_cases as cases
 from storage_cases import zarr_quietly
 
-import storage.arrays
+import storage.format.arrays
 from storage.codecs import CODECS, logprob_codec
 from storage.codecs.sqrt_delta import SqrtDelta
 from storage.plan import TargetSpec
@@ -53,7 +53,7 @@ def reference(store, plan, remap):
 @pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.parametrize("ragged", [[], [0, 1, 2, 3], [1, 3]], ids=["even", "ragged", "mixed"])
 def test_equals_a_decoder_that_takes_one_row_at_a_time(tmp_path, monkeypatch, codec, kind, ragged):
-    monkeypatch.setattr(storage.arrays, "CHUNK_UNITS", 16)
+    monkeypatch.setattr(storage.format.arrays, "CHUNK_UNITS", 16)
     plan = cases.make_plan(target=TARGETS[kind], codecs={"logprob": CODECS[codec]().parameters()})
     writer = cases.open_writer(tmp_path / "store", plan)
     for shard in writer.missing():

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import storage_cases as cases
 
-from storage.convert import Conversion, convert
-from storage.diff import diff
 from storage.errors import CorruptionError, UsageError
 from storage.reader import StoreReader
+from storage.tools.convert import Conversion, convert
+from storage.tools.diff import diff
 
 EXACT = cases.make_plan(codecs=cases.EXACT)
 

@@ -20,9 +20,9 @@ from power_loss import BATCH, small_plan
 from row_check import fingerprints, read_store
 from torture_results import save
 
-import storage.files
+import storage.files.local
 from storage.errors import StorageUnavailableError
-from storage.verify import verify
+from storage.tools.verify import verify
 
 SEED = 20261122
 HERE = Path(__file__).parent
@@ -101,7 +101,7 @@ def test_errors_while_reading(memory, monkeypatch):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return open(*arguments, **options)
 
-    monkeypatch.setattr(storage.files, "open", failing_open, raising=False)
+    monkeypatch.setattr(storage.files.local, "open", failing_open, raising=False)
     assert read_store(memory / "store", rows).errors == {}
     total = next(calls)
     assert total > 40

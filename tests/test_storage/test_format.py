@@ -15,13 +15,14 @@ import storage_cases as cases
 from storage_cases import zarr_quietly
 
 import storage
-from storage.arrays import CHUNK_UNITS, array_specs
-from storage.chunks import SMALLEST_PAGE
 from storage.codecs import CODECS
 from storage.codecs.sqrt_delta import SqrtDelta
-from storage.plan import FORMAT_VERSION, Plan, TargetSpec, canonical_json
+from storage.format.arrays import CHUNK_UNITS, array_specs
+from storage.format.chunks import SMALLEST_PAGE
+from storage.format.encode import group_metadata
+from storage.plan import FORMAT_VERSION, Plan, TargetSpec
 from storage.reader import StoreReader
-from storage.shard import group_metadata
+from storage.values import canonical_json
 
 TEXT = (Path(storage.__file__).parent / "FORMAT.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)

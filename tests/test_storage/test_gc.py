@@ -16,15 +16,15 @@ import storage_cases as cases
 from repair_crashes import flip
 from seam import Counter, FailAt, watched
 
-from storage import gc
-from storage.aside import set_aside
-from storage.claims import Claim, Claims
+from storage.commit.aside import set_aside
+from storage.commit.claims import Claim, Claims
+from storage.commit.records import CommitRecord, record_name
 from storage.errors import CorruptionError, StorageUnavailableError, UsageError
-from storage.files import LocalFiles
-from storage.gc import collect_garbage
-from storage.records import CommitRecord, record_name
-from storage.repair import repair
-from storage.verify import verify
+from storage.files.local import LocalFiles
+from storage.tools import gc
+from storage.tools.gc import collect_garbage
+from storage.tools.repair import repair
+from storage.tools.verify import verify
 
 DEAD = 99999999999999999999  # no system has a process of this number
 

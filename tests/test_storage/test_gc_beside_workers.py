@@ -14,10 +14,10 @@ import storage_cases as cases
 from power_loss import BATCH, small_plan
 from seam import Call, Counter, watched
 
-from storage.claims import Claims
+from storage.commit.claims import Claims
 from storage.errors import StorageUnavailableError, UsageError
-from storage.gc import collect_garbage
-from storage.verify import verify
+from storage.tools.gc import collect_garbage
+from storage.tools.verify import verify
 
 PLAN = small_plan(2)
 

@@ -18,7 +18,7 @@ from storage_cases import EXACT, TARGETS, in_order, make_batch, make_plan, write
 from storage.plan import FORMAT_VERSION, Plan
 from storage.reader import StoreReader
 from storage.rows import SequenceBatch
-from storage.verify import verify
+from storage.tools.verify import verify
 
 GOLDEN = Path(__file__).parent / "golden_stores"
 SPLITS = ("train", "heldout")

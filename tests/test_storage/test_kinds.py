@@ -11,15 +11,15 @@ import pytest
 import storage_cases as cases
 from storage_cases import zarr_quietly
 
-import storage.arrays
-from storage.arrow import to_table
+import storage.format.arrays
+from storage.commit.records import CommitRecord
 from storage.errors import CorruptionError, NumericsError
+from storage.exchange.arrow import to_table
+from storage.format.validate import check_batch
 from storage.plan import Plan
 from storage.reader import StoreReader
-from storage.records import CommitRecord
 from storage.segments import cumsum_rows
-from storage.validate import check_batch
-from storage.verify import verify
+from storage.tools.verify import verify
 
 SHARD = 1  # the damaged one
 OPTIONAL = {
@@ -90,7 +90,7 @@ def test_any_order_gives_the_same_rows(store):
 
 def test_chunks_change_nothing(store, tmp_path, monkeypatch):
     whole = StoreReader(store)
-    monkeypatch.setattr(storage.arrays, "CHUNK_UNITS", 8)
+    monkeypatch.setattr(storage.format.arrays, "CHUNK_UNITS", 8)
     cases.write_store(tmp_path / "store", whole.plan)
     many = StoreReader(tmp_path / "store")
     for numbers in ([3], [9, 2, 2], range(len(whole))):

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import storage_cases as cases
 
-from storage.commit import StoreWriter
+from storage.commit.manifest import read_plan
 from storage.errors import CorruptionError, UsageError
-from storage.files import LocalFiles
-from storage.manifest import read_plan
-from storage.plan import HeldoutRule, Plan, TargetSpec, canonical_json
+from storage.files.local import LocalFiles
+from storage.plan import HeldoutRule, Plan, TargetSpec
+from storage.values import canonical_json
+from storage.writer import StoreWriter
 
 PLAN = cases.make_plan(target=TargetSpec(kind="topp", k=6, p=0.5, temperatures=(0.5, 2.0)))
 ABOUT = {"axis": "row", "dtype": "float32"}

@@ -16,8 +16,8 @@ import pytest
 import storage_cases as cases
 from storage_cases import TARGETS, make_plan, write_store, zarr_quietly
 
-import storage.arrays
-import storage.open_shard
+import storage.commit.open_shard
+import storage.format.arrays
 import storage.reader
 from storage.errors import CorruptionError, UsageError
 from storage.plan import HeldoutRule
@@ -125,7 +125,7 @@ def test_equals_plain_zarr(sealed):
 @pytest.fixture
 def many_chunks(tmp_path, monkeypatch):
     """A store whose shards have about ten chunks per array."""
-    monkeypatch.setattr(storage.arrays, "CHUNK_UNITS", 8)
+    monkeypatch.setattr(storage.format.arrays, "CHUNK_UNITS", 8)
     cases.write_store(tmp_path / "store")
     return tmp_path / "store"
 
@@ -141,9 +141,9 @@ def test_chunking_does_not_change_what_is_read(many_chunks, sealed):
 def test_a_random_sequence_decodes_only_the_chunks_it_needs(many_chunks, monkeypatch):
     reader = StoreReader(many_chunks)
     decoded = []
-    real = storage.open_shard.decode_inner
+    real = storage.commit.open_shard.decode_inner
     monkeypatch.setattr(
-        storage.open_shard, "decode_inner", lambda data, layout: decoded.append(layout) or real(data, layout)
+        storage.commit.open_shard, "decode_inner", lambda data, layout: decoded.append(layout) or real(data, layout)
     )
     rows = np.diff(reader.read(range(len(reader))).row_offset)
     sequence = int(np.flatnonzero((rows > 2) & (rows < 8))[0])
@@ -196,9 +196,10 @@ def test_damage_after_the_first_read_is_found(many_chunks):
 def test_importing_the_reader_is_cheap():
     code = (
         "import storage, sys; assert not {m for m in sys.modules if m.split('.')[0] in ('numpy', 'zarr', 'pyarrow')};"
-        "import storage.reader, storage.commit, storage.verify, storage.repair, storage.status, storage.permutation;"
+        "import storage.reader, storage.writer, storage.tools.verify, storage.tools.repair, storage.tools.status;"
+        "import storage.permutation;"
         "heavy = {'torch', 'transformers', 'datasets', 'click', 'pydantic', 'zarr', 'pyarrow'} & set(sys.modules);"
-        "assert not heavy, heavy; import storage.arrow;"
+        "assert not heavy, heavy; import storage.exchange.arrow;"
         "assert not {'torch', 'transformers', 'datasets', 'click', 'pydantic'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT)
@@ -260,13 +261,13 @@ def test_one_shard_stays_open_however_large_its_metadata(sealed, monkeypatch):
 
 def test_a_shard_that_is_opened_again_is_not_hashed_again(sealed, monkeypatch):
     hashed = []
-    real = storage.open_shard.CommittedObjects.whole
+    real = storage.commit.open_shard.CommittedObjects.whole
 
     def whole(self, name):
         hashed.append((self._record.shard, name))
         return real(self, name)
 
-    monkeypatch.setattr(storage.open_shard.CommittedObjects, "whole", whole)
+    monkeypatch.setattr(storage.commit.open_shard.CommittedObjects, "whole", whole)
     monkeypatch.setattr(storage.reader, "OPEN_BYTES", 60_000)  # of one shard
     reader = StoreReader(sealed, cache_bytes=0)
     for number in [*range(len(reader)), *range(len(reader))]:
@@ -314,13 +315,13 @@ def test_threads_change_nothing(many_chunks, tmp_path, monkeypatch, ragged, targ
 def test_a_large_read_runs_in_threads(many_chunks, monkeypatch):
     monkeypatch.setattr(storage.reader, "ROWS_FOR_THREADS", 20)
     used = set()
-    real = storage.open_shard.OpenShard.sequences
+    real = storage.commit.open_shard.OpenShard.sequences
 
     def sequences(self, *arguments, **options):
         used.add(threading.get_ident())
         return real(self, *arguments, **options)
 
-    monkeypatch.setattr(storage.open_shard.OpenShard, "sequences", sequences)
+    monkeypatch.setattr(storage.commit.open_shard.OpenShard, "sequences", sequences)
     for few, threads, at_least, at_most in ((True, 3, 1, 1), (False, 1, 1, 1), (False, 3, 2, 3)):
         used.clear()
         reader = StoreReader(many_chunks, threads=threads)

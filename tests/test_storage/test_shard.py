@@ -10,13 +10,13 @@ import storage_cases as cases
 
 from storage.codecs import CODECS, logprob_codec
 from storage.codecs.sqrt_delta import SqrtDelta
-from storage.commit import StoreWriter
-from storage.decode import scale_heads
+from storage.format.decode import scale_heads
+from storage.format.encode import encode_shard
+from storage.format.remap import invert
+from storage.format.validate import check_batch
 from storage.plan import TargetSpec
 from storage.reader import StoreReader
-from storage.remap import invert
-from storage.shard import encode_shard
-from storage.validate import check_batch
+from storage.writer import StoreWriter
 
 HALF = 2.0**-11  # relative rounding of float16
 NUMBERS = ("tail_logit", "logsumexp", "entropy", "next_logprob", "tail_logit_T", "entropy_T")

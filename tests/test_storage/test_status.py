@@ -10,7 +10,7 @@ import storage_cases as cases
 
 from storage.errors import UsageError
 from storage.reader import StoreReader
-from storage.status import status
+from storage.tools.status import status
 
 
 def test_a_sealed_store(sealed):

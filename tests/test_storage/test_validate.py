@@ -10,10 +10,10 @@ import storage_cases as cases
 
 from storage.codecs import CODECS
 from storage.errors import NumericsError
+from storage.format.validate import check_batch
 from storage.plan import TargetSpec
 from storage.segments import sigmoid
-from storage.smaller_head import smaller_head
-from storage.validate import check_batch
+from storage.tools.smaller_head import smaller_head
 
 PLAN = cases.make_plan()
 SHARD = PLAN.shards()[0]
@@ -156,9 +156,9 @@ def test_a_row_without_a_head_is_of_kind_sampled():
 
 
 def test_large_shards_are_compared_in_blocks(monkeypatch):
-    import storage.validate
+    import storage.format.validate
 
-    monkeypatch.setattr(storage.validate, "_BLOCK_VALUES", 40)
+    monkeypatch.setattr(storage.format.validate, "_BLOCK_VALUES", 40)
     check_batch(PLAN, SHARD, cases.make_batch(PLAN, SHARD))
     batch = cases.make_batch(PLAN, SHARD)
     ids = batch.head_ids.copy()

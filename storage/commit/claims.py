@@ -22,7 +22,7 @@ from itertools import count
 from pathlib import Path
 from typing import Literal
 
-from storage.files import TEMPORARY, LocalFiles
+from storage.files.local import TEMPORARY, LocalFiles
 from storage.plan import ShardSpec
 
 _CLAIM = re.compile(r"claim-(\d{6,})(-\d+)?")

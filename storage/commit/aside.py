@@ -11,9 +11,9 @@ import os
 import re
 from contextlib import suppress
 
+from storage.commit.records import SHARDS, CommitRecord
 from storage.errors import StorageUnavailableError
-from storage.files import TEMPORARY, LocalFiles
-from storage.records import SHARDS, CommitRecord
+from storage.files.local import TEMPORARY, LocalFiles
 
 SHARD_DIRECTORY = re.compile(r"\d{6,}-[0-9a-f]{16}")
 _ASIDE = re.compile(rf"{TEMPORARY}/discard-({SHARD_DIRECTORY.pattern})\.[0-9a-f]{{8}}")

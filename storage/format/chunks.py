@@ -23,7 +23,7 @@ from numcodecs import zstd
 from numpy.typing import NDArray
 from pcodec import ChunkConfig, PagingSpec, standalone
 
-from storage.plan import Json, canonical_json
+from storage.values import Json, canonical_json
 
 PCODEC_LEVEL = 11
 SMALLEST_PAGE = 512  # rows

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.damage import Damage, damaged_plan
+from storage.commit.damage import Damage, damaged_plan
+from storage.commit.records import PLAN, REMAP, SEAL, TOKENIZER, CommitRecord, Seal, record_name
 from storage.errors import UsageError
-from storage.files import LocalFiles, sha256
+from storage.files.local import LocalFiles
+from storage.format.remap import decode_remap, remap_sha256
 from storage.plan import Plan, ShardSpec
-from storage.records import PLAN, REMAP, SEAL, TOKENIZER, CommitRecord, Seal, record_name
-from storage.remap import decode_remap, remap_sha256
+from storage.values import sha256
 
 LARGEST_TOKENIZER_FILE = 1 << 30  # bytes, decompressed
 XZ_MEMORY = 1 << 27  # bytes that decompression may take; our files need a tenth of it

@@ -6,11 +6,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from storage.damage import written_by
-from storage.files import QUARANTINE, TEMPORARY, LocalFiles
-from storage.manifest import Manifest
+from storage.commit.damage import written_by
+from storage.commit.manifest import Manifest
+from storage.commit.records import CommitRecord, record_name
+from storage.files.local import QUARANTINE, TEMPORARY, LocalFiles
 from storage.plan import Split
-from storage.records import CommitRecord, record_name
 
 NEWEST = 10  # commits that a pace is taken from
 

@@ -1,4 +1,4 @@
-"""Stored values of sequences become rows again: the other half of `shard.py`.
+"""Stored values of sequences become rows again: the other half of `encode.py`.
 
 Data path: open shards -> slices of stored values -> **`SequenceBatch`**. Everything here is whole-array arithmetic on
 what a call asked for; nothing is decoded that was not asked for.
@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.arrays import OFFSETS, column_array
 from storage.codecs import LogprobCodec, logprob_codec
-from storage.parallel import Each
+from storage.format.arrays import OFFSETS, column_array
 from storage.plan import Plan
 from storage.rows import SequenceBatch
 from storage.segments import cumsum_rows, row_starts
+from storage.threads import Each
 
 Task = Callable[[], None]
 Work = list[Task]  # tasks that fill arrays, in any order, in threads or one after the other

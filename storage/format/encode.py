@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.arrays import BY_TEMPERATURE, NUMBERS, array_lengths, array_specs, column_array, is_even
-from storage.chunks import encode_array
 from storage.codecs import logprob_codec
 from storage.faults import fault_point
-from storage.plan import FORMAT_VERSION, Json, Plan, ShardSpec, canonical_json
-from storage.records import Counts
-from storage.rows import SequenceBatch
+from storage.format.arrays import BY_TEMPERATURE, NUMBERS, array_lengths, array_specs, column_array, is_even
+from storage.format.chunks import encode_array
+from storage.plan import FORMAT_VERSION, Plan, ShardSpec
+from storage.rows import Counts, SequenceBatch
 from storage.segments import diff_rows, sigmoid
+from storage.values import Json, canonical_json
 
 GROUP = "zarr.json"
 

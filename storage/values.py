@@ -1,16 +1,30 @@
-"""What may stand in a field of a JSON file of a store: type and range, with one line that says what else was found.
+"""JSON values of a store: their one form as bytes, their hash, and what may stand in a field.
 
-Data path: plan.json -> **values of the right types** -> `Plan`. Each function raises ValueError, naming the field.
+Data path: plan.json -> **values of the right types** -> `Plan`. Each `require_*` raises ValueError, naming the field.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import reprlib
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+Json = Any  # a JSON value: dict, list, str, int, float, bool or None
 _LARGEST_EXACT = 1 << 53  # whole numbers up to this are floats without rounding
+
+
+def canonical_json(value: Json) -> bytes:
+    """Return the one byte string of a JSON value: sorted keys, no spaces, UTF-8, no NaN."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()
+
+
+def sha256(data: bytes) -> str:
+    """Return the sha256 of bytes, hex."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def as_float(value: Any) -> Any:

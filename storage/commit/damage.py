@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from storage.commit.records import PLAN
 from storage.errors import CorruptionError
 from storage.plan import Plan, ShardSpec
-from storage.records import PLAN
 
 
 def written_by(plan: Plan) -> str:

@@ -12,12 +12,12 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from storage.aside import left_aside, origin, put_back
-from storage.damage import damaged_plan, written_by
-from storage.files import QUARANTINE, LocalFiles
-from storage.manifest import Manifest
-from storage.records import PLAN, REMAP, SEAL, SHARDS, TOKENIZER, record_name
-from storage.verify import Report, verify
+from storage.commit.aside import left_aside, origin, put_back
+from storage.commit.damage import damaged_plan, written_by
+from storage.commit.manifest import Manifest
+from storage.commit.records import PLAN, REMAP, SEAL, SHARDS, TOKENIZER, record_name
+from storage.files.local import QUARANTINE, LocalFiles
+from storage.tools.verify import Report, verify
 
 
 @dataclass(frozen=True, kw_only=True)

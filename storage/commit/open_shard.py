@@ -11,13 +11,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.arrays import OFFSETS, ArraySpec, array_specs, is_even
 from storage.cache import BoundedCache
-from storage.chunks import ArrayLayout, decode_index, decode_inner
-from storage.files import LocalFiles, sha256
+from storage.commit.records import CommitRecord
+from storage.files.local import LocalFiles
+from storage.format.arrays import OFFSETS, ArraySpec, array_specs, is_even
+from storage.format.chunks import ArrayLayout, decode_index, decode_inner
+from storage.format.encode import GROUP, axis_lengths, read_group
 from storage.plan import Plan
-from storage.records import CommitRecord
-from storage.shard import GROUP, axis_lengths, read_group
+from storage.values import sha256
 
 ChunkCache = BoundedCache[Any]  # decoded chunks (arrays), and checked files (memoryviews)
 LARGE_CHUNK = 1 << 16  # bytes

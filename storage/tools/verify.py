@@ -13,17 +13,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.aside import left_aside
-from storage.claims import Claims
-from storage.decode import decode_batch
+from storage.commit.aside import left_aside
+from storage.commit.claims import Claims
+from storage.commit.manifest import Manifest, tokenizer_hashes, tokenizer_name
+from storage.commit.open_shard import CommittedObjects, DamageError, OpenShard, chunk_cache
+from storage.commit.records import COMMITS, PLAN, REMAP, SEAL, SHARDS, TOKENIZER, CommitRecord, Seal, record_name
 from storage.errors import CorruptionError, DistillError
-from storage.files import QUARANTINE, TEMPORARY, LocalFiles, sha256
-from storage.manifest import Manifest, tokenizer_hashes, tokenizer_name
-from storage.open_shard import CommittedObjects, DamageError, OpenShard, chunk_cache
+from storage.files.local import QUARANTINE, TEMPORARY, LocalFiles
+from storage.format.decode import decode_batch
+from storage.format.encode import counts_of
+from storage.format.validate import check_batch
 from storage.plan import ShardSpec
-from storage.records import COMMITS, PLAN, REMAP, SEAL, SHARDS, TOKENIZER, CommitRecord, Seal, record_name
-from storage.shard import counts_of
-from storage.validate import check_batch
+from storage.values import sha256
 
 HEAD_MASS_TOLERANCE = 1e-5  # sums may be rounded otherwise on another machine
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from storage.chunks import DTYPES, ArrayLayout
 from storage.codecs import logprob_codec
+from storage.format.chunks import DTYPES, ArrayLayout
 from storage.plan import Plan
 
 CHUNK_UNITS = 4096  # tokens or rows per chunk, about

@@ -18,15 +18,16 @@ from pathlib import Path
 
 import numpy as np
 
-from storage.claims import Claims
 from storage.codecs import logprob_codec
-from storage.columns import ColumnFile
-from storage.commit import StoreWriter
+from storage.commit.claims import Claims
 from storage.errors import UsageError
-from storage.plan import COLUMN_AXES, SPLITS, Json, Plan, ShardSpec, Split
+from storage.plan import COLUMN_AXES, SPLITS, Plan, ShardSpec, Split
 from storage.reader import StoreReader
 from storage.rows import SequenceBatch
-from storage.smaller_head import smaller_head
+from storage.tools.columns import ColumnFile
+from storage.tools.smaller_head import smaller_head
+from storage.values import Json
+from storage.writer import StoreWriter
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,10 +22,10 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
-from storage.arrow import row_keys, schema
 from storage.errors import IdentityError, UsageError
-from storage.files import Stamp, storage_errors
-from storage.jsonl import KEYS
+from storage.exchange.arrow import row_keys, schema
+from storage.exchange.jsonl import KEYS
+from storage.files.local import Stamp, storage_errors
 from storage.plan import check_columns
 from storage.rows import SequenceBatch
 

@@ -17,23 +17,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.aside import discard
+from storage.commit.aside import discard
+from storage.commit.manifest import Manifest, compress_tokenizer_file, read_plan, tokenizer_hashes, tokenizer_name
+from storage.commit.records import COMMITS, PLAN, REMAP, SEAL, SHARDS, TOKENIZER, CommitRecord, Seal, record_name
 from storage.errors import CorruptionError, IdentityError, UsageError
 from storage.faults import fault_point
-from storage.files import QUARANTINE, TEMPORARY, LocalFiles, sha256
-from storage.manifest import (
-    Manifest,
-    compress_tokenizer_file,
-    read_plan,
-    tokenizer_hashes,
-    tokenizer_name,
-)
+from storage.files.local import QUARANTINE, TEMPORARY, LocalFiles
+from storage.format.encode import counts_of, encode_shard
+from storage.format.remap import encode_remap, invert, is_permutation, remap_sha256
+from storage.format.validate import check_batch
 from storage.plan import Plan, ShardSpec, difference
-from storage.records import COMMITS, PLAN, REMAP, SEAL, SHARDS, TOKENIZER, CommitRecord, Seal, record_name
-from storage.remap import encode_remap, invert, is_permutation, remap_sha256
 from storage.rows import SequenceBatch
-from storage.shard import counts_of, encode_shard
-from storage.validate import check_batch
+from storage.values import sha256
 
 log = logging.getLogger("topk_distill.storage")
 
@@ -264,7 +259,7 @@ def _check_arguments(plan: Plan, remap: NDArray[np.uint32], tokenizer_files: Map
         raise UsageError(
             f"the remap of {len(remap)} ids is not the one that the plan names (vocabulary {plan.vocab_size})",
             where="plan: remap_sha256",
-            fix="build the plan with storage.remap.remap_sha256 of this remap",
+            fix="build the plan with storage.format.remap.remap_sha256 of this remap",
         )
     given = {name: sha256(data) for name, data in tokenizer_files.items()}
     if given != dict(tokenizer_hashes(plan)):

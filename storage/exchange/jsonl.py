@@ -4,7 +4,7 @@ Data path: `SequenceBatch` -> **one JSON object per sequence** -> a file.
 
 The keys `tokens`, `labels`, `loss_mask`, `topk_logits`, `topk_token_ids` and `log_sum_exp_logits` are the ones that
 NeMo-Aligner's compute_topk_logits.py writes; the others say where the sequence is from and what else its rows hold, and
-are named as the columns of `storage.arrow.schema`.
+are named as the columns of `storage.exchange.arrow.schema`.
 
 Axis legend: S sequences, R rows, N positions of a sequence that have a next token.
 """
@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.plan import Json
 from storage.rows import SequenceBatch
 from storage.segments import row_starts, sigmoid
+from storage.values import Json
 
 NEMO_ALIGNER_KEYS = ("tokens", "labels", "loss_mask", "topk_logits", "topk_token_ids", "log_sum_exp_logits")
 KEYS = frozenset((*NEMO_ALIGNER_KEYS, "window_start", "sample_ids", "sample_counts"))  # and those of the Arrow schema

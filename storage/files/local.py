@@ -8,7 +8,6 @@ FORMAT.md tells it in words. An object store will be a second class with the sam
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 import stat
@@ -28,11 +27,6 @@ PARALLEL_SYNCS = 8
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 _NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOTSUP}
-
-
-def sha256(data: bytes) -> str:
-    """Return the sha256 of bytes, hex."""
-    return hashlib.sha256(data).hexdigest()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.chunks import decode_chunk, encode_chunk
+from storage.format.chunks import decode_chunk, encode_chunk
 
 
 def build_remap(counts: NDArray[np.int64]) -> NDArray[np.uint32]:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.arrays import BY_TEMPERATURE
 from storage.codecs import logprob_codec
 from storage.errors import NumericsError
+from storage.format.arrays import BY_TEMPERATURE
 from storage.plan import Plan, ShardSpec
 from storage.rows import SequenceBatch
 from storage.segments import row_starts, sigmoid

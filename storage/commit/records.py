@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from storage.files import sha256
-from storage.plan import FORMAT_VERSION, Json, ShardSpec, Split, canonical_json
+from storage.plan import FORMAT_VERSION, ShardSpec, Split
+from storage.rows import Counts
+from storage.values import Json, canonical_json, sha256
 
 PLAN = "plan.json"
 REMAP = "remap"
@@ -36,23 +37,6 @@ class StoredObject:
 
     size: int
     sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """What a shard holds.
-
-    Attributes:
-        sequences, tokens, rows, head_entries, tail_entries: lengths of its axes.
-        head_mass: mean over rows of the teacher's mass in the head, rounded to six digits; 0 without rows.
-    """
-
-    sequences: int
-    tokens: int
-    rows: int
-    head_entries: int
-    tail_entries: int
-    head_mass: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from storage.aside import SHARD_DIRECTORY, origin, put_back, set_aside
-from storage.claims import Claims
+from storage.commit.aside import SHARD_DIRECTORY, origin, put_back, set_aside
+from storage.commit.claims import Claims
+from storage.commit.manifest import Manifest
+from storage.commit.records import SHARDS
 from storage.errors import UsageError
-from storage.files import QUARANTINE, TEMPORARY, LocalFiles
-from storage.manifest import Manifest
-from storage.records import SHARDS
-from storage.verify import require_whole
+from storage.files.local import QUARANTINE, TEMPORARY, LocalFiles
+from storage.tools.verify import require_whole
 
 
 @dataclass(frozen=True, kw_only=True)
