@@ -22,7 +22,7 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
-from pipeline.application import DISTRIBUTION
+from pipeline.terminal.application import DISTRIBUTION
 from storage.errors import StorageUnavailableError, UsageError
 
 Level = Literal["ok", "warn", "fail"]

@@ -24,9 +24,9 @@ from torch import Tensor
 from pipeline.runs import warn_if_trained_on
 from stages.batches.sequences import lengths, part
 from stages.devices import resolve_device, resolve_dtype
+from stages.models.files import ModelDirectory, file_hashes, find_model, load_config
+from stages.models.head import Head
 from stages.student.identity import compare_tokenizers
-from stages.teacher.files import ModelDirectory, file_hashes, find_model, load_config
-from stages.teacher.head import Head
 from stages.teacher.hf import HFTeacher
 from storage.errors import IdentityError, UsageError
 from storage.plan import Plan

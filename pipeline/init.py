@@ -11,7 +11,7 @@ from storage.errors import UsageError
 
 def starter_files() -> dict[str, str]:
     """Return the content of the starter files by name relative to the new directory."""
-    templates = files("pipeline") / "templates"
+    templates = files("pipeline.config") / "starter"
     content = {f"{phase}.yaml": (templates / f"{phase}.yaml").read_text(encoding="utf-8") for phase in MODELS}
     return content | {f"schema/{phase}.json": json_schema(phase) for phase in MODELS}
 

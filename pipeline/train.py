@@ -2,7 +2,7 @@
 
 Reading order: `train` is the whole phase. What its steps are made of lies in stages/batches (which tokens), stages/
 student (which model), stages/losses (what is minimised) and stages/training (how weights move and are saved). Whether
-rows come from a store or from a live teacher is settled in pipeline/training_data.py and asked nowhere else.
+rows come from a store or from a live teacher is settled in pipeline/training/data.py and asked nowhere else.
 
 The same configuration again resumes from the newest valid checkpoint; a finished run says so and does nothing.
 """
@@ -10,110 +10,40 @@ The same configuration again resumes from the newest valid checkpoint; a finishe
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
 
 import torch
 
 from pipeline.config.train import TrainConfig, spelled_out
-from pipeline.processes import processes_of
-from pipeline.recipe import (
+from pipeline.training.data import TrainingData, read_training_data
+from pipeline.training.processes import processes_of
+from pipeline.training.recipe import (
     build_learner,
     card_facts,
     check_learning_rates,
-    chunk_rows,
     heldout_batches,
     kd_ratio_of,
     order_of,
     schedule_of,
     step_shape,
 )
-from pipeline.training_data import TrainingData, open_training_data, read_training_data
+from pipeline.training.train_events import Event, Finished, Saved, Started, StepDone, Validated
 from stages.batches.microbatch import MicroBatch
 from stages.batches.steps import prefetch, training_steps
 from stages.devices import dtype_name, resolve_device, resolve_dtype
-from stages.online.corpus import Tokenized
-from stages.parallel.processes import Processes
 from stages.student.model import Student
 from stages.student.save import save_student
 from stages.training.checkpoint import Checkpoints, Progress
-from stages.training.memory import memory_bytes
 from stages.training.metrics import MetricsLog, NoMetricsLog
 from stages.training.optimizer import AdamWSettings, build_optimizer
 from stages.training.run import Finish, RunDirectory
 from stages.training.schedule import Schedule
 from stages.training.step import Learner, optimizer_step, require_finite_weights, validate
 from storage.errors import IdentityError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Started:
-    """Training begins or resumes. `tokens` is about what all steps together see; `step` are done already."""
-
-    run: str
-    parameters: int
-    steps: int
-    step: int
-    tokens: int
-    sequences: int
-    device: str
-    dtype: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepDone:
-    """One optimizer step. Losses are means per target row in nats; `seconds_left` is None until it can be told."""
-
-    step: int
-    steps: int
-    loss: float
-    kd: float | None
-    ce: float | None
-    kd_ratio: float
-    lr: float
-    grad_norm: float
-    tokens: int
-    rows: int
-    seconds: float
-    tokens_per_second: float
-    seconds_left: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Validated:
-    """The same losses on held-out rows."""
-
-    step: int
-    loss: float
-    kd: float | None
-    ce: float | None
-    rows: int
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Saved:
-    """A checkpoint is on the disk."""
-
-    step: int
-    path: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finished:
-    """RUN/model is complete. `already`: an earlier command finished it, this one did nothing."""
-
-    step: int
-    tokens: int
-    seconds: float
-    model: str
-    already: bool
-
-
-Event = Tokenized | Started | StepDone | Validated | Saved | Finished
 
 
 def train(config: TrainConfig) -> Iterator[Event]:
@@ -249,63 +179,6 @@ def _train(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """What a run would take. `memory_bytes` counts weights, gradients, moments, one micro-batch, one chunk of logits
-    and a live teacher; `seconds` comes from one micro-batch measured here and now, without validation and checkpoints.
-    `online`: sequences come from a corpus; `teacher_parameters` is None without a live teacher."""
-
-    parameters: int
-    steps: int
-    tokens: int
-    epochs: float
-    sequences: int
-    memory_bytes: int
-    seconds: float
-    device: str
-    dtype: str
-    online: bool
-    teacher_parameters: int | None
-
-
-def dry_run(config: TrainConfig, *, tell: Callable[[Tokenized], None] = lambda event: None) -> Estimate:
-    """Build student and live teacher, measure one micro-batch, write nothing. Memory is that of this process.
-
-    Args:
-        tell: gets the events of a corpus that is tokenised.
-
-    Raises:
-        UsageError, IdentityError, CorruptionError, PeerLostError: as `train`.
-    """
-    with processes_of(config) as processes:
-        return _estimate(config, open_training_data(config, tell), processes)
-
-
-def _estimate(config: TrainConfig, data: TrainingData, processes: Processes) -> Estimate:
-    processes.require_same(data.digest, "what they learn from")
-    schedule = schedule_of(config, data)
-    learner = build_learner(config, data, processes)
-    student = learner.student
-    shape = step_shape(config, data, student.device)
-    order = order_of(config, data)
-    step = next(training_steps(data.train, order, shape))
-    seconds = min(_timed(learner, step.batches[0]) for _ in range(2)) / step.batches[0].tokens
-    tokens = schedule.steps * step.tokens
-    return Estimate(
-        parameters=student.parameters,
-        steps=schedule.steps,
-        tokens=tokens,
-        epochs=tokens / data.train.tokens,
-        sequences=len(data.train),
-        memory_bytes=memory_bytes(learner, shape.tokens_per_batch, chunk_rows(config, student.device)),
-        seconds=seconds * tokens,
-        device=str(student.device),
-        dtype=dtype_name(student.dtype),
-        online=data.online,
-        teacher_parameters=None if learner.teacher is None else learner.teacher.parameters,
-    )
-
-
 def _validate(learner: Learner, heldout: tuple[MicroBatch, ...], number: int) -> Validated:
     began = time.perf_counter()
     losses = validate(learner, heldout, number=number)
@@ -332,13 +205,3 @@ def _metrics_line(event: str, done: StepDone | Validated) -> dict[str, str | int
     """A line of metrics.jsonl: the event without what only progress needs."""
     values = {key: value for key, value in vars(done).items() if key not in ("steps", "seconds_left")}
     return {"event": event, **values}
-
-
-def _timed(learner: Learner, batch: MicroBatch) -> float:
-    """Seconds of one forward and backward pass."""
-    began = time.perf_counter()
-    learner.parts(batch, batch.rows).loss.backward()  # type: ignore[no-untyped-call]
-    if learner.student.device.type == "cuda":
-        torch.cuda.synchronize()
-    learner.student.model.zero_grad(set_to_none=True)
-    return time.perf_counter() - began

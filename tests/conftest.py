@@ -161,6 +161,6 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory, tiny_extraction: dict[s
 @pytest.fixture(scope="session")
 def real_teacher_dir() -> Path:
     """SmolLM2-135M-Instruct from the PyPI package, converted once per session (about 20 s)."""
-    from stages.teacher.smollm2 import convert
+    from pipeline.demo.teacher import convert
 
     return convert()

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from pipeline.config.extract import ExtractConfig
-from pipeline.extract import load_teacher
-from pipeline.planning import PlannedExtraction, build_plan
+from pipeline.demo.teacher import convert
+from pipeline.extraction.planning import PlannedExtraction, build_plan
+from pipeline.extraction.work import load_teacher
 from stages.corpus.tokenize import Sequence as Tokens
 from stages.corpus.tokenize import render
 from stages.targets import KINDS, TargetRows, assemble
 from stages.targets.positions import document_order, wanted_mask, wanted_positions
 from stages.teacher.batching import pad
 from stages.teacher.hf import HFTeacher
-from stages.teacher.smollm2 import convert
 from storage.plan import HeldoutRule
 from storage.rows import SequenceBatch
 from storage.writer import StoreWriter

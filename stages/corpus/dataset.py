@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stages.corpus.files import user_path
 from stages.corpus.parquet import refuse_nulls
 from stages.corpus.source import SourceSpec
+from stages.input_files import user_path
 from storage.errors import UsageError
 from storage.values import Json
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.corpus.files import FileState, find_files, unchanged
 from stages.corpus.source import SourceSpec
+from stages.input_files import FileState, find_files, unchanged
 from storage.errors import UsageError
 from storage.values import Json
 

@@ -10,8 +10,8 @@ from functools import cached_property, lru_cache
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.corpus.files import FileState, file_sha256, find_files, unchanged
 from stages.corpus.source import SourceSpec
+from stages.input_files import FileState, file_sha256, find_files, unchanged
 from storage.errors import UsageError
 from storage.values import Json
 

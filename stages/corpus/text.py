@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.corpus.files import FileState, find_files, unchanged
 from stages.corpus.source import SourceSpec
+from stages.input_files import FileState, find_files, unchanged
 from storage.errors import UsageError
 from storage.values import Json
 

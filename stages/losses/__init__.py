@@ -18,10 +18,10 @@ from stages.losses.config import (
     build_loss_module,
 )
 from stages.losses.cross_entropy import MaskedCrossEntropy, TEParallelCrossEntropy
-from stages.losses.dense import TeacherHead
 from stages.losses.divergences import DIVERGENCES, Divergence
+from stages.losses.engine.dense import TeacherHead
+from stages.losses.engine.job import LossParts
 from stages.losses.fused import FusedLinearCrossEntropy, FusedLinearKDLoss
-from stages.losses.job import LossParts
 from stages.losses.kd import KDLoss
 from stages.losses.tail import TAIL_POLICIES
 from stages.losses.targets import SparseTargets

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stages.losses.divergences import ForwardKL
-from stages.losses.job import eager
-from stages.losses.logits import LogitSettings, logit_loss
-from stages.losses.objective import Objective
+from stages.losses.engine.job import eager
+from stages.losses.engine.logits import LogitSettings, logit_loss
+from stages.losses.engine.objective import Objective
 
 
 class MaskedCrossEntropy(nn.Module):

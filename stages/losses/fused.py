@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from stages.losses.cross_entropy import check_reduction, total_of
 from stages.losses.divergences import Divergence, make_divergence
-from stages.losses.head import check_rule
-from stages.losses.job import Job, LossParts, eager, row_total
-from stages.losses.linear import FusedLinear
-from stages.losses.objective import Objective, Teacher
-from stages.losses.rows import valid_rows
+from stages.losses.engine.head import check_rule
+from stages.losses.engine.job import Job, LossParts, eager, row_total
+from stages.losses.engine.linear import FusedLinear
+from stages.losses.engine.objective import Objective, Teacher
+from stages.losses.engine.rows import valid_rows
+from stages.losses.engine.vocab import VocabShard, check_vocab_size, local_part, replicated, vocab_group
 from stages.losses.targets import SparseTargets
-from stages.losses.vocab import VocabShard, check_vocab_size, local_part, replicated, vocab_group
 
 _DEFAULT_RATIO = 0.5
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.batches.microbatch import MicroBatch
-from stages.teacher.head import HeadRule
+from stages.models.head import HeadRule
+from stages.models.packed import packed_hidden
 from storage.errors import UsageError
 
 
@@ -29,13 +30,6 @@ def head_layer(model: PreTrainedModel) -> nn.Linear:
             fix="choose a student whose output embedding is one",
         )
     return layer
-
-
-def packed_hidden(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
-    """Final hidden states at the target rows of a packed micro-batch, hidden_ND."""
-    output = model.base_model(input_ids=batch.tokens_1T, position_ids=batch.positions_1T, use_cache=False)
-    hidden_TD: Tensor = output.last_hidden_state[0]
-    return hidden_TD[batch.rows_N]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

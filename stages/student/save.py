@@ -11,11 +11,11 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from stages.durable import durable_directory
+from stages.models.quiet import quiet
 from stages.parallel.processes import ALONE, Processes
 from stages.parallel.tensors import whole
 from stages.student.identity import write_tokenizer
-from stages.teacher.quiet import quiet
-from stages.training.durable import durable_directory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from stages.teacher.files import find_model
-from stages.teacher.quiet import quiet
+from stages.models.files import find_model
+from stages.models.quiet import quiet
 from storage.errors import DistillError, UsageError
 
 

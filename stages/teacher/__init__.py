@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from stages.devices import dtype_name
-from stages.teacher.files import ModelDirectory, file_hashes, find_model, load_config
-from stages.teacher.head import HeadRule
+from stages.models.files import ModelDirectory, file_hashes, find_model, load_config
+from stages.models.head import HeadRule
 from stages.teacher.hf import HFTeacher
 from storage.values import Json
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from stages.teacher.files import ModelDirectory, first_line
-from stages.teacher.head import Head, HeadRule
-from stages.teacher.quiet import quiet
+from stages.models.files import ModelDirectory, first_line
+from stages.models.head import Head, HeadRule
+from stages.models.quiet import quiet
 from storage.errors import NumericsError, OutOfSpaceError, UsageError
 
 PROBE_TOKENS = 8
@@ -97,7 +97,7 @@ class HFTeacher:
                 f"{type(self.model).__name__} treats its logits in a way that backend hf does not know: "
                 f"they differ by {error:.3g}, allowed {allowed:.3g}",
                 where=where,
-                fix="report the architecture; stages/teacher/head.py lists the ones that scale their logits",
+                fix="report the architecture; stages/models/head.py lists the ones that scale their logits",
             )
 
 

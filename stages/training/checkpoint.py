@@ -28,9 +28,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from stages.durable import durable_directory
 from stages.parallel.processes import ALONE, Processes
 from stages.parallel.tensors import like, whole
-from stages.training.durable import durable_directory
 from storage.files.local import storage_errors
 
 logger = logging.getLogger("topk_distill.checkpoint")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from stages.online.teacher import LiveTeacher
 from stages.parallel.tensors import local_size
 from stages.student.model import Student
+from stages.teacher.live import LiveTeacher
 from stages.training.step import Learner
 
 

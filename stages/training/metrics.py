@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from stages.training.durable import replace_file
+from stages.durable import replace_file
 from storage.errors import UsageError
 from storage.files.local import storage_errors
 

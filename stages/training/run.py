@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from stages.training.durable import remove_leftovers, replace_file
+from stages.durable import remove_leftovers, replace_file
 from storage.errors import IdentityError, UsageError
 from storage.files.local import storage_errors
 

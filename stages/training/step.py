@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from stages.batches.microbatch import MicroBatch
 from stages.batches.steps import Step
-from stages.corpus.files import unchanged
+from stages.input_files import unchanged
 from stages.losses import FusedLinearKDLoss, LossParts, SparseTargets, TeacherHead
-from stages.online.teacher import LiveTeacher
 from stages.parallel.tensors import clip_gradients, is_finite
 from stages.student.model import Student
+from stages.teacher.live import LiveTeacher
 from stages.training.optimizer import set_learning_rate
 from storage.errors import NumericsError
 from storage.faults import fault_point

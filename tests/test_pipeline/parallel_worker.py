@@ -33,14 +33,16 @@ from torch.utils._pytree import tree_leaves
 
 import stages.devices
 from pipeline.config.train import TrainConfig
-from pipeline.processes import processes_of
-from pipeline.recipe import build_learner, order_of, step_shape
-from pipeline.train import Saved, StepDone, dry_run, train
-from pipeline.training_data import open_training_data
+from pipeline.train import train
+from pipeline.training.data import open_training_data
+from pipeline.training.estimate import dry_run
+from pipeline.training.processes import processes_of
+from pipeline.training.recipe import build_learner, order_of, step_shape
+from pipeline.training.train_events import Saved, StepDone
 from stages.batches.steps import training_steps
-from stages.online.teacher import LiveTeacher
 from stages.parallel.processes import gather
 from stages.parallel.tensors import whole
+from stages.teacher.live import LiveTeacher
 from stages.training.optimizer import AdamWSettings, build_optimizer
 from stages.training.step import optimizer_step, require_finite_weights, validate
 from storage.errors import UsageError

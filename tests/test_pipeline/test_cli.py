@@ -138,12 +138,12 @@ def test_target_that_cannot_be_written(config: Path, tmp_path: Path) -> None:
 
 
 def test_a_bug_is_told_as_one_and_debug_shows_where(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pipeline.planning
+    import pipeline.extraction.planning
 
     def broken(*arguments: object, **options: object) -> None:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr(pipeline.planning, "estimate", broken)
+    monkeypatch.setattr(pipeline.extraction.planning, "estimate", broken)
     fails(run("plan", config), 70, "this is a bug", "ZeroDivisionError: division by zero", "--debug")
     told = run("plan", config, "--debug")
     assert told.exit_code == 70

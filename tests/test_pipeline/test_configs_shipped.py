@@ -12,7 +12,7 @@ from pipeline.config.schema import MODELS, json_schema
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-TEMPLATES = sorted((ROOT / "pipeline" / "templates").glob("*.yaml"))
+TEMPLATES = sorted((ROOT / "pipeline/config/starter").glob("*.yaml"))
 
 
 def test_there_are_configurations() -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from pipeline.comparison import verdict
-from pipeline.demo import DemoSettings, StepTimer, demo, link_teacher, program_name
+from pipeline.demo.comparison import verdict
+from pipeline.demo.run import StepTimer, demo, link_teacher, program_name
+from pipeline.demo.settings import DemoSettings
 from storage.errors import IdentityError, UsageError
 from storage.reader import StoreReader
 from storage.tools.status import status

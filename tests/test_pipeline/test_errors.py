@@ -12,7 +12,7 @@ import click
 import pytest
 import torch
 
-from pipeline.errors import failure_of
+from pipeline.terminal.errors import failure_of
 from storage.errors import (
     CorruptionError,
     DistillError,
@@ -103,7 +103,7 @@ def test_own_errors_keep_their_words() -> None:
 def test_signals_end_in_75_without_a_traceback(number: signal.Signals, name: str) -> None:
     script = (
         "import os, signal, click\n"
-        "from pipeline.application import Application\n"
+        "from pipeline.terminal.application import Application\n"
         # A shell starts background jobs with SIGINT ignored, and children inherit that.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "main = click.group(cls=Application)(lambda: None)\n"

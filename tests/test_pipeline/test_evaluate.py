@@ -20,7 +20,7 @@ from pipeline.config.train import TrainConfig
 from pipeline.evaluate import Evaluation, bootstrap_interval, evaluate, model_directory, reliability
 from pipeline.extract import extract
 from pipeline.runs import warn_if_trained_on
-from pipeline.training_data import open_training_data
+from pipeline.training.data import open_training_data
 from stages.batches.sequences import part
 from stages.student.source import StudentSource, build_student
 from stages.training.run import RunDirectory

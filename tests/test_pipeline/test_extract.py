@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline import extract as phase
 from pipeline.config.extract import ExtractConfig
-from pipeline.planning import build_plan, bytes_per_row
-from pipeline.survey import survey
+from pipeline.extraction.planning import build_plan, bytes_per_row
+from pipeline.extraction.survey import survey
 from storage.errors import IdentityError, NumericsError, OutOfSpaceError, UsageError
 from storage.plan import Plan
 from storage.reader import StoreReader

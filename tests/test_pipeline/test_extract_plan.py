@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import planning, survey
 from pipeline.config.extract import ExtractConfig, TargetConfig
-from pipeline.extract import ExtractSummary, extract
-from pipeline.planning import build_plan, bytes_per_row, estimate
-from pipeline.survey import sample_rounds
+from pipeline.extract import extract
+from pipeline.extraction import planning, survey
+from pipeline.extraction.extract_events import ExtractSummary
+from pipeline.extraction.planning import build_plan, bytes_per_row, estimate
+from pipeline.extraction.survey import sample_rounds
 from storage.reader import StoreReader
 
 

@@ -17,7 +17,8 @@ import pytest
 import yaml
 
 from pipeline.config.extract import ExtractConfig
-from pipeline.extract import ExtractSummary, Progress, ShardDone, Started, extract
+from pipeline.extract import extract
+from pipeline.extraction.extract_events import ExtractSummary, Progress, ShardDone, Started
 from pipeline.launchers import place_among_processes
 from storage.errors import CorruptionError, UsageError
 from storage.files.local import LocalFiles

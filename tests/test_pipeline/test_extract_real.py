@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.config.extract import ExtractConfig
-from pipeline.extract import FirstRow, extract
+from pipeline.extract import extract
+from pipeline.extraction.extract_events import FirstRow
 from stages.corpus.tokenizer import load_tokenizer
 from storage.reader import StoreReader
 

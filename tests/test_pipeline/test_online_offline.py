@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipeline.config.extract import ExtractConfig
 from pipeline.config.train import TrainConfig
 from pipeline.extract import extract
-from pipeline.recipe import build_learner, heldout_batches, step_shape
-from pipeline.training_data import TrainingData, open_training_data
+from pipeline.training.data import TrainingData, open_training_data
+from pipeline.training.recipe import build_learner, heldout_batches, step_shape
 from stages.batches.steps import microbatches
 from stages.training.step import Learner, Losses, validate
 from storage.codecs.exact import Exact
@@ -60,7 +60,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, read
         "device": "cpu",
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.planning.default_codecs", lambda: {"logprob": Exact().parameters()})
+        patch.setattr("pipeline.extraction.planning.default_codecs", lambda: {"logprob": Exact().parameters()})
         list(extract(ExtractConfig.model_validate(content)))
     plan = StoreReader(path).plan
     assert (plan.target.k, plan.codecs["logprob"]["id"]) == (plan.vocab_size, "exact")

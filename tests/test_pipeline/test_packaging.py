@@ -44,7 +44,11 @@ def test_every_module_is_inside(wheel: zipfile.ZipFile) -> None:
 
 def test_data_files_are_inside(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
-    templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pipeline" / "templates").iterdir()}
+    templates = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("config/starter", "report/templates")
+        for path in (ROOT / "pipeline" / folder).iterdir()
+    }
     assert templates
     assert names >= {"storage/FORMAT.md", *(f"{package}/py.typed" for package in PACKAGES), *templates}
 

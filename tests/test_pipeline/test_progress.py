@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from pipeline import progress
-from pipeline.console import bytes_text, counted, duration_text, quoted
-from pipeline.progress import Lines, Live, Silence, display
 from pipeline.runtime import LOGGER, warnings_in_one_line
+from pipeline.terminal import progress
+from pipeline.terminal.progress import Lines, Live, Silence, display
+from pipeline.terminal.text import bytes_text, counted, duration_text, quoted
 
 
 @pytest.mark.parametrize(

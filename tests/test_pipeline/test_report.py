@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.inspect import Candidate, RowText
-from pipeline.report import visible, write_comparison_report, write_run_report
+from pipeline.report.page import visible, write_comparison_report, write_run_report
 from storage.errors import UsageError
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}

@@ -17,7 +17,9 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config.train import TrainConfig
-from pipeline.train import Finished, Saved, Started, StepDone, dry_run, train
+from pipeline.train import train
+from pipeline.training.estimate import dry_run
+from pipeline.training.train_events import Finished, Saved, Started, StepDone
 from stages.training.metrics import read_metrics
 from storage.errors import IdentityError, UsageError
 

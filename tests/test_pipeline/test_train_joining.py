@@ -18,8 +18,8 @@ import torch.distributed as dist
 import yaml
 
 from pipeline.config.train import TrainConfig
-from pipeline.processes import processes_of
 from pipeline.runtime import signals_end_process, termination_as_interrupt
+from pipeline.training.processes import processes_of
 from storage.errors import PeerLostError, UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +82,7 @@ def test_a_variable_that_is_no_number_is_a_mistake_of_the_setup(
 def test_a_process_waits_for_the_others_for_a_limited_time(
     port: int, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.processes.JOIN_TIMEOUT", timedelta(milliseconds=100))
+    monkeypatch.setattr("pipeline.training.processes.JOIN_TIMEOUT", timedelta(milliseconds=100))
     with pytest.raises(PeerLostError, match=r"Timed out after .* waiting for clients") as caught:
         join(config)
     assert f"MASTER_ADDR is 127.0.0.1, MASTER_PORT is {port}" in str(caught.value.fix)

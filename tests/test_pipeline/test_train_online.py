@@ -18,14 +18,16 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.cli import main
 from pipeline.config.train import TrainConfig
-from pipeline.progress import Lines, tell_train
-from pipeline.recipe import build_learner
-from pipeline.train import Finished, Started, StepDone, Validated, dry_run, train
-from pipeline.training_data import open_training_data
+from pipeline.terminal.progress import Lines, tell_train
+from pipeline.train import train
+from pipeline.training.data import open_training_data
+from pipeline.training.estimate import dry_run
+from pipeline.training.recipe import build_learner
+from pipeline.training.train_events import Finished, Started, StepDone, Validated
 from stages.batches.microbatch import MicroBatch
 from stages.devices import resolve_dtype
 from stages.losses import TeacherHead
-from stages.online.teacher import LiveTeacher
+from stages.teacher.live import LiveTeacher
 from stages.training.metrics import read_metrics
 from storage.errors import IdentityError, UsageError
 
@@ -212,7 +214,7 @@ def test_what_auto_meant_on_another_machine_is_named(configure: MakeConfig, tiny
 def test_reading_a_long_corpus_is_told(
     configure: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("stages.online.corpus.TOKENS_BETWEEN_EVENTS", 1000)
+    monkeypatch.setattr("stages.batches.corpus.TOKENS_BETWEEN_EVENTS", 1000)
     events = train(configure())
     tell_train(next(events), Lines())
     events.close()  # type: ignore[attr-defined]  # a generator

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM, PhiConfig, Qwen3Config
 
 from pipeline.config.train import TrainConfig
-from pipeline.train import Finished, Saved, Started, train
+from pipeline.train import train
+from pipeline.training.train_events import Finished, Saved, Started
 from stages.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]

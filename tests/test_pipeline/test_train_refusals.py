@@ -18,7 +18,8 @@ from pipeline.cli import main
 from pipeline.config.extract import ExtractConfig
 from pipeline.config.train import TrainConfig
 from pipeline.extract import extract
-from pipeline.train import Finished, Saved, Started, StepDone, train
+from pipeline.train import train
+from pipeline.training.train_events import Finished, Saved, Started, StepDone
 from storage.errors import CorruptionError, IdentityError, NumericsError, UsageError
 from storage.reader import StoreReader
 

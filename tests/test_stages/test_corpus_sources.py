@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stages.corpus import SOURCES, Corpus, Source, SourceSpec, open_corpus
-from stages.corpus.files import FileState, unchanged
+from stages.input_files import FileState, unchanged
 from storage.errors import IdentityError, StorageUnavailableError, UsageError
 from storage.values import canonical_json
 

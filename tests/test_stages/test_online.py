@@ -1,4 +1,4 @@
-"""stages.online: a corpus in memory reads like a store's split; a live teacher's rows are the model's own logits."""
+"""Online runs: a corpus in memory reads like a store's split; a live teacher's rows are the model's own logits."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
+from stages.batches.corpus import TokenizedCorpus, split_corpus
 from stages.batches.microbatch import MicroBatch, to_microbatch
 from stages.batches.sequences import join, part
 from stages.corpus.tokenize import Sequence
-from stages.online.corpus import TokenizedCorpus, split_corpus
-from stages.online.teacher import LiveTeacher
-from stages.teacher.files import find_model
+from stages.models.files import find_model
+from stages.teacher.live import LiveTeacher
 from storage.plan import HeldoutRule
 
 REAL_TOKENS = 512
@@ -92,7 +92,7 @@ def test_documents_are_held_out_by_the_rule_of_a_store() -> None:
 
 
 def test_a_long_tokenisation_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.online.corpus.TOKENS_BETWEEN_EVENTS", 50)
+    monkeypatch.setattr("stages.batches.corpus.TOKENS_BETWEEN_EVENTS", 50)
     given = sequences(60)  # of 20 documents
     expected, tokens = [], 0
     for one, end in zip(given, np.cumsum([len(one) for one in given]).tolist(), strict=True):

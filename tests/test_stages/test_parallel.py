@@ -16,10 +16,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from stages.parallel.model import cut_model, cut_rows
+from stages.models.packed import use_packed_attention
 from stages.parallel.processes import ALONE, Processes, is_peer_lost
+from stages.parallel.tensor_parallel import cut_model, cut_rows
 from stages.parallel.tensors import clip_gradients, is_finite, like, whole
-from stages.student.attention import use_packed_attention
 from storage.errors import CorruptionError, DistillError, UsageError
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from stages.durable import durable_directory
 from stages.student.save import CardFacts, save_student
 from stages.training.checkpoint import Checkpoints, Progress
-from stages.training.durable import durable_directory
 from stages.training.metrics import read_metrics
 from stages.training.run import RunDirectory, read_record
 from stages.training.step import require_finite_weights

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from stages.corpus.tokenizer import tokenizer_files
-from stages.student.attention import PACKED_SDPA, use_packed_attention
+from stages.models.packed import PACKED_SDPA, use_packed_attention
 from stages.student.identity import check_tokenizer, check_vocabulary
 from stages.student.model import Student
 from stages.student.save import CardFacts, save_student

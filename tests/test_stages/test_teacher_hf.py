@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from stages.devices import has_native_bfloat16, resolve_device, resolve_dtype
+from stages.models.head import SCALES, Head, HeadRule
 from stages.teacher import BACKENDS, Teacher, find_model, load_config, teacher_identity
-from stages.teacher.head import SCALES, Head, HeadRule
 from storage.errors import OutOfSpaceError, UsageError
 
 SIZES = {

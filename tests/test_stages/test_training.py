@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from stages.batches.steps import Step, StepShape, microbatches
+from stages.durable import durable_directory, remove_leftovers
 from stages.losses import FusedLinearKDLoss
-from stages.student.attention import use_packed_attention
+from stages.models.packed import use_packed_attention
 from stages.student.model import Student
 from stages.training.checkpoint import Checkpoints, Progress
-from stages.training.durable import durable_directory, remove_leftovers
 from stages.training.metrics import MetricsLog, read_metrics
 from stages.training.optimizer import AdamWSettings, build_optimizer
 from stages.training.run import Finish, RunDirectory

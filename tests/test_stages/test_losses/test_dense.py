@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stages.losses import DIVERGENCES, FusedLinearKDLoss, KDLoss, SparseTargets, TeacherHead
-from stages.losses.chunk import BLOCK_ELEMENTS
+from stages.losses.engine.chunk import BLOCK_ELEMENTS
 
 N, D, V = 9, 6, 17
 

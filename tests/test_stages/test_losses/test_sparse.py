@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stages.losses import DIVERGENCES, TAIL_POLICIES, FusedLinearKDLoss, KDLoss, MaskedCrossEntropy, SparseTargets
-from stages.losses.chunk import BLOCK_ELEMENTS
+from stages.losses.engine.chunk import BLOCK_ELEMENTS
 
 N, D, V = 13, 8, 29
 ADVICE = "ignore:tail=|at temperature"

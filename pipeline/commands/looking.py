@@ -1,0 +1,94 @@
+"""Looking into a store: `pipeline inspect` and `export`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline.commands.options import store_argument
+from pipeline.terminal.application import common_options
+from pipeline.terminal.text import counted, quoted
+
+if TYPE_CHECKING:
+    from pipeline.export import FileFormat, Format
+    from pipeline.inspect import RowText, SequenceText
+    from storage.plan import Split
+
+
+@click.command()
+@store_argument
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--to", "form", type=click.Choice(["parquet", "arrow", "jsonl"]), help="Default: what OUTPUT ends in.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N sequences.")
+@click.option("--split", type=click.Choice(["train", "heldout"]), default="train", show_default=True)
+@common_options
+def export(store: Path, output: Path, form: FileFormat | None, limit: int | None, split: Split) -> None:
+    """Write rows into one file for other tools.
+
+    parquet and arrow have one line per target row, jsonl one per sequence.
+    """
+    from pipeline.export import export_store, form_of
+    from pipeline.inspect import open_store
+
+    rows = export_store(open_store(store, split), output, form or form_of(output), limit=limit)
+    click.echo(f"{rows:,} rows in {output}", err=True)
+
+
+@click.command()
+@store_argument
+@click.option("--sample", type=click.IntRange(min=1), metavar="N", help="Sequences (text: 3; other forms: all).")
+@click.option("--rows", type=click.IntRange(min=1), default=8, help="Rows shown per sequence, text only.")
+@click.option("--seed", type=int, default=0, help="Chooses the sample.")
+@click.option("--split", type=click.Choice(["train", "heldout"]), default="train")
+@click.option("--format", "form", type=click.Choice(["text", "json", "arrow", "parquet"]), default="text")
+@click.option("--output", type=click.Path(path_type=Path), help="File to write; json goes to stdout without it.")
+@common_options
+def inspect(
+    store: Path, sample: int | None, rows: int, seed: int, split: Split, form: Format, output: Path | None
+) -> None:
+    """Show what the teacher believed, or write rows for other tools.
+
+    The shards committed so far suffice.
+    """
+    from pipeline import export, inspect
+
+    reader = inspect.open_store(store, split)
+    if form == "text" and output is None:
+        show_sequences(inspect.sample_sequences(reader, count=sample or 3, seed=seed, rows=rows), len(reader))
+    else:
+        chosen = None if sample is None else inspect.choose(reader, sample, seed)
+        rows = export.export_rows(reader, form, output, sequences=chosen)
+        click.echo(f"{rows:,} rows" + (f" in {output}" if output else ""), err=True)
+
+
+def show_sequences(sequences: Sequence[SequenceText], total: int) -> None:
+    """Write sampled sequences: each row with its context, the token that followed, and the teacher's candidates."""
+    for item in sequences:
+        start = f" from token {item.window_start}" if item.window_start else ""
+        click.secho(f"sequence {item.number} of {total:,}: document {item.document}{start}", bold=True)
+        kept = "" if item.head_mass is None else f"kept mass {item.head_mass:.3f}, "
+        mean = f"{kept}entropy {item.entropy:.2f} nats (means)"
+        click.echo(f"{counted(item.tokens, 'token')}, {counted(item.rows, 'row')}, {mean}\n")
+        for row in item.shown:
+            show_row(row)
+        click.echo()
+
+
+def show_row(row: RowText) -> None:
+    """Write one target row in two lines."""
+    context, following = (quoted(text)[1:-1].replace('\\"', '"') for text in (row.context, row.next_text))
+    click.echo(f"{row.position:>5}  {context}{click.style(following, fg='cyan', underline=True)}")
+    shown = [
+        click.style(f"{quoted(item.text)} {item.probability:.1%}", fg="cyan" if item.follows else None)
+        for item in row.candidates
+    ]
+    kept = "" if row.head_mass is None else f"kept {row.head_mass:.3f}  "
+    facts = f"{kept}entropy {row.entropy:.2f}  p(next) {row.next_probability:.3g}"
+    drawn = " ".join(quoted(text) + (f"×{count}" if count > 1 else "") for text, count in row.tail)
+    if shown:
+        click.echo(f"{'':7}{'  '.join(shown)}")
+    samples = "samples" if row.head_mass is None else "tail"
+    click.secho(f"{'':7}{facts}" + (f"  {samples} {drawn}" if drawn else ""), dim=True)

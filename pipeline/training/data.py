@@ -1,0 +1,180 @@
+"""What a run learns from: a store's rows, or a corpus with a live teacher. The rest of phase 2 sees no difference.
+
+Data path: TrainConfig -> **sequences of both splits, tokenizer, identity** -> order -> batches -> training loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config.extract import HeldoutConfig, RenderingConfig
+from pipeline.config.train import TrainConfig
+from pipeline.reading import BACKEND, Reading, open_reading
+from stages.batches.corpus import Tokenized, split_corpus
+from stages.batches.steps import Source
+from stages.corpus.tokenize import render
+from stages.corpus.tokenizer import tokenizer_files, tokenizer_identity
+from stages.devices import resolve_device, resolve_dtype
+from stages.input_files import FileState
+from stages.models.files import ModelDirectory, file_states
+from stages.teacher import teacher_identity
+from storage.errors import UsageError
+from storage.plan import HeldoutRule
+from storage.reader import StoreReader
+from storage.values import Json, canonical_json
+
+TEACHER_KEY = "teacher_model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """Sequences with their teacher.
+
+    Attributes:
+        train, heldout: sequences of both splits.
+        digest: of everything that makes them and their targets: a run never resumes on another one.
+        order_digest: of the sequences alone: with the teacher or without it, a run sees them in the same order.
+        vocab_size: real tokens of the teacher.
+        window: tokens of the longest sequence that can occur, 0 if unknown.
+        tokenizer_files: the teacher's, by name.
+        record: what run.json says: the digest, and where things were.
+        store: the store, if the rows come from one.
+        teacher: the live teacher's directory, in an online run that needs its weights.
+        teacher_files: its files as they were before they were hashed.
+    """
+
+    train: Source
+    heldout: Source
+    digest: str
+    order_digest: str
+    vocab_size: int
+    window: int
+    tokenizer_files: Mapping[str, bytes]
+    record: Mapping[str, Json]
+    store: StoreReader | None = None
+    teacher: ModelDirectory | None = None
+    teacher_files: tuple[FileState, ...] = ()
+
+    @property
+    def online(self) -> bool:
+        """Whether the sequences come from a corpus and not from a store."""
+        return self.store is None
+
+    @property
+    def teacher_name(self) -> str:
+        """As the user knows it; of a local directory only its own name, which says nothing about this machine."""
+        name = str(self.record.get("teacher", {}).get("name", "an unnamed teacher"))
+        return Path(name).name if Path(name).is_absolute() else name
+
+
+def read_training_data(config: TrainConfig) -> Generator[Tokenized, None, TrainingData]:
+    """Open the store, or read and tokenise the corpus, which may take long: the events tell how far it is.
+
+    Raises:
+        UsageError: store, corpus or teacher are missing or unfit.
+        CorruptionError: the store is damaged.
+    """
+    if config.store is not None:
+        return _stored(config, config.store)
+    return (yield from _online(config))
+
+
+def open_training_data(config: TrainConfig, tell: Callable[[Tokenized], None] = lambda event: None) -> TrainingData:
+    """`read_training_data` for callers that are no generators; `tell` gets its events."""
+    reading = read_training_data(config)
+    while True:
+        try:
+            tell(next(reading))
+        except StopIteration as end:
+            data: TrainingData = end.value
+            return data
+
+
+def _stored(config: TrainConfig, path: Path) -> TrainingData:
+    reader = StoreReader(path, allow_partial=config.allow_partial)
+    plan = reader.plan
+    return TrainingData(
+        train=reader,
+        heldout=StoreReader(path, split="heldout", allow_partial=config.allow_partial),
+        digest=reader.digest,
+        order_digest=reader.digest,
+        vocab_size=plan.vocab_size,
+        window=int(plan.rendering.get("window") or 0),
+        tokenizer_files=reader.tokenizer_files(),
+        record={
+            "digest": reader.digest,
+            "id": plan.store_id,
+            "path": str(path.absolute()),
+            "teacher": plan.recorded.get("teacher", {}),
+        },
+        store=reader,
+    )
+
+
+def _online(config: TrainConfig) -> Generator[Tokenized, None, TrainingData]:
+    """Tokenise the corpus. Without a share of the divergence the teacher is its tokenizer: no weight is looked at."""
+    assert config.teacher_model is not None, "the configuration has one of store and teacher_model"
+    assert config.corpus is not None, "the configuration has a corpus beside teacher_model"
+    with_teacher = config.kd_ratio > 0.0
+    rendering = config.rendering or RenderingConfig()
+    reading = open_reading(config.corpus, rendering, config.teacher_model, weights=with_teacher, key=TEACHER_KEY)
+    rule = HeldoutRule(**(config.heldout or HeldoutConfig()).model_dump())
+    files = tokenizer_files(reading.model.directory)
+    identity = {
+        "corpus": [dict(source.identity) for source in reading.corpus.sources],
+        "tokenizer": tokenizer_identity(reading.tokenizer, files, reading.vocab_size),
+        "vocab_size": reading.vocab_size,
+        "rendering": reading.rendering.to_plan(),
+        "heldout": vars(rule),
+    }
+    order_digest = _digest(identity)
+    states = file_states(reading.model) if with_teacher else ()
+    if with_teacher:
+        identity["teacher"] = _teacher_identity(config, reading)
+    digest = _digest(identity)
+    documents = reading.corpus.documents(range(len(reading.corpus)))
+    sequences = render(documents, reading.tokenizer, reading.rendering)
+    train, heldout = yield from split_corpus(sequences, rule, documents=len(reading.corpus))
+    if len(train) == 0:
+        raise UsageError(
+            f"no training sequence in {len(reading.corpus)} documents: they are held out, or shorter than "
+            "rendering.min_tokens",
+            where="corpus",
+            fix="check the field that holds the text, rendering.min_tokens and heldout.fraction",
+        )
+    return TrainingData(
+        train=train,
+        heldout=heldout,
+        digest=digest,
+        order_digest=order_digest,
+        vocab_size=reading.vocab_size,
+        window=reading.rendering.window,
+        tokenizer_files=files,
+        record={
+            "digest": digest,
+            "teacher": reading.model.recorded(),
+            "corpus": [dict(source.recorded) for source in reading.corpus.sources],
+            "identity": identity,
+        },
+        teacher=reading.model if with_teacher else None,
+        teacher_files=states,
+    )
+
+
+def _teacher_identity(config: TrainConfig, reading: Reading) -> dict[str, Json]:
+    assert config.teacher_model is not None
+    device = resolve_device(config.device)
+    return teacher_identity(
+        reading.model,
+        reading.model_config,
+        backend=BACKEND,
+        dtype=resolve_dtype(config.teacher_model.dtype, device),
+        attention=config.teacher_model.attention,
+    )
+
+
+def _digest(identity: Mapping[str, Json]) -> str:
+    return hashlib.sha256(canonical_json(dict(identity))).hexdigest()

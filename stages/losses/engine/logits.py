@@ -1,0 +1,123 @@
+"""Student logits that exist already to a loss, chunk by chunk; beside them only their own gradient is held.
+
+Shape suffixes: C rows of a chunk, V local vocabulary; a leading star is any shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stages.losses.engine.chunk import LogitChunk, row_dtype
+from stages.losses.engine.job import Job, finish, hand_over, row_total
+from stages.losses.engine.objective import Objective
+from stages.losses.engine.rows import LogitRows, valid_rows
+from stages.losses.engine.vocab import VocabShard, check_vocab_size, local_part, vocab_group
+from stages.losses.targets import SparseTargets
+
+# Memory of one chunk where chunk_size leaves it to us: small enough to stay in a shared cache.
+_CHUNK_BYTES = 1 << 24
+
+
+class FromLogits(torch.autograd.Function):
+    """logits [*, V] -> loss, kd, ce."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, job: Job, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses; the gradient is formed here, in the logits' precision, from chunks in that of `dtype`."""
+        gradient = job.gradient and ctx.needs_input_grad[0]
+        source = LogitRows(logits, keep_N=job.keep_N, columns=job.shard.size)
+        d_logits = logits.new_zeros(logits.shape) if gradient else None
+        target = None if d_logits is None else LogitRows(d_logits, keep_N=job.keep_N, columns=job.shard.size)
+        chunk: LogitChunk | None = None
+        kd = ce = torch.zeros((), dtype=row_dtype(logits.device), device=logits.device)
+        for span in job.spans():
+            chunk = chunk or LogitChunk(span.stop, job.shard, dtype, logits.device)
+            chunk.use(span.stop - span.start)
+            chunk.logits_CV.copy_(source.read(span))
+            values = job.kernel(chunk, span, gradient=gradient)
+            job.check_finite(values, span)
+            kd, ce = kd + values.kd_C.sum(), ce + values.ce_C.sum()
+            if target is not None:
+                target.write(span, chunk.logits_CV)
+        return finish(ctx, job, kd, ce, [d_logits], logits.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """The kept gradient times the incoming scalar."""
+        return *hand_over(ctx, d_loss), None, None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitSettings:
+    """What every loss on logits is built with; the losses' docstrings say what each field does."""
+
+    ignore_index: int = -100
+    fp32_upcast: bool = True
+    tp_group: dist.ProcessGroup | None = None
+    chunk_size: int = 0
+    vocab_size: int | None = None
+    check: bool = False
+
+    def __post_init__(self) -> None:
+        if self.chunk_size < 0:
+            raise ValueError(f"chunk_size is {self.chunk_size}, expected a number of rows, or 0 to choose one")
+        check_vocab_size(self.vocab_size)
+
+
+def logit_loss(
+    student_logits: Tensor,
+    teacher: Tensor | SparseTargets | None,
+    labels: Tensor,
+    *,
+    objective: Objective,
+    weights: tuple[float, float],
+    settings: LogitSettings,
+    num_batch_labels: float | Tensor | None,
+) -> Tensor:
+    """Weighted divergence and cross-entropy of logits [*, V] against labels [*], a scalar.
+
+    Raises:
+        ValueError: shapes, labels, vocabularies or rows that do not fit.
+    """
+    _check_shapes(student_logits, teacher, labels)
+    group = vocab_group(student_logits, -1) or settings.tp_group
+    logits, labels_N = local_part(student_logits), local_part(labels).reshape(-1)
+    with torch.autocast(logits.device.type, enabled=False):
+        shard = VocabShard.of(logits.shape[-1], labels_N, group=group, vocab_size=settings.vocab_size)
+        keep_N, labels_N = valid_rows(labels_N, ignore_index=settings.ignore_index, vocab_size=shard.total)
+        total = row_total(num_batch_labels, len(labels_N))
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        # A dense teacher is compared block by block in float32 anyway.
+        dtype = logits.dtype if isinstance(teacher, Tensor) or not settings.fp32_upcast else wide
+        late = logits.dtype == torch.float16
+        mix = objective.mix(*weights, gradient_scale=1.0 if late else 1.0 / total)
+        job = Job(
+            kernel=objective.kernel(teacher, labels_N, keep_N=keep_N, shard=shard, mix=mix),
+            keep_N=keep_N,
+            rows=len(labels_N),
+            total=total,
+            chunk_size=settings.chunk_size or max(1, _CHUNK_BYTES // (max(1, shard.widest) * dtype.itemsize)),
+            shard=shard,
+            check=settings.check,
+            gradient=torch.is_grad_enabled(),
+            late=late,
+        )
+        parts = FromLogits.apply(logits, job, dtype)  # type: ignore[no-untyped-call]  # torch does not annotate it
+        loss: Tensor = parts[0]
+        return loss
+
+
+def _check_shapes(student: Tensor, teacher: Tensor | SparseTargets | None, labels: Tensor) -> None:
+    if student.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"logits {tuple(student.shape)} and labels {tuple(labels.shape)} do not fit: expected [*, V], [*]"
+        )
+    if isinstance(teacher, SparseTargets) and len(teacher) != labels.numel():
+        raise ValueError(f"{len(teacher)} teacher rows do not fit {labels.numel()} labels {tuple(labels.shape)}")
+    if isinstance(teacher, Tensor) and teacher.shape[:-1] != labels.shape:
+        raise ValueError(f"teacher {tuple(teacher.shape)} and labels {tuple(labels.shape)} do not fit")

@@ -1,0 +1,1 @@
+"""What teacher and student share: a model's files, its head, attention over packed sequences."""

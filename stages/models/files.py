@@ -1,0 +1,137 @@
+"""A model on disk: found by directory or hub name, checked, and hashed, without loading a weight.
+
+Data path: configuration -> **model directory** -> identity for the plan, tokenizer, teacher.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import AutoConfig, PretrainedConfig
+
+from stages.input_files import FileState, file_sha256, user_path
+from storage.errors import UsageError
+from storage.values import Json
+
+WEIGHTS = "*.safetensors"
+DESCRIPTION = ("*.json", "*.jinja", "*.txt", "tokenizer.model")  # everything but weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDirectory:
+    """A model's directory, the name it was asked for by, and the hub commit if it came from there."""
+
+    directory: Path
+    name: str
+    commit: str | None = None
+
+    def recorded(self) -> dict[str, Json]:
+        """Return what a plan records and never compares: a path may move."""
+        return {"name": self.name, "commit": self.commit, "directory": str(self.directory)}
+
+
+def find_model(
+    name: str, revision: str | None = None, *, weights: bool = True, key: str = "teacher.path"
+) -> ModelDirectory:
+    """Return the directory of a model: `name` itself, or the hub's copy in the local cache, downloaded if need be.
+
+    Args:
+        weights: fetch and require safetensors weights too; False serves those who need config and tokenizer only.
+        key: the configuration key that names the model, for messages.
+
+    Raises:
+        UsageError: no such model, no path, gated, offline, or without safetensors weights.
+    """
+    local = user_path(name, key=key)
+    if local.is_dir():
+        model = ModelDirectory(directory=local, name=name)
+    elif local.exists() or name.startswith((".", "/", "~")):
+        raise UsageError(f"no model directory {name}", where=key, fix="check the path")
+    else:
+        model = _download(name, revision, weights=weights, key=key)
+    if not (model.directory / "config.json").is_file():
+        raise UsageError("no config.json", where=str(model.directory), fix="name a Hugging Face model directory")
+    if weights and not list(model.directory.glob(WEIGHTS)):
+        raise UsageError(
+            "no safetensors weights; other formats can run code when loaded and are not read",
+            where=str(model.directory),
+            fix="convert once: AutoModelForCausalLM.from_pretrained(...).save_pretrained(DIRECTORY)",
+        )
+    return model
+
+
+def _download(name: str, revision: str | None, *, weights: bool, key: str) -> ModelDirectory:
+    patterns = [*DESCRIPTION, WEIGHTS] if weights else list(DESCRIPTION)
+    try:
+        directory = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        fix = f"accept its terms at https://huggingface.co/{name}, then run `hf auth login`"
+        raise UsageError(f"model {name!r} is gated", where=key, fix=fix) from error
+    except HFValidationError as error:
+        raise UsageError(
+            f"no model directory {name!r}, and it is no hub name", where=key, fix="check the path"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UsageError(f"model {name!r} has no revision {revision!r}", where=key) from error
+    except RepositoryNotFoundError as error:
+        what = f"no model {name!r} on the hub, and no such directory"
+        fix = "check the name; for a private model run `hf auth login`"
+        raise UsageError(what, where=key, fix=fix) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise UsageError(
+            f"no directory {name!r}; as a hub name it is not in the cache, and the hub cannot be reached",
+            where=key,
+            fix="give a local directory, or connect once (HF_HUB_OFFLINE must not be 1)",
+        ) from error
+    return ModelDirectory(directory=directory, name=name, commit=directory.name)
+
+
+def load_config(model: ModelDirectory) -> PretrainedConfig:
+    """Read config.json. Raises UsageError if it is broken, of an unknown architecture, or needs remote code."""
+    path = model.directory / "config.json"
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            model.directory, trust_remote_code=False, local_files_only=True
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers parses a file of the user here, and fails in as many ways as it can
+        raise UsageError(
+            f"cannot read the model's configuration: {first_line(error)}",
+            where=str(path),
+            fix="repair it, or use an architecture that the installed transformers knows; remote code is never run",
+        ) from error
+    return config
+
+
+def first_line(error: Exception) -> str:
+    """Return what a library says about a failure, in one line, led by its kind where that says more."""
+    lines = str(error).strip().splitlines() or [""]
+    reason = " ".join(line.strip() for line in (lines[:2] if lines[0].endswith(":") else lines[:1]))
+    return reason if " " in reason else f"{type(error).__name__} {reason}".strip()
+
+
+def file_hashes(model: ModelDirectory) -> dict[str, str]:
+    """Return sha256 (hex) of config.json, of every weight file and of their index, by name."""
+    return {path.name: file_sha256(path) for path in _content(model)}
+
+
+def file_states(model: ModelDirectory) -> tuple[FileState, ...]:
+    """Return the state of the same files: taken before hashing, it tells whether what is loaded is what was hashed."""
+    return tuple(FileState.of(path) for path in _content(model))
+
+
+def _content(model: ModelDirectory) -> list[Path]:
+    found = [*model.directory.glob(WEIGHTS), *model.directory.glob("*.safetensors.index.json")]
+    return sorted([model.directory / "config.json", *found])
