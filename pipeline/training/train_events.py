@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from stages.batches.corpus import Tokenized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,4 @@ class Finished:
     already: bool
 
 
-if TYPE_CHECKING:  # to show events needs no model library
-    from stages.batches.corpus import Tokenized
-
-    Event = Tokenized | Started | StepDone | Validated | Saved | Finished
+Event = Tokenized | Started | StepDone | Validated | Saved | Finished

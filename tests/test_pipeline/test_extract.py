@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline import extract as phase
 from pipeline.config.extract import ExtractConfig
+from pipeline.extraction import extract_events, work
 from pipeline.extraction.planning import build_plan, bytes_per_row
 from pipeline.extraction.survey import survey
 from storage.errors import IdentityError, NumericsError, OutOfSpaceError, UsageError
@@ -45,12 +46,12 @@ def copied_inputs(tmp_path: Path, tiny_teacher_dir: Path, tiny_corpus: Path) -> 
     }
 
 
-def run(config: Mapping[str, Any], *, limit: int | None = None, **changes: Any) -> list[phase.Event]:
+def run(config: Mapping[str, Any], *, limit: int | None = None, **changes: Any) -> list[extract_events.Event]:
     return list(phase.extract(ExtractConfig.model_validate({**config, **changes}), limit=limit))
 
 
-def summary(events: list[phase.Event]) -> phase.ExtractSummary:
-    assert isinstance(events[-1], phase.ExtractSummary)
+def summary(events: list[extract_events.Event]) -> extract_events.ExtractSummary:
+    assert isinstance(events[-1], extract_events.ExtractSummary)
     return events[-1]
 
 
@@ -76,11 +77,11 @@ def test_events_of_a_run(config: dict[str, Any]) -> None:
     assert names[:2] == ["Started", "FirstRow"]
     assert names.count("FirstRow") == 1
     assert names[-1] == "ExtractSummary"
-    done = [event for event in events if isinstance(event, phase.ShardDone)]
+    done = [event for event in events if isinstance(event, extract_events.ShardDone)]
     assert [event.shard for event in done] == [0, 1, 2, 3]
     assert [event.split for event in done] == ["train", "train", "train", "heldout"]
     assert all(event.bytes > 0 and 0.0 < event.head_mass < 1.0 for event in done)
-    progress = [event for event in events if isinstance(event, phase.Progress)]
+    progress = [event for event in events if isinstance(event, extract_events.Progress)]
     assert [event.rows for event in progress] == sorted(event.rows for event in progress)
     assert progress[-1].rows == progress[-1].rows_total == sum(event.rows for event in done)
     assert progress[-1].seconds_left == 0.0
@@ -91,7 +92,7 @@ def test_events_of_a_run(config: dict[str, Any]) -> None:
 
 
 def test_first_row_shows_the_teacher(config: dict[str, Any], tiny_teacher_dir: Path) -> None:
-    [first] = [event for event in run(config) if isinstance(event, phase.FirstRow)]
+    [first] = [event for event in run(config) if isinstance(event, extract_events.FirstRow)]
     assert first.context.startswith("The")
     assert len(first.candidates) == 5
     probabilities = [probability for _, probability in first.candidates]
@@ -163,7 +164,7 @@ def test_in_pieces_the_same_bytes(config: dict[str, Any], tmp_path: Path) -> Non
         end = summary(run(config, limit=1))
         assert (end.committed, end.new_shards, end.digest) == (committed, 1, None)
     events = run(config)
-    assert [event.shard for event in events if isinstance(event, phase.ShardDone)] == [3]
+    assert [event.shard for event in events if isinstance(event, extract_events.ShardDone)] == [3]
     assert tree(config["store"]) == tree(tmp_path / "whole")
 
 
@@ -322,7 +323,7 @@ def test_nothing_is_written_for_bad_input(config: dict[str, Any], tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["corpus.jsonl", "teacher/model.safetensors"])
-@pytest.mark.parametrize("moment", [phase.Progress, phase.ShardDone])
+@pytest.mark.parametrize("moment", [extract_events.Progress, extract_events.ShardDone])
 def test_a_file_edited_during_the_run(
     moment: type, name: str, config: dict[str, Any], tmp_path: Path, copied_inputs: dict[str, Any]
 ) -> None:
@@ -349,7 +350,7 @@ def test_a_teacher_replaced_before_it_is_loaded(config: dict[str, Any], copied_i
     other = altered(Path(copied_inputs["teacher"]["path"]), config["store"].parent / "other", 0.5)
     (other / "model.safetensors").replace(copied_inputs["teacher"]["path"] + "/model.safetensors")
     with pytest.raises(IdentityError, match="changed while it was being read"):
-        phase.load_teacher(planned)
+        work.load_teacher(planned)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
