@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import closing
 
 from pipeline.config.extract import ExtractConfig
-from pipeline.extraction.extract_events import Event, ExtractSummary, Meter, Progress, ShardDone, Started
+from pipeline.extraction.events import Event, ExtractSummary, Meter, Progress, ShardDone, Started
 from pipeline.extraction.planning import PlannedExtraction, build_plan, rate_key
 from pipeline.extraction.rates import write_rate
 from pipeline.extraction.work import expected_rows, extract_shard, first_row, load_teacher

@@ -20,6 +20,7 @@ import torch
 
 from pipeline.config.train import TrainConfig, spelled_out
 from pipeline.training.data import TrainingData, read_training_data
+from pipeline.training.events import Event, Finished, Saved, Started, StepDone, Validated
 from pipeline.training.processes import processes_of
 from pipeline.training.recipe import (
     build_learner,
@@ -31,7 +32,6 @@ from pipeline.training.recipe import (
     schedule_of,
     step_shape,
 )
-from pipeline.training.train_events import Event, Finished, Saved, Started, StepDone, Validated
 from stages.batches.microbatch import MicroBatch
 from stages.batches.steps import prefetch, training_steps
 from stages.devices import dtype_name, resolve_device, resolve_dtype

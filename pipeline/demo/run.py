@@ -22,7 +22,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import click
 import yaml
 
 from pipeline.config.loading import load_extract, load_train
@@ -36,7 +35,7 @@ from pipeline.generate import generate
 from pipeline.inspect import sample_sequences
 from pipeline.report.page import write_comparison_report, write_run_report
 from pipeline.terminal.progress import show_extract, show_train
-from pipeline.terminal.text import bytes_text, duration_text, print_json
+from pipeline.terminal.text import bytes_text, duration_text, print_json, write
 from pipeline.train import train
 from stages.durable import replace_file
 from stages.student.save import CardFacts, save_student
@@ -158,7 +157,7 @@ def extract_store(directory: Path, settings: DemoSettings, timer: StepTimer, *, 
     promised = estimate(config)
     if not quiet:
         duration = "not known yet" if promised.seconds is None else f"about {duration_text(promised.seconds)}"
-        click.echo(
+        write(
             f"plan: {promised.documents} topics ({promised.heldout_documents} held out), {promised.tokens:,} tokens, "
             f"about {bytes_text(promised.bytes)}; time {duration}",
             err=True,
@@ -218,11 +217,11 @@ def show_summary(
     directory: Path, settings: DemoSettings, summary: Mapping[str, Any], answers: Mapping[str, str]
 ) -> None:
     """Write table, verdict, teacher time, answers and what to try next."""
-    click.echo()
+    write()
     for line in (*table(summary), "", *(textwrap.fill(text, WIDTH) for text in verdict(summary)), ""):
-        click.echo(line)
+        write(line)
     timings, store = summary["timings"], summary["store"]
-    click.echo(
+    write(
         f"store: {store['rows']:,} rows in {bytes_text(store['bytes'])}, {store['bytes_per_row']:.1f} bytes per row "
         f"(planned {bytes_text(summary['plan']['bytes'])})\n"
         f"`pipeline plan` now says {planned_time(summary)} for this extraction; it took "
@@ -230,12 +229,12 @@ def show_summary(
         f"teacher time: {timings['teacher_reads_corpus']:.0f} s for the first student, "
         f"{timings['teacher_for_later_students']:.0f} s for each later one"
     )
-    click.echo(f"\nprompt: {settings.prompt}")
+    write(f"\nprompt: {settings.prompt}")
     for name, text in answers.items():
-        click.echo(f"  {name:8} … {textwrap.shorten(text, WIDTH - 13, placeholder=' …')}")
-    click.echo(f"\n{directory / 'report.html'} shows all of it. Try next:")
+        write(f"  {name:8} … {textwrap.shorten(text, WIDTH - 13, placeholder=' …')}")
+    write(f"\n{directory / 'report.html'} shows all of it. Try next:")
     for command in next_commands(directory, settings):
-        click.echo(f"  {command}")
+        write(f"  {command}")
 
 
 def planned_time(summary: Mapping[str, Any]) -> str:
@@ -298,7 +297,7 @@ def timed(timer: StepTimer, step: str) -> Iterator[None]:
 
 
 def _heading(text: str) -> None:
-    click.secho(f"\n{text}", bold=True, err=True)
+    write(f"\n{text}", bold=True, err=True)
 
 
 def _silent(text: str) -> None:

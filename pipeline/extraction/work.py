@@ -15,7 +15,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from pipeline.extraction.extract_events import FirstRow, Meter, Progress
+from pipeline.extraction.events import FirstRow, Meter, Progress
 from pipeline.extraction.planning import PlannedExtraction, bytes_per_row
 from pipeline.reading import BACKEND
 from stages.corpus.tokenize import Sequence, render

@@ -18,13 +18,13 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from pipeline.extraction import extract_events
+from pipeline.extraction import events as extract_events
 from pipeline.runtime import is_main_process
 from pipeline.terminal.text import bytes_text, counted, duration_text, quoted, to_json
 
 if TYPE_CHECKING:
     import storage.tools.convert
-    from pipeline.training import train_events
+    from pipeline.training import events as train_events
 
 PLAIN_INTERVAL = 10.0  # seconds between lines of progress where there is no terminal
 
@@ -197,7 +197,7 @@ def extract_summary(event: extract_events.ExtractSummary) -> str:
 
 def tell_train(event: train_events.Event, place: Display) -> None:
     """Tell one event of phase 2."""
-    from pipeline.training import train_events
+    from pipeline.training import events as train_events
     from stages.batches.corpus import Tokenized
 
     if isinstance(event, Tokenized):

@@ -1,7 +1,4 @@
-"""Results on the terminal: facts, checks, estimates, samples. With `--json` the same as one JSON document on stdout.
-
-Nothing here decides anything; progress of long steps is in `pipeline.terminal.progress`.
-"""
+"""Text on the terminal: lines, facts in two columns, JSON, and numbers as people read them."""
 
 from __future__ import annotations
 
@@ -15,6 +12,11 @@ import click
 
 if TYPE_CHECKING:
     pass
+
+
+def write(text: str = "", *, err: bool = False, bold: bool = False) -> None:
+    """Write a line of text; `err`: to stderr, where what is not a result goes."""
+    click.secho(text, err=err, bold=bold)
 
 
 def print_json(value: Any) -> None:

@@ -36,9 +36,9 @@ from pipeline.config.train import TrainConfig
 from pipeline.train import train
 from pipeline.training.data import open_training_data
 from pipeline.training.estimate import dry_run
+from pipeline.training.events import Saved, StepDone
 from pipeline.training.processes import processes_of
 from pipeline.training.recipe import build_learner, order_of, step_shape
-from pipeline.training.train_events import Saved, StepDone
 from stages.batches.steps import training_steps
 from stages.parallel.processes import gather
 from stages.parallel.tensors import whole

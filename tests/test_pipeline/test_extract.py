@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline import extract as phase
 from pipeline.config.extract import ExtractConfig
-from pipeline.extraction import extract_events, work
+from pipeline.extraction import events as extract_events
+from pipeline.extraction import work
 from pipeline.extraction.planning import build_plan, bytes_per_row
 from pipeline.extraction.survey import survey
 from storage.errors import IdentityError, NumericsError, OutOfSpaceError, UsageError

@@ -13,7 +13,7 @@ import torch
 from pipeline.config.extract import ExtractConfig, TargetConfig
 from pipeline.extract import extract
 from pipeline.extraction import planning, survey
-from pipeline.extraction.extract_events import ExtractSummary
+from pipeline.extraction.events import ExtractSummary
 from pipeline.extraction.planning import build_plan, bytes_per_row, estimate
 from pipeline.extraction.survey import sample_rounds
 from storage.reader import StoreReader

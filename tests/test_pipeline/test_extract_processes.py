@@ -18,7 +18,7 @@ import yaml
 
 from pipeline.config.extract import ExtractConfig
 from pipeline.extract import extract
-from pipeline.extraction.extract_events import ExtractSummary, Progress, ShardDone, Started
+from pipeline.extraction.events import ExtractSummary, Progress, ShardDone, Started
 from pipeline.launchers import place_among_processes
 from storage.errors import CorruptionError, UsageError
 from storage.files.local import LocalFiles

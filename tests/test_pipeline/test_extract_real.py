@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.config.extract import ExtractConfig
 from pipeline.extract import extract
-from pipeline.extraction.extract_events import FirstRow
+from pipeline.extraction.events import FirstRow
 from stages.corpus.tokenizer import load_tokenizer
 from storage.reader import StoreReader
 

@@ -17,9 +17,9 @@ from pipeline.cli import main
 from pipeline.config.extract import ExtractConfig
 from pipeline.config.train import TrainConfig
 from pipeline.extract import extract
-from pipeline.extraction.extract_events import FirstRow, ShardDone
+from pipeline.extraction.events import FirstRow, ShardDone
 from pipeline.train import train
-from pipeline.training.train_events import Finished, StepDone
+from pipeline.training.events import Finished, StepDone
 from stages.targets import KINDS
 from storage.errors import UsageError
 from storage.reader import StoreReader

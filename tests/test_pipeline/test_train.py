@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.config.train import TrainConfig
 from pipeline.train import train
 from pipeline.training.estimate import dry_run
-from pipeline.training.train_events import Finished, Saved, Started, StepDone
+from pipeline.training.events import Finished, Saved, Started, StepDone
 from stages.training.metrics import read_metrics
 from storage.errors import IdentityError, UsageError
 

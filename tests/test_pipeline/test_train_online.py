@@ -22,8 +22,8 @@ from pipeline.terminal.progress import Lines, tell_train
 from pipeline.train import train
 from pipeline.training.data import open_training_data
 from pipeline.training.estimate import dry_run
+from pipeline.training.events import Finished, Started, StepDone, Validated
 from pipeline.training.recipe import build_learner
-from pipeline.training.train_events import Finished, Started, StepDone, Validated
 from stages.batches.microbatch import MicroBatch
 from stages.devices import resolve_dtype
 from stages.losses import TeacherHead

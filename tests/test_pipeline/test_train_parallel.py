@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM, PhiC
 
 from pipeline.config.train import TrainConfig
 from pipeline.train import train
-from pipeline.training.train_events import Finished, Saved, Started
+from pipeline.training.events import Finished, Saved, Started
 from stages.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,7 @@ from pipeline.config.extract import ExtractConfig
 from pipeline.config.train import TrainConfig
 from pipeline.extract import extract
 from pipeline.train import train
-from pipeline.training.train_events import Finished, Saved, Started, StepDone
+from pipeline.training.events import Finished, Saved, Started, StepDone
 from storage.errors import CorruptionError, IdentityError, NumericsError, UsageError
 from storage.reader import StoreReader
 
