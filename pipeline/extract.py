@@ -15,7 +15,7 @@ from contextlib import closing
 
 from pipeline.config.extract import ExtractConfig
 from pipeline.extraction.events import Event, ExtractSummary, Meter, Progress, ShardDone, Started
-from pipeline.extraction.planning import PlannedExtraction, build_plan, rate_key
+from pipeline.extraction.planning import Extraction, build_plan
 from pipeline.extraction.rates import write_rate
 from pipeline.extraction.work import expected_rows, extract_shard, first_row, load_teacher
 from pipeline.launchers import place_among_processes
@@ -78,7 +78,7 @@ def extract(config: ExtractConfig, *, limit: int | None = None) -> Iterator[Even
 
 
 def extract_shards(
-    planned: PlannedExtraction, teacher: Teacher, writer: StoreWriter, shards: Iterator[ShardSpec], meter: Meter
+    planned: Extraction, teacher: Teacher, writer: StoreWriter, shards: Iterator[ShardSpec], meter: Meter
 ) -> Iterator[Progress | ShardDone]:
     """Compute and commit shards one after the other, and keep the rate for `pipeline plan`.
 
@@ -93,7 +93,7 @@ def extract_shards(
             continue
         record = writer.commit(shard, batch)
         meter.done(batch)
-        write_rate(rate_key(planned.survey), meter.tokens_per_second)
+        write_rate(planned.rate_key, meter.tokens_per_second)
         yield ShardDone(
             shard=shard.index,
             split=shard.split,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.config.extract import ExtractConfig
 from pipeline.demo.teacher import convert
-from pipeline.extraction.planning import PlannedExtraction, build_plan
+from pipeline.extraction.planning import Extraction, build_plan
 from pipeline.extraction.work import load_teacher
 from stages.corpus.tokenize import Sequence as Tokens
 from stages.corpus.tokenize import render
@@ -44,7 +44,7 @@ class Kind:
     """One target kind: its plan, its store, and its rows as they were before encoding, shard by shard."""
 
     name: str
-    planned: PlannedExtraction
+    planned: Extraction
     store: Path
     batches: list[SequenceBatch] = field(default_factory=list)
 
@@ -84,9 +84,8 @@ def make(folder: Path, tokens: int | None) -> Material:
     assert isinstance(teacher, HFTeacher)
     hidden, spent = [], {"teacher": 0.0, "encode": 0.0, "cpu": 0.0}
     for shard in main.plan.shards():
-        found = main.survey.reading
-        documents = found.corpus.documents(main.plan.documents_of(shard))
-        sequences = list(render(documents, found.tokenizer, found.rendering))
+        documents = main.corpus.documents(main.plan.documents_of(shard))
+        sequences = list(render(documents, main.tokenizer, main.rendering))
         hidden.append(_extract(kinds, teacher, sequences, spent))
         for kind in kinds.values():
             writer = _writer(kind)

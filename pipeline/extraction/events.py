@@ -54,7 +54,7 @@ class Progress:
 
     Attributes:
         shard: index of the shard in work.
-        rows, rows_total: target rows done and to do in this run; the total is estimated from the survey's sample.
+        rows, rows_total: target rows done and to do in this run; the total is estimated from a sample.
         tokens_per_second: since the first batch of this run.
         seconds_left: at that rate.
     """

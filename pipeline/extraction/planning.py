@@ -1,30 +1,34 @@
 """From a configuration to a plan, and to an estimate of what it will take, without loading a weight.
 
-Data path: configuration -> **survey -> plan** -> shards. The survey opens the corpus and the tokenizer and tokenises a
-fixed sample of documents; the plan adds the teacher's file hashes, the estimate a rate.
+Data path: configuration -> corpus, tokenizer, sample of documents -> **plan** -> shards. A plan that is kept has the
+hashes of the teacher's files; an estimate does without, and adds a rate.
 """
 
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.extract import ExtractConfig
 from pipeline.extraction.rates import RateKey, read_rate
-from pipeline.extraction.survey import Survey, survey
-from pipeline.reading import BACKEND
+from pipeline.extraction.survey import Sample, take_sample
+from pipeline.reading import BACKEND, Reading, open_reading
+from stages.corpus import Corpus
+from stages.corpus.tokenize import Rendering
 from stages.corpus.tokenizer import tokenizer_files, tokenizer_identity
-from stages.devices import dtype_name
+from stages.devices import dtype_name, resolve_device, resolve_dtype
 from stages.input_files import FileState, file_sha256
-from stages.models.files import file_states
+from stages.models.files import ModelDirectory, file_states
 from stages.teacher import teacher_identity
 from stages.teacher.batching import Batching, resolve_batching
 from storage.codecs import default_codecs
+from storage.errors import UsageError
 from storage.format.remap import build_remap, remap_sha256
 from storage.plan import HeldoutRule, Plan, TargetSpec
 from storage.values import Json
@@ -43,18 +47,48 @@ BYTES_PER_TEMPERATURE = 2.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlannedExtraction:
-    """A plan, and what is needed to carry it out.
+class Extraction:
+    """A plan and all that carrying it out takes: made once, handed on as it is.
 
-    `teacher_files` are the teacher's files as they were before they were hashed.
+    Attributes:
+        plan: what the store will hold.
+        corpus, tokenizer, rendering: what is read, and how it becomes token windows.
+        model: the teacher's directory.
+        device, dtype: where and in what precision the teacher computes.
+        batching: which sequences share a forward, and how many positions have logits at one time.
+        sample: what a fixed sample of documents holds.
+        remap: token id of each frequency rank [V].
+        tokenizer_files: content by name.
+        teacher_files: the teacher's files as they were before they were hashed; none where they were not.
     """
 
     plan: Plan
-    survey: Survey
+    corpus: Corpus
+    tokenizer: PreTrainedTokenizerBase
+    rendering: Rendering
+    model: ModelDirectory
+    device: torch.device
+    dtype: torch.dtype
     batching: Batching
+    sample: Sample
     remap: NDArray[np.uint32]
     tokenizer_files: dict[str, bytes]
-    teacher_files: tuple[FileState, ...] = ()
+    teacher_files: tuple[FileState, ...]
+
+    def scaled(self, sampled: int) -> int:
+        """Extrapolate a count over the sample to the whole corpus."""
+        return round(sampled * len(self.corpus) / self.sample.documents)
+
+    @property
+    def rate_key(self) -> RateKey:
+        """What a measured rate belongs to: architecture, dtype, device, threads, window."""
+        return RateKey(
+            model_config=file_sha256(self.model.directory / "config.json"),
+            dtype=dtype_name(self.dtype),
+            device=_device_name(self.device),
+            threads=torch.get_num_threads(),
+            window=self.rendering.window,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,22 +128,13 @@ class Estimate:
     dtype: str
 
 
-def build_plan(config: ExtractConfig) -> PlannedExtraction:
+def build_plan(config: ExtractConfig) -> Extraction:
     """Return the plan of an extraction, and what carries it out. Reads the weight files to hash them, loads none.
 
     Raises:
-        UsageError: as `survey`.
+        UsageError: anything that the configuration names is missing or unfit, or no document gives a row.
     """
-    found = survey(config, weights=True)
-    states = file_states(found.reading.model)
-    teacher = teacher_identity(
-        found.reading.model,
-        found.reading.model_config,
-        backend=BACKEND,
-        dtype=found.dtype,
-        attention=config.teacher.attention,
-    )
-    return replace(_planned(config, found, teacher), teacher_files=states)
+    return _planned(config, weights=True)
 
 
 def estimate(config: ExtractConfig, *, tokens_per_second: float | None = None) -> Estimate:
@@ -119,20 +144,20 @@ def estimate(config: ExtractConfig, *, tokens_per_second: float | None = None) -
         tokens_per_second: rate to assume; default: the one measured by the last extraction with this teacher here.
 
     Raises:
-        UsageError: as `survey`.
+        UsageError: as `build_plan`.
     """
-    found = survey(config)
-    plan = _planned(config, found, teacher={}).plan
-    rate = tokens_per_second if tokens_per_second is not None else read_rate(rate_key(found))
+    planned = _planned(config, weights=False)
+    plan, sample = planned.plan, planned.sample
+    rate = tokens_per_second if tokens_per_second is not None else read_rate(planned.rate_key)
     source = "given" if tokens_per_second is not None else "measured"
-    tokens, rows = found.scaled(found.sample.tokens), found.scaled(found.sample.rows)
+    tokens, rows = planned.scaled(sample.tokens), planned.scaled(sample.rows)
     per_row = bytes_per_row(plan.target)
     return Estimate(
         documents=plan.documents,
         heldout_documents=sum(plan.heldout.holds_out(number) for number in range(plan.documents)),
         tokens=tokens,
         rows=rows,
-        exact=found.is_exact,
+        exact=sample.documents == plan.documents,
         shards=len(plan.shards()),
         contents=plan.target.describe(),
         bytes_per_row=per_row,
@@ -141,9 +166,9 @@ def estimate(config: ExtractConfig, *, tokens_per_second: float | None = None) -
         tokens_per_second=rate,
         rate_source=None if rate is None else source,
         seconds=None if rate is None else tokens / rate,
-        teacher=found.reading.model.name,
-        device=str(found.device),
-        dtype=dtype_name(found.dtype),
+        teacher=planned.model.name,
+        device=str(planned.device),
+        dtype=dtype_name(planned.dtype),
     )
 
 
@@ -156,47 +181,68 @@ def bytes_per_row(target: TargetSpec) -> float:
     return BYTES_PER_ROW + head + others
 
 
-def rate_key(found: Survey) -> RateKey:
-    """Name what a measured rate belongs to: architecture, dtype, device, threads, window."""
-    return RateKey(
-        model_config=file_sha256(found.reading.model.directory / "config.json"),
-        dtype=dtype_name(found.dtype),
-        device=_device_name(found.device),
-        threads=torch.get_num_threads(),
-        window=found.reading.rendering.window,
-    )
-
-
-def _planned(config: ExtractConfig, found: Survey, teacher: dict[str, Json]) -> PlannedExtraction:
-    files = tokenizer_files(found.reading.model.directory)
+def _planned(config: ExtractConfig, *, weights: bool) -> Extraction:
+    """Open, check and sample what the configuration names; `weights`: hash them too, for a plan that is kept."""
+    reading = open_reading(config.corpus, config.rendering, config.teacher, weights=weights)
+    model, vocab_size, target = reading.model, reading.vocab_size, config.target.spec()
+    _check_head(target, vocab_size)
+    sample = take_sample(reading.corpus, reading.tokenizer, reading.rendering)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.teacher.dtype, device)
+    states: tuple[FileState, ...] = ()
+    teacher: dict[str, Json] = {}
+    if weights:
+        states = file_states(model)  # before they are hashed: what changes later is not what was hashed
+        attention = config.teacher.attention
+        teacher = teacher_identity(model, reading.model_config, backend=BACKEND, dtype=dtype, attention=attention)
+    files = tokenizer_files(model.directory)
+    remap = build_remap(sample.counts)
     batching = resolve_batching(
-        _number(config.batch_size), _number(config.chunk_size), vocab_size=found.reading.vocab_size, device=found.device
+        _number(config.batch_size), _number(config.chunk_size), vocab_size=vocab_size, device=device
     )
-    target = config.target.spec()
-    remap = build_remap(found.sample.counts)
     plan = Plan(
         teacher=teacher,
-        tokenizer=tokenizer_identity(found.reading.tokenizer, files, found.reading.vocab_size),
-        vocab_size=found.reading.vocab_size,
-        corpus=tuple(source.identity for source in found.reading.corpus.sources),
-        documents=len(found.reading.corpus),
-        rendering=found.reading.rendering.to_plan(),
+        tokenizer=tokenizer_identity(reading.tokenizer, files, vocab_size),
+        vocab_size=vocab_size,
+        corpus=tuple(source.identity for source in reading.corpus.sources),
+        documents=len(reading.corpus),
+        rendering=reading.rendering.to_plan(),
         target=target,
         heldout=HeldoutRule(fraction=config.heldout.fraction, seed=config.heldout.seed),
-        documents_per_shard=_documents_per_shard(config, found),
+        documents_per_shard=_number(config.documents_per_shard)
+        or _documents_per_shard(sample, config.heldout.fraction),
         batching=batching.to_plan(),
         codecs=default_codecs(),
         remap_sha256=remap_sha256(remap),
-        recorded=_recorded(found),
+        recorded=_recorded(reading, device),
     )
-    return PlannedExtraction(plan=plan, survey=found, batching=batching, remap=remap, tokenizer_files=files)
+    return Extraction(
+        plan=plan,
+        corpus=reading.corpus,
+        tokenizer=reading.tokenizer,
+        rendering=reading.rendering,
+        model=model,
+        device=device,
+        dtype=dtype,
+        batching=batching,
+        sample=sample,
+        remap=remap,
+        tokenizer_files=files,
+        teacher_files=states,
+    )
 
 
-def _documents_per_shard(config: ExtractConfig, found: Survey) -> int:
-    chosen = _number(config.documents_per_shard)
-    if chosen is not None:
-        return chosen
-    training_rows_per_document = found.sample.rows / found.sample.documents * (1.0 - config.heldout.fraction)
+def _check_head(target: TargetSpec, vocab_size: int) -> None:
+    if target.k > vocab_size:
+        raise UsageError(
+            f"k = {target.k} is more than the vocabulary of {vocab_size} tokens",
+            where="target.k",
+            fix=f"set target.k to at most {vocab_size}",
+        )
+
+
+def _documents_per_shard(sample: Sample, heldout_fraction: float) -> int:
+    training_rows_per_document = sample.rows / sample.documents * (1.0 - heldout_fraction)
     return max(1, round(ROWS_PER_SHARD / training_rows_per_document))
 
 
@@ -205,11 +251,11 @@ def _number(value: int | str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _recorded(found: Survey) -> dict[str, Json]:
+def _recorded(reading: Reading, device: torch.device) -> dict[str, Json]:
     return {
-        "teacher": found.reading.model.recorded(),
-        "corpus": [dict(source.recorded) for source in found.reading.corpus.sources],
-        "device": _device_name(found.device),
+        "teacher": reading.model.recorded(),
+        "corpus": [dict(source.recorded) for source in reading.corpus.sources],
+        "device": _device_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "libraries": {name: _version(name) for name in LIBRARIES},

@@ -1,7 +1,6 @@
-"""What can be known about an extraction before any weight is hashed or loaded.
+"""A fixed sample of documents, tokenised before any weight is hashed or loaded.
 
-Data path: configuration -> **survey** -> plan. It opens and checks corpus, model directory and tokenizer, and tokenises
-a fixed sample of documents, from which the remap, the shard size and the estimate follow.
+Data path: corpus, tokenizer -> **sample** -> plan. The remap, the size of shards and the estimate follow from it.
 """
 
 from __future__ import annotations
@@ -11,15 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.config.extract import ExtractConfig
-from pipeline.reading import Reading, open_reading
 from stages.corpus import Corpus
 from stages.corpus.tokenize import Rendering, render
-from stages.devices import resolve_device, resolve_dtype
 from storage.errors import UsageError
 
 SAMPLE_TOKENS = 200_000
@@ -39,52 +34,6 @@ class Sample:
     tokens: int
     rows: int
     counts: NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Survey:
-    """Everything about an extraction that can be known without hashing or loading weights."""
-
-    reading: Reading
-    sample: Sample
-    device: torch.device
-    dtype: torch.dtype
-
-    def scaled(self, sampled: int) -> int:
-        """Extrapolate a count over the sample to the whole corpus."""
-        return round(sampled * len(self.reading.corpus) / self.sample.documents)
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether the sample is the whole corpus."""
-        return self.sample.documents == len(self.reading.corpus)
-
-
-def survey(config: ExtractConfig, *, weights: bool = False) -> Survey:
-    """Open and check corpus, model directory and tokenizer, and tokenise the sample.
-
-    Args:
-        weights: require (and fetch) the teacher's weights too.
-
-    Raises:
-        UsageError: anything that the configuration names is missing or unfit, or no document gives a row.
-    """
-    reading = open_reading(config.corpus, config.rendering, config.teacher, weights=weights)
-    vocab_size = reading.vocab_size
-    k = config.target.spec().k
-    if k > vocab_size:
-        raise UsageError(
-            f"k = {k} is more than the vocabulary of {vocab_size} tokens",
-            where="target.k",
-            fix=f"set target.k to at most {vocab_size}",
-        )
-    device = resolve_device(config.device)
-    return Survey(
-        reading=reading,
-        sample=take_sample(reading.corpus, reading.tokenizer, reading.rendering),
-        device=device,
-        dtype=resolve_dtype(config.teacher.dtype, device),
-    )
 
 
 def take_sample(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> Sample:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from pipeline.extraction.events import FirstRow, Meter, Progress
-from pipeline.extraction.planning import PlannedExtraction, bytes_per_row
+from pipeline.extraction.planning import Extraction, bytes_per_row
 from pipeline.reading import BACKEND
 from stages.corpus.tokenize import Sequence, render
 from stages.input_files import unchanged
@@ -33,21 +33,20 @@ CONTEXT_TOKENS = 48  # of the first event: what the teacher read before it names
 CANDIDATES = 5
 
 
-def load_teacher(planned: PlannedExtraction) -> Teacher:
+def load_teacher(planned: Extraction) -> Teacher:
     """Load the weights that the plan names. Raises as the backend, and IdentityError if they changed meanwhile."""
-    found = planned.survey
     with unchanged(*planned.teacher_files):  # what is loaded is what was hashed
         return BACKENDS[BACKEND](
-            found.reading.model,
-            vocab_size=found.reading.vocab_size,
-            device=found.device,
-            dtype=found.dtype,
+            planned.model,
+            vocab_size=planned.plan.vocab_size,
+            device=planned.device,
+            dtype=planned.dtype,
             attention=str(planned.plan.teacher["attention"]),
         )
 
 
 def extract_shard(
-    planned: PlannedExtraction,
+    planned: Extraction,
     teacher: Teacher,
     shard: ShardSpec,
     meter: Meter,
@@ -58,9 +57,9 @@ def extract_shard(
 
     Returns None, and stops, once another process has done the shard.
     """
-    found, plan = planned.survey, planned.plan
-    documents = found.reading.corpus.documents(plan.documents_of(shard))
-    sequences = list(render(documents, found.reading.tokenizer, found.reading.rendering))
+    plan = planned.plan
+    documents = planned.corpus.documents(plan.documents_of(shard))
+    sequences = list(render(documents, planned.tokenizer, planned.rendering))
     computed: list[int] = []
     blocks = [TargetRows.empty(plan.target)]
     for batch in planned.batching.batches(sequences):
@@ -77,7 +76,7 @@ def extract_shard(
 
 
 @torch.inference_mode()
-def target_rows(planned: PlannedExtraction, teacher: Teacher, sequences: Items[Sequence]) -> list[TargetRows]:
+def target_rows(planned: Extraction, teacher: Teacher, sequences: Items[Sequence]) -> list[TargetRows]:
     """Return the rows of one batch of sequences, in their order, chunk by chunk."""
     target, step = planned.plan.target, planned.batching.chunk_size
     at = wanted_positions(sequences)
@@ -91,17 +90,11 @@ def target_rows(planned: PlannedExtraction, teacher: Teacher, sequences: Items[S
 
 
 @torch.inference_mode()
-def first_row(
-    planned: PlannedExtraction, teacher: Teacher, shards: Items[ShardSpec], meter: Meter
-) -> Iterator[FirstRow]:
+def first_row(planned: Extraction, teacher: Teacher, shards: Items[ShardSpec], meter: Meter) -> Iterator[FirstRow]:
     """Show what the teacher makes of the first words to come: one short forward, nothing of it is stored."""
-    found = planned.survey
     numbers = (number for shard in shards for number in planned.plan.documents_of(shard))
     # One document at a time, so that long ones do not delay it.
-    sequences = (
-        render(found.reading.corpus.documents([number]), found.reading.tokenizer, found.reading.rendering)
-        for number in numbers
-    )
+    sequences = (render(planned.corpus.documents([number]), planned.tokenizer, planned.rendering) for number in numbers)
     sequence = next(chain.from_iterable(sequences), None)
     if sequence is None:
         return
@@ -109,7 +102,7 @@ def first_row(
     ids_1T = torch.from_numpy(sequence.tokens[:length].astype(np.int64))[None].to(teacher.device)
     prob_V = torch.softmax(teacher.logits(teacher.hidden(ids_1T)[0, -1:])[0], dim=-1)
     top = prob_V.topk(min(CANDIDATES, len(prob_V)))
-    decode = found.reading.tokenizer.decode
+    decode = planned.tokenizer.decode
     yield FirstRow(
         context=str(decode(sequence.tokens[:length].tolist(), skip_special_tokens=True)),
         following=str(decode([int(sequence.tokens[length])])),
@@ -132,9 +125,9 @@ def _head_mass(prob_V: torch.Tensor, target: TargetSpec) -> float | None:
     return float(mass_K[min(reaches_p, target.k - 1)])
 
 
-def expected_rows(planned: PlannedExtraction, shards: Items[ShardSpec]) -> int:
-    """Estimate the rows of some shards from the survey's sample."""
-    sample = planned.survey.sample
+def expected_rows(planned: Extraction, shards: Items[ShardSpec]) -> int:
+    """Estimate the rows of some shards from the sample."""
+    sample = planned.sample
     documents = sum(len(planned.plan.documents_of(shard)) for shard in shards)
     return round(documents * sample.rows / sample.documents)
 

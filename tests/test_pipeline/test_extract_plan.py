@@ -32,9 +32,9 @@ def test_plan_is_a_pure_function(config: dict[str, Any]) -> None:
     assert str(config["corpus"][0]["path"]) not in semantic
     assert first.plan.vocab_size == 512
     assert first.plan.recorded["libraries"]["torch"] == torch.__version__
-    counts = first.survey.sample.counts
+    counts = first.sample.counts
     assert np.all(np.diff(counts[first.remap]) <= 0)
-    assert first.survey.is_exact
+    assert first.sample.documents == first.plan.documents
 
 
 def test_documents_per_shard_auto(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +42,7 @@ def test_documents_per_shard_auto(config: dict[str, Any], monkeypatch: pytest.Mo
     assert build_plan(ExtractConfig.model_validate(config)).plan.documents_per_shard > 40
     monkeypatch.setattr(planning, "ROWS_PER_SHARD", 1000)
     planned = build_plan(ExtractConfig.model_validate(config))
-    rows = planned.survey.sample.rows / 40 * 0.85 * planned.plan.documents_per_shard
+    rows = planned.sample.rows / 40 * 0.85 * planned.plan.documents_per_shard
     assert abs(rows - 1000) < 100
 
 
