@@ -26,7 +26,7 @@ import yaml
 
 from pipeline.config.loading import load_extract, load_train
 from pipeline.demo.comparison import CE, KD, summarise, table, verdict
-from pipeline.demo.settings import SMALL, UNTRAINED, DemoSettings
+from pipeline.demo.settings import SMALL, UNTRAINED, WORDING, DemoSettings
 from pipeline.demo.teacher import convert
 from pipeline.evaluate import evaluate
 from pipeline.extract import extract
@@ -278,6 +278,7 @@ def write_report(
         prompt=settings.prompt,
         answers=answers,
         notes=verdict(summary),
+        wording=WORDING,
     )
 
 

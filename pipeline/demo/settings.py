@@ -8,8 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.demo.comparison import CE, KD
+from pipeline.report.page import Wording
 
 UNTRAINED, SMALL = "untrained", "small"
+WORDING = Wording(
+    labels={
+        KD: "Student, KD + cross-entropy",
+        CE: "Student, cross-entropy only",
+        SMALL: "Smaller student, KD + cross-entropy",
+        UNTRAINED: "Untrained student",
+    },
+    references=frozenset({UNTRAINED}),
+    headline={KD: "KD student", CE: "its CE twin"},
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ several runs from one store against their teacher.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,33 @@ from pipeline.terminal.text import bytes_text, duration_text
 from storage.errors import UsageError
 
 TEACHER = "teacher"
-REFERENCES = frozenset({TEACHER, "untrained"})  # rows to compare with; never marked as best
-LABELS = {
-    TEACHER: "Teacher",
-    "untrained": "Untrained student",
-    "ce": "Student, cross-entropy only",
-    "kd": "Student, KD + cross-entropy",
-    "small": "Smaller student, KD + cross-entropy",
-}
-COLORS = {"kd": 0, "ce": 1, "small": 2, "untrained": 3}
+TEACHER_LABEL = "Teacher"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wording:
+    """What a comparison says of its models, which it knows by name only.
+
+    Attributes:
+        labels: what to call each model; one without is called by its name. Their order sets the colours.
+        references: models that are there to compare with and are never marked as best.
+        headline: students whose KL to the teacher stands at the top of the page, if all of them are there: name and
+            what to call it.
+    """
+
+    labels: Mapping[str, str] = field(default_factory=dict)
+    references: frozenset[str] = frozenset()
+    headline: Mapping[str, str] = field(default_factory=dict)
+
+    def label(self, name: str) -> str:
+        """Return what to call a model."""
+        return self.labels.get(name, TEACHER_LABEL if name == TEACHER else name)
+
+    def colors(self, names: Iterable[str]) -> dict[str, int]:
+        """Return the number of each model's colour: the labelled ones first, in their order."""
+        wanted = list(dict.fromkeys(names))
+        ranked = [name for name in self.labels if name in wanted] + [name for name in wanted if name not in self.labels]
+        return {name: ranked.index(name) % PALETTE for name in wanted}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +99,7 @@ def write_run_report(run: Path) -> Path:
             title=run.resolve().name,
             subtitle=f"Student from {config['student']['path']}, trained on {_learned_from(config)}.",
             headline=_run_headline(curves),
-            curves=loss_plots({"": curves}, {"": 0}, ("loss", "ce", "kd")),
+            curves=loss_plots({run.name: curves}, {run.name: 0}, ("loss", "ce", "kd")),
             optimisation=optimisation_plots(curves),
             run_facts=_run_facts(config, curves),
             config=text,
@@ -100,6 +118,7 @@ def write_comparison_report(
     answers: Mapping[str, str] | None = None,
     title: str = "One teacher, one store, several students",
     notes: Sequence[str] = (),
+    wording: Wording | None = None,
 ) -> Path:
     """Write the report that compares students of one store, and return its path.
 
@@ -112,9 +131,11 @@ def write_comparison_report(
         prompt, answers: one prompt, and its continuation by each model.
         title: of the page.
         notes: sentences that explain the table.
+        wording: what the models are called, and which of them are references.
     """
+    wording = wording or Wording()
     students: Mapping[str, Mapping[str, Any]] = summary["students"]
-    colors = {name: COLORS.get(name, index % PALETTE) for index, name in enumerate({**students, **runs})}
+    colors = wording.colors((*students, *runs))
     curves = {name: read_curves(run) for name, run in runs.items()}
     page = (
         _environment()
@@ -122,17 +143,17 @@ def write_comparison_report(
         .render(
             title=title,
             subtitle="The teacher read the corpus once. Every student below learned from the store alone.",
-            headline=_comparison_headline(summary),
+            headline=_comparison_headline(summary, wording),
             ece_bins=15,
             columns=COLUMNS,
-            rows=list(_table(summary[TEACHER], students, colors)),
+            rows=list(_table(summary[TEACHER], students, colors, wording)),
             notes=notes,
-            legend=[{"label": _label(name), "color": color} for name, color in colors.items()],
+            legend=[{"label": wording.label(name), "color": color} for name, color in colors.items()],
             curves=loss_plots(curves, colors, ("ce", "kd")) + calibration_plots(students, colors),
             samples=samples,
             prompt=prompt,
             answers=[
-                {"label": _label(name), "color": colors.get(name), "text": text}
+                {"label": wording.label(name), "color": colors.get(name), "text": text}
                 for name, text in (answers or {}).items()
             ],
             store_facts=_store_facts(summary["store"]),
@@ -200,14 +221,14 @@ def _learned_from(config: Mapping[str, Any]) -> str:
     return f"{sources} with the live teacher {config['teacher_model']['path']}"
 
 
-def _comparison_headline(summary: Mapping[str, Any]) -> list[dict[str, str]]:
-    """How far distillation closed the gap, where there is a twin to compare with; the store; the teacher's time."""
+def _comparison_headline(summary: Mapping[str, Any], wording: Wording) -> list[dict[str, str]]:
+    """How far distillation closed the gap, where there is a twin to compare with; the store."""
     students, store = summary["students"], summary["store"]
     headline = []
-    if {"kd", "ce"} <= students.keys():
+    if wording.headline.keys() <= students.keys():
         headline = [
-            {"label": "KL to the teacher, KD student", "value": f"{students['kd']['kl']:.3f}"},
-            {"label": "KL to the teacher, its CE twin", "value": f"{students['ce']['kl']:.3f}"},
+            {"label": f"KL to the teacher, {what}", "value": f"{students[name]['kl']:.3f}"}
+            for name, what in wording.headline.items()
         ]
     return [
         *headline,
@@ -217,14 +238,17 @@ def _comparison_headline(summary: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _table(
-    teacher: Mapping[str, Any], students: Mapping[str, Mapping[str, Any]], colors: Mapping[str, int]
+    teacher: Mapping[str, Any],
+    students: Mapping[str, Mapping[str, Any]],
+    colors: Mapping[str, int],
+    wording: Wording,
 ) -> Iterator[dict[str, Any]]:
-    trained = [values for name, values in students.items() if name not in REFERENCES]
+    trained = [values for name, values in students.items() if name not in wording.references]
     best = {column.key: _best(column, trained) for column in COLUMNS}
     for name, values in ((TEACHER, teacher), *students.items()):
-        reference = name in REFERENCES
+        reference = name == TEACHER or name in wording.references
         cells = [_cell(column, values, None if reference else best[column.key]) for column in COLUMNS]
-        yield {"label": _label(name), "color": colors.get(name), "cells": cells, "reference": reference}
+        yield {"label": wording.label(name), "color": colors.get(name), "cells": cells, "reference": reference}
 
 
 def _cell(column: Column, values: Mapping[str, Any], best: float | None) -> dict[str, Any]:
@@ -263,7 +287,3 @@ def _timings(timings: Mapping[str, float]) -> Iterator[dict[str, Any]]:
     for name, seconds in timings.items():
         share = 100.0 * seconds / longest
         yield {"label": name.replace("_", " "), "share": share, "text": duration_text(seconds)}
-
-
-def _label(name: str) -> str:
-    return LABELS.get(name, name)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.demo.settings import WORDING
 from pipeline.inspect import Candidate, RowText
 from pipeline.report.page import visible, write_comparison_report, write_run_report
 from storage.errors import UsageError
@@ -130,7 +131,7 @@ SAMPLE = RowText(
 
 def comparison(tmp_path: Path, runs: dict[str, Path], **options: Any) -> Path:
     options = {"summary": summary(), "samples": [SAMPLE], "prompt": HOSTILE, "answers": {"kd": HOSTILE}, **options}
-    return write_comparison_report(tmp_path / "report.html", runs=runs, **options)
+    return write_comparison_report(tmp_path / "report.html", runs=runs, **{"wording": WORDING, **options})
 
 
 def assert_self_contained(page: Page) -> None:
