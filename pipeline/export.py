@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, get_args
 
 import pyarrow as pa
 
@@ -21,89 +21,75 @@ from storage.exchange.jsonl import sequence_lines
 from storage.files.local import whole_file
 from storage.reader import StoreReader
 
-Format = Literal["text", "arrow", "parquet", "json"]
-FileFormat = Literal["arrow", "parquet", "jsonl"]
+FileFormat = Literal["parquet", "arrow", "jsonl", "row-jsonl"]
+Format = Literal["text"] | FileFormat
+TEXT_FORMS: tuple[FileFormat, ...] = ("jsonl", "row-jsonl")  # these may go to stdout
 
 
 def form_of(output: Path) -> FileFormat:
     """Return the form that a file's name stands for. Raises UsageError if it stands for none."""
-    forms: tuple[FileFormat, ...] = ("parquet", "arrow", "jsonl")
+    forms: tuple[FileFormat, ...] = get_args(FileFormat)
     for form in forms:
         if output.suffix == f".{form}":
             return form
     raise UsageError(
         f"the name does not tell the form: {output.name} ends in none of {', '.join(f'.{form}' for form in forms)}",
         where=str(output),
-        fix="add --to parquet, arrow or jsonl",
+        fix=f"add --to {' or '.join(forms)}",
     )
 
 
-def export_store(reader: StoreReader, output: Path, form: FileFormat, *, limit: int | None = None) -> int:
-    """Write a split of a store into a file.
+def export_store(
+    reader: StoreReader, form: FileFormat, output: Path | None, *, sequences: Sequence[int] | None = None
+) -> int:
+    """Write a split of a store into a file, or to stdout.
 
     Args:
         reader: the store.
-        output: a file that does not exist yet.
         form: parquet (zstd) and arrow (IPC file) have one line per target row, columns as in
-            `storage.exchange.arrow.schema`; jsonl has one line per sequence, as in `storage.exchange.jsonl`.
-        limit: only the first so many sequences; None: all.
+            `storage.exchange.arrow.schema`; row-jsonl has the same as one JSON object per line, null for what is not
+            finite; jsonl has one line per sequence, as in `storage.exchange.jsonl`.
+        output: a file that does not exist yet; None: stdout, for jsonl and row-jsonl.
+        sequences: numbers of the sequences wanted; None: all of the split.
 
     Returns:
         The number of target rows written.
 
     Raises:
-        UsageError: the file exists.
+        UsageError: the file exists, or a binary form has no file.
         CorruptionError: the store is damaged.
         OutOfSpaceError, StorageUnavailableError: it cannot be written. No partial file stays behind in any case.
     """
-    sequences = range(len(reader) if limit is None else min(limit, len(reader)))
-    if form != "jsonl":
-        return export_rows(reader, form, output, sequences=sequences)
-    with whole_file(output) as file:
-        return sum(_write_sequences(reader, numbers, file) for numbers in _parts(sequences))
-
-
-def export_rows(
-    reader: StoreReader, form: Format, output: Path | None, *, sequences: Sequence[int] | None = None
-) -> int:
-    """Write rows, one line or record per target row, with the columns of `storage.exchange.arrow.schema()`.
-
-    Args:
-        reader: the store.
-        form: arrow (IPC file), parquet (zstd), json (one object per line; what is not finite becomes null). Text is
-            for the terminal only and refused.
-        output: a file that does not exist yet; None: stdout, for json only.
-        sequences: numbers of the sequences wanted; None: all of the split.
-
-    Returns:
-        The number of rows written.
-
-    Raises:
-        UsageError: the file exists, a binary form has no file, or the form is text.
-        OutOfSpaceError, StorageUnavailableError: it cannot be written; no partial file stays behind.
-    """
-    if form == "text":
-        raise UsageError("text goes to the terminal only", where="--output", fix="add --format json, arrow or parquet")
-    batches = record_batches(reader, sequences=sequences)
+    numbers = range(len(reader)) if sequences is None else sequences
     if output is None:
-        if form != "json":
+        if form not in TEXT_FORMS:
             raise UsageError(f"{form} is a binary form", where="--format", fix="name a file with --output FILE")
-        return _write_json(batches, sys.stdout.buffer)
+        return _write(reader, form, numbers, sys.stdout.buffer)
     if form == "parquet":
-        return to_parquet(batches, output)
+        return to_parquet(record_batches(reader, sequences=numbers), output)
     with whole_file(output) as file:
-        if form == "json":
-            return _write_json(batches, file)
-        with pa.ipc.new_file(file, batches.schema) as writer:
-            return sum(_written(writer, batch) for batch in batches)
+        return _write(reader, form, numbers, file)
 
 
-def _parts(sequences: range) -> Iterator[range]:
+def _write(reader: StoreReader, form: FileFormat, numbers: Sequence[int], file: BinaryIO) -> int:
+    if form == "jsonl":
+        rows = sum(_write_sequences(reader, part, file) for part in _parts(numbers))
+    else:
+        batches = record_batches(reader, sequences=numbers)
+        if form == "arrow":
+            with pa.ipc.new_file(file, batches.schema) as writer:
+                return sum(_written(writer, batch) for batch in batches)
+        rows = _write_rows(batches, file)
+    file.flush()
+    return rows
+
+
+def _parts(sequences: Sequence[int]) -> Iterator[Sequence[int]]:
     for first in range(0, len(sequences), SEQUENCES_PER_BATCH):
         yield sequences[first : first + SEQUENCES_PER_BATCH]
 
 
-def _write_sequences(reader: StoreReader, numbers: range, file: BinaryIO) -> int:
+def _write_sequences(reader: StoreReader, numbers: Sequence[int], file: BinaryIO) -> int:
     batch = reader.read(numbers)
     same_size = reader.plan.target.kind in ("topk", "hybrid")
     file.writelines(sequence_lines(batch, numbers=numbers, padding=reader.plan.target.k if same_size else 0))
@@ -115,13 +101,12 @@ def _written(writer: Any, batch: pa.RecordBatch) -> int:
     return int(batch.num_rows)
 
 
-def _write_json(batches: Iterator[pa.RecordBatch], file: BinaryIO) -> int:
+def _write_rows(batches: Iterator[pa.RecordBatch], file: BinaryIO) -> int:
     rows = 0
     for batch in batches:
         for row in batch.to_pylist():
             file.write(json.dumps({name: _finite(value) for name, value in row.items()}).encode() + b"\n")
         rows += batch.num_rows
-    file.flush()
     return rows
 
 

@@ -11,29 +11,34 @@ import click
 from pipeline.commands.options import store_argument
 from pipeline.terminal.application import common_options
 from pipeline.terminal.text import counted, quoted
+from storage.errors import UsageError
 
 if TYPE_CHECKING:
     from pipeline.export import FileFormat, Format
     from pipeline.inspect import RowText, SequenceText
     from storage.plan import Split
 
+FILE_FORMS = ["parquet", "arrow", "jsonl", "row-jsonl"]
+
 
 @click.command()
 @store_argument
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--to", "form", type=click.Choice(["parquet", "arrow", "jsonl"]), help="Default: what OUTPUT ends in.")
+@click.option("--to", "form", type=click.Choice(FILE_FORMS), help="Default: what OUTPUT ends in.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N sequences.")
 @click.option("--split", type=click.Choice(["train", "heldout"]), default="train", show_default=True)
 @common_options
 def export(store: Path, output: Path, form: FileFormat | None, limit: int | None, split: Split) -> None:
     """Write rows into one file for other tools.
 
-    parquet and arrow have one line per target row, jsonl one per sequence.
+    parquet, arrow and row-jsonl have one line per target row, jsonl one per sequence.
     """
     from pipeline.export import export_store, form_of
     from pipeline.inspect import open_store
 
-    rows = export_store(open_store(store, split), output, form or form_of(output), limit=limit)
+    reader = open_store(store, split)
+    sequences = range(len(reader) if limit is None else min(limit, len(reader)))
+    rows = export_store(reader, form or form_of(output), output, sequences=sequences)
     click.echo(f"{rows:,} rows in {output}", err=True)
 
 
@@ -43,8 +48,10 @@ def export(store: Path, output: Path, form: FileFormat | None, limit: int | None
 @click.option("--rows", type=click.IntRange(min=1), default=8, help="Rows shown per sequence, text only.")
 @click.option("--seed", type=int, default=0, help="Chooses the sample.")
 @click.option("--split", type=click.Choice(["train", "heldout"]), default="train")
-@click.option("--format", "form", type=click.Choice(["text", "json", "arrow", "parquet"]), default="text")
-@click.option("--output", type=click.Path(path_type=Path), help="File to write; json goes to stdout without it.")
+@click.option("--format", "form", type=click.Choice(["text", *FILE_FORMS]), default="text")
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="File to write; jsonl and row-jsonl go to stdout without it."
+)
 @common_options
 def inspect(
     store: Path, sample: int | None, rows: int, seed: int, split: Split, form: Format, output: Path | None
@@ -56,12 +63,15 @@ def inspect(
     from pipeline import export, inspect
 
     reader = inspect.open_store(store, split)
-    if form == "text" and output is None:
-        show_sequences(inspect.sample_sequences(reader, count=sample or 3, seed=seed, rows=rows), len(reader))
-    else:
+    if form != "text":
         chosen = None if sample is None else inspect.choose(reader, sample, seed)
-        rows = export.export_rows(reader, form, output, sequences=chosen)
-        click.echo(f"{rows:,} rows" + (f" in {output}" if output else ""), err=True)
+        written = export.export_store(reader, form, output, sequences=chosen)
+        click.echo(f"{written:,} rows" + (f" in {output}" if output else ""), err=True)
+    elif output is not None:
+        forms = " or ".join(FILE_FORMS)
+        raise UsageError("text goes to the terminal only", where="--output", fix=f"add --format {forms}")
+    else:
+        show_sequences(inspect.sample_sequences(reader, count=sample or 3, seed=seed, rows=rows), len(reader))
 
 
 def show_sequences(sequences: Sequence[SequenceText], total: int) -> None:

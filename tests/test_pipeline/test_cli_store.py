@@ -174,16 +174,21 @@ def test_export_overwrites_nothing_and_leaves_no_part(tiny_store: Path, store: P
     folder = tmp_path / "out"
     folder.mkdir()
     assert "add --to" in fails(2, "export", tiny_store, folder / "rows.csv")
-    for form in ("parquet", "arrow", "jsonl"):
+    for form in ("parquet", "arrow", "jsonl", "row-jsonl"):
         (folder / f"mine.{form}").write_text("mine")
         assert "exists already" in fails(2, "export", tiny_store, folder / f"mine.{form}")
         assert (folder / f"mine.{form}").read_text() == "mine"
     victim = next(store.glob("shards/000002-*/entropy/c/0"))
     victim.write_bytes(b"x")
-    for form in ("parquet", "arrow", "jsonl"):
+    for form in ("parquet", "arrow", "jsonl", "row-jsonl"):
         assert "pipeline repair" in fails(4, "export", store, folder / f"rows.{form}")
         fails(5, "export", tiny_store, folder / "none" / f"rows.{form}")
-    assert sorted(path.name for path in folder.iterdir()) == ["mine.arrow", "mine.jsonl", "mine.parquet"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "mine.arrow",
+        "mine.jsonl",
+        "mine.parquet",
+        "mine.row-jsonl",
+    ]
 
 
 def test_an_unfinished_store_can_be_exported(store: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from transformers import AutoTokenizer
 
 from pipeline.cli import main
-from pipeline.export import export_rows
+from pipeline.export import export_store
 from pipeline.inspect import TokenText, open_store, sample_sequences
 from storage.errors import UsageError
 from storage.exchange.arrow import schema, to_table
@@ -93,7 +93,7 @@ def test_all_forms_hold_the_same_rows(tiny_store: Path, reader: StoreReader, tmp
     expected = to_table(reader)
     run(tiny_store, "--format", "parquet", "--output", tmp_path / "rows.parquet")
     run(tiny_store, "--format", "arrow", "--output", tmp_path / "rows.arrow")
-    run(tiny_store, "--format", "json", "--output", tmp_path / "rows.jsonl")
+    run(tiny_store, "--format", "row-jsonl", "--output", tmp_path / "rows.jsonl")
     assert pq.read_table(tmp_path / "rows.parquet").equals(expected)
     with pa.ipc.open_file(tmp_path / "rows.arrow") as file:
         assert file.read_all().equals(expected)
@@ -104,7 +104,9 @@ def test_all_forms_hold_the_same_rows(tiny_store: Path, reader: StoreReader, tmp
 
 def test_sample_of_rows_keeps_the_numbers_of_its_sequences(tiny_store: Path, reader: StoreReader) -> None:
     numbers = {item.number for item in sample_sequences(reader, count=2, seed=3)}
-    rows = [json.loads(line) for line in run(tiny_store, "--format", "json", "--sample", 2, "--seed", 3).splitlines()]
+    rows = [
+        json.loads(line) for line in run(tiny_store, "--format", "row-jsonl", "--sample", 2, "--seed", 3).splitlines()
+    ]
     assert {row["sequence"] for row in rows} == numbers
     assert rows[0].keys() == set(schema().names)
 
@@ -113,7 +115,7 @@ def test_json_has_no_infinity(reader: StoreReader, tmp_path: Path, monkeypatch: 
     batch = reader.read([0])
     batch.next_logprob[0] = -math.inf
     monkeypatch.setattr(reader, "read", lambda numbers: batch)
-    export_rows(reader, "json", tmp_path / "rows.jsonl", sequences=[0])
+    export_store(reader, "row-jsonl", tmp_path / "rows.jsonl", sequences=[0])
     first = json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0], parse_constant=pytest.fail)
     assert first["next_logprob"] is None
 
@@ -124,7 +126,7 @@ def test_json_has_no_infinity(reader: StoreReader, tmp_path: Path, monkeypatch: 
         (["--format", "arrow"], "arrow is a binary form"),
         (["--format", "parquet"], "name a file with --output"),
         (["--output", "OUT"], "text goes to the terminal only"),
-        (["--format", "json", "--output", "TAKEN"], "the file exists already"),
+        (["--format", "row-jsonl", "--output", "TAKEN"], "the file exists already"),
         (["--sample", "0"], "--sample"),
     ],
 )
@@ -145,5 +147,5 @@ def test_nothing_stays_behind_when_writing_fails(
 
     monkeypatch.setattr(reader, "read", broken)
     with pytest.raises(UsageError, match="stop"):
-        export_rows(reader, "parquet", tmp_path / "rows.parquet")
+        export_store(reader, "parquet", tmp_path / "rows.parquet")
     assert list(tmp_path.iterdir()) == []
