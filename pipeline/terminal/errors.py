@@ -113,7 +113,7 @@ def _one_line(error: BaseException) -> str:
 
 def _origin(error: BaseException) -> str:
     """File and line of the innermost frame in our own packages."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     own = [root / package for package in ("pipeline", "stages", "storage")]
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)

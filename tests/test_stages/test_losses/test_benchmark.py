@@ -51,12 +51,15 @@ def verdicts(bench, one, others=()):
 
 
 def test_a_peak_holds_at_least_the_weight_gradient_and_a_chunk(bench, monkeypatch):
-    """Also where the allocator keeps all that the making of the inputs has freed."""
+    """Also where the allocator keeps all that the making of the inputs has freed.
+
+    In float32: a processor without products in bfloat16 makes float32 copies, and the peak depends on which one it is.
+    """
     cases, _, losses = bench
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", str(1 << 40))
-    setting = cases.Setting(tokens=256, vocab=16_384, k=16)
-    least = (cases.WIDTH + 256) * setting.vocab * 2 / (1 << 20)
+    setting = cases.Setting(tokens=256, vocab=16_384, k=16, dtype="float32")
+    least = (cases.WIDTH + 256) * setting.vocab * 4 / (1 << 20)
     assert least <= losses.peak_mib(setting, JSD) <= least + 20
 
 
