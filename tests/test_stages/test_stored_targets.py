@@ -102,7 +102,7 @@ def test_decoding_costs_little(kind: str, codec: str, tmp_path: Path) -> None:
     assert abs(kl_N.mean()) <= DECODE_KL[codec]
     assert kl_N.min() > -5e-6  # float32 sums over the vocabulary
     total_N = np.bincount(row_H, np.exp(batch.logprob.astype(np.float64)), minlength=ROWS) + tail_mass(batch.tail_logit)
-    np.testing.assert_allclose(total_N, 1.0, atol=2e-6)
+    np.testing.assert_allclose(total_N, 1.0, atol=5e-6)
 
 
 @pytest.mark.parametrize("codec", CODECS)
