@@ -64,15 +64,15 @@ def build_learner(config: TrainConfig, data: TrainingData, processes: Processes 
     _check_positions(data, model.config)
     model.to(device)  # type: ignore[arg-type]  # transformers types this method for its own decorator
     use_packed_attention(model, config.attention)
-    if processes.mesh is not None:
-        cut_model(model, processes.mesh)
+    if processes.tp is not None:
+        cut_model(model, processes.tp)
     student = Student.of(model, dtype)
     loss = _loss(config, student, data.vocab_size)
     if config.kd_ratio > 0.0 and data.store is not None:
         _check_loss_fits(loss, data.store)
     teacher = _live_teacher(config, data, loss, device)
-    if processes.mesh is not None and teacher is not None:
-        teacher = teacher.cut(processes.mesh, len(student.weight_VD))
+    if processes.tp is not None and teacher is not None:
+        teacher = teacher.cut(processes.tp, len(student.weight_VD))
     return Learner(student=student, loss=loss, kd_ratio=config.kd_ratio, teacher=teacher)
 
 

@@ -58,7 +58,8 @@ def is_finite(tensor: Tensor) -> bool:
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     wrong = (~local.isfinite()).any().to(torch.int32)
     if isinstance(tensor, DTensor):
-        dist.all_reduce(wrong, group=tensor.device_mesh.get_group())
+        for dimension in tensor.device_mesh.mesh_dim_names or ():
+            dist.all_reduce(wrong, group=tensor.device_mesh.get_group(dimension))
     return not bool(wrong)
 
 
@@ -76,7 +77,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
     copied = [gradient.to_local() for gradient in cut if all(place.is_replicate() for place in gradient.placements)]
     copied += [parameter.grad for parameter in chosen if not isinstance(parameter.grad, DTensor)]  # type: ignore[misc]
     squared = _norm(shared).square()
-    dist.all_reduce(squared, group=cut[0].device_mesh.get_group())
+    dist.all_reduce(squared, group=cut[0].device_mesh.get_group("tp"))
     norm = float((squared + _norm(copied).square()).sqrt())
     factor = min(1.0, limit / (norm + CUT_NORM_EPS)) if math.isfinite(norm) else 1.0
     if factor < 1.0:
