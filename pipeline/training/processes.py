@@ -145,12 +145,12 @@ def _peer_lost(error: RuntimeError, *, fix: str) -> PeerLostError:
 
 
 def _reason(error: Exception) -> str:
-    """The error in one line, without gloo's source file."""
+    """Return the error in one line, without gloo's source file."""
     return " ".join(str(error).split("] ", 1)[-1].split())
 
 
 def _own_device(config: TrainConfig) -> torch.device:
-    """The CPU, or the accelerator that torchrun means for this process."""
+    """Return the CPU, or the accelerator that torchrun means for this process."""
     device = resolve_device(config.device)
     if device.type == "mps" or ":" in str(device):
         raise UsageError(

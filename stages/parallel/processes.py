@@ -122,7 +122,7 @@ def gather(value: R) -> list[R]:
 
 
 def is_peer_lost(error: RuntimeError) -> bool:
-    """Whether this error of a collective operation says that another process has ended or cannot be reached.
+    """Tell whether this error of a collective operation says that another process has ended or cannot be reached.
 
     torch has classes for its store and for nccl, which hold wrong setups and wrong calls too: there the words decide.
     What gloo throws is a plain RuntimeError that names its source file; where it says `enforce fail`, the processes do
@@ -135,7 +135,7 @@ def is_peer_lost(error: RuntimeError) -> bool:
 
 
 def _told(error: BaseException) -> DistillError:
-    """What the other processes raise when the main one raises `error`."""
+    """Return what the other processes raise when the main one raises `error`."""
     if isinstance(error, DistillError):
         return error
     if isinstance(error, Exception):

@@ -81,8 +81,8 @@ def _cannot_be_cut(model: PreTrainedModel, role: str, why: str) -> UsageError:
 
 
 def _probe(model: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor]]:
-    """Hidden states [T, D] of a few tokens, and this process's gradient of each weight that learns, for a fixed
-    gradient of the hidden states."""
+    """Return hidden states [T, D] of a few tokens, and this process's gradient of each weight that learns, for a
+    fixed gradient of the hidden states."""
     learns = any(parameter.requires_grad for parameter in model.base_model.parameters())
     with torch.set_grad_enabled(learns):
         hidden_TD = hidden_of_probe(model)
@@ -97,7 +97,7 @@ def _probe(model: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor]]:
 def _largest_change(
     model: PreTrainedModel, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], tp: DeviceMesh
 ) -> str | None:
-    """The weight whose gradient differs most on any process, if it differs by more than rounding.
+    """Return the weight whose gradient differs most on any process, if it differs by more than rounding.
 
     A gradient that is summed over a part of the heads only is off by at least half on one of two processes.
     """
@@ -121,7 +121,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _check_dropout(model: PreTrainedModel, role: str) -> None:
-    """Every process would draw the same mask for other heads: a student with dropout is refused."""
+    """Refuse a student with dropout: every process would draw the same mask for other heads."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return
     for name, module in model.base_model.named_modules():
@@ -135,14 +135,14 @@ def _check_dropout(model: PreTrainedModel, role: str) -> None:
 
 
 def cut_rows(weight_VD: Tensor, rows: int, tp: DeviceMesh) -> Tensor:
-    """A head [V, D] cut where a head of `rows` rows is cut: zeros stand for rows that it lacks."""
+    """Cut a head [V, D] where a head of `rows` rows is cut: zeros stand for rows that it lacks."""
     padded_VD = weight_VD.new_zeros(rows, *weight_VD.shape[1:])
     padded_VD[: len(weight_VD)] = weight_VD[:rows]
     return distribute_tensor(padded_VD, tp, [Shard(0)], src_data_rank=None)
 
 
 def _plan_of(model: PreTrainedModel, role: str) -> dict[str, str]:
-    """Style of each module of the body, by name with `*` for the number of the layer."""
+    """Return the style of each module of the body, by name with `*` for the number of the layer."""
     plan: dict[str, str] = dict(model.config.get_text_config().base_model_tp_plan or {})
     unknown = sorted(set(plan.values()) - _STYLES.keys() - {_REPLICATED})
     if not plan or unknown:
@@ -156,7 +156,7 @@ def _plan_of(model: PreTrainedModel, role: str) -> dict[str, str]:
 
 
 def _check_division(model: PreTrainedModel, plan: Mapping[str, str], size: int, role: str) -> None:
-    """Heads and inner widths must divide; the vocabulary need not.
+    """Check that heads and inner widths divide; the vocabulary need not.
 
     Raises:
         UsageError: the first thing that does not divide by `size`.

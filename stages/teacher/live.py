@@ -93,5 +93,5 @@ class LiveTeacher:
             weight_VD=self.weight_VD,
             bias_V=self.bias_V,
             softcap=self.rule.softcap,
-            logit_multiplier=self.rule.scale,
+            logit_multiplier=self.rule.logit_multiplier,
         )
