@@ -42,7 +42,6 @@ def export_store(reader: StoreReader, output: Path, form: FileFormat, *, limit: 
     """Write a split of a store into a file.
 
     Args:
-        reader: the store.
         output: a file that does not exist yet.
         form: parquet (zstd) and arrow (IPC file) have one line per target row, columns as in
             `storage.exchange.arrow.schema`; jsonl has one line per sequence, as in `storage.exchange.jsonl`.
@@ -69,7 +68,6 @@ def export_rows(
     """Write rows, one line or record per target row, with the columns of `storage.exchange.arrow.schema()`.
 
     Args:
-        reader: the store.
         form: arrow (IPC file), parquet (zstd), json (one object per line; what is not finite becomes null). Text is
             for the terminal only and refused.
         output: a file that does not exist yet; None: stdout, for json only.

@@ -56,7 +56,6 @@ def generate(
             does not know turns, whatever its teacher's tokenizer brings.
         max_new_tokens: bound on the answer.
         device: auto, cpu, cuda, cuda:1, mps.
-        dtype: of the forward.
 
     Raises:
         UsageError: no model there, an empty prompt, no chat template, or no teacher to be found.

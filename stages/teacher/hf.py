@@ -54,7 +54,7 @@ class HFTeacher:
             files: the model.
             vocab_size: real tokens.
             device, dtype, attention: how it computes.
-            key: the section of the configuration that names the model, for what messages advise; None: there is none.
+            key: the section of the configuration that names the model, for what messages advise; None: no section does.
 
         Raises:
             UsageError: not a causal language model, weights that are broken, lacking or of other shapes than the
@@ -141,7 +141,7 @@ def _memory_told(where: str, key: str | None) -> Iterator[None]:
 
 
 def _refuse_mismatched(keys: Iterable[tuple[str, torch.Size, torch.Size]], where: str) -> None:
-    """transformers fills weights whose shape is another one with random numbers too."""
+    """Refuse weights of other shapes: transformers fills those with random numbers too."""
     found = sorted(keys)
     if found:
         name, in_file, asked_for = found[0]
@@ -154,7 +154,7 @@ def _refuse_mismatched(keys: Iterable[tuple[str, torch.Size, torch.Size]], where
 
 
 def _refuse_missing(keys: Iterable[Any], where: str) -> None:
-    """transformers fills weights that a file lacks with random numbers; a model must have all of its own."""
+    """Refuse a file that lacks weights: transformers fills those with random numbers."""
     names = sorted(str(key) for key in keys)
     if names:
         raise UsageError(

@@ -76,7 +76,7 @@ class LiveTeacher:
         )
 
     def cut(self, tp: DeviceMesh, rows: int) -> LiveTeacher:
-        """This process's part: of the body, and of the head where a student's head of `rows` rows is cut.
+        """Keep this process's part: of the body, and of the head where a student's head of `rows` rows is cut.
 
         Raises:
             UsageError: the architecture cannot be cut between so many processes.
@@ -87,7 +87,7 @@ class LiveTeacher:
 
     @torch.no_grad()
     def rows(self, batch: MicroBatch) -> TeacherHead:
-        """The teacher at the target rows of a micro-batch, which lies on the teacher's device."""
+        """Return the teacher at the target rows of a micro-batch, which lies on the teacher's device."""
         return TeacherHead(
             hidden_ND=packed_hidden(self.body, batch).float(),
             weight_VD=self.weight_VD,
