@@ -147,9 +147,9 @@ def evaluate(
     reader = StoreReader(store, split="heldout")
     plan = reader.plan
     heldout = _heldout(reader, max_tokens)
-    place = resolve_device(device)
-    teacher_dtype = resolve_dtype(str(_of_teacher(plan, "dtype")) if dtype == "auto" else dtype, place)
-    slim = dtype == "auto" and place.type == "cpu"
+    torch_device = resolve_device(device)
+    teacher_dtype = resolve_dtype(str(_of_teacher(plan, "dtype")) if dtype == "auto" else dtype, torch_device)
+    slim = dtype == "auto" and torch_device.type == "cpu"
     student_dtype = torch.float32 if slim else teacher_dtype
 
     teacher_files = _check_teacher(plan, teacher)
@@ -161,12 +161,12 @@ def evaluate(
     warnings = tuple(line for line in told if line is not None)
     for line in warnings:
         logger.warning("%s", line)
-    reads = {"": _read(teacher_files, heldout, plan, place, teacher_dtype)}
+    reads = {"": _read(teacher_files, heldout, plan, torch_device, teacher_dtype)}
     for name, files in student_files.items():
-        reads[name] = _read(files, heldout, plan, place, student_dtype)
+        reads[name] = _read(files, heldout, plan, torch_device, student_dtype)
 
     document_N = np.repeat(heldout.document, lengths(heldout))[heldout.has_row]
-    marks = _score(list(reads.values()), _following(heldout, place))
+    marks = _score(list(reads.values()), _following(heldout, torch_device))
     scores = {
         name: _summary(mark, document_N, read.seconds, against_teacher=bool(name))
         for (name, read), mark in zip(reads.items(), marks, strict=True)

@@ -56,23 +56,22 @@ def generate(
             does not know turns, whatever its teacher's tokenizer brings.
         max_new_tokens: bound on the answer.
         device: auto, cpu, cuda, cuda:1, mps.
-        dtype: of the forward.
 
     Raises:
         UsageError: no model there, an empty prompt, no chat template, or no teacher to be found.
     """
     directory = model_directory(path)
     directories = {"student": directory, **({"teacher": teacher_directory(path)} if teacher else {})}
-    place = resolve_device(device)
+    torch_device = resolve_device(device)
     for role, model in directories.items():
-        yield _answer(role, model, prompt, chat=chat, limit=max_new_tokens, device=place, dtype=dtype)
+        yield _answer(role, model, prompt, chat=chat, limit=max_new_tokens, device=torch_device, dtype=dtype)
 
 
 def teacher_directory(path: Path) -> Path:
     """Directory of the teacher that a run learned from.
 
     Raises:
-        UsageError: `path` is no run, or its teacher is not where it was.
+        UsageError: `path` is not a run, or its teacher is not where it was.
     """
     record = find_record(path)
     if record is None:

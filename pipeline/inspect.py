@@ -147,9 +147,7 @@ def sample_sequences(
     """Choose sequences and show neighbouring rows of each: the same choice for the same store and seed.
 
     Args:
-        reader: the store.
         count: sequences wanted; fewer if the split has fewer.
-        seed: of the choice.
         rows: target rows shown per sequence, starting at a chosen one.
         candidates: most probable tokens shown per row.
     """

@@ -27,7 +27,7 @@ def whole_number(name: str, *, least: int = 0) -> int:
     """Return what an environment variable says; `least` if it is not set.
 
     Raises:
-        UsageError: it says no whole number, or one below `least`.
+        UsageError: it is not a whole number of at least `least`.
     """
     said = os.environ.get(name, str(least))
     if not said.isascii() or not said.isdigit() or int(said) < least:

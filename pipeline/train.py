@@ -37,7 +37,7 @@ from stages.batches.steps import prefetch, training_steps
 from stages.devices import dtype_name, resolve_device, resolve_dtype
 from stages.student.model import Student
 from stages.student.save import save_student
-from stages.training.checkpoint import Checkpoints, Progress
+from stages.training.checkpoint import Checkpoints, TrainingProgress
 from stages.training.metrics import MetricsLog, NoMetricsLog
 from stages.training.optimizer import AdamWSettings, build_optimizer
 from stages.training.run import Finish, RunDirectory
@@ -135,7 +135,7 @@ def _train(
                 learner, optimizer, step, lr=lr, clip_norm=config.clip_norm, number=number
             )
             seconds = time.perf_counter() - began
-            progress = Progress(
+            progress = TrainingProgress(
                 step=number,
                 cursor=step.cursor,
                 tokens=progress.tokens + step.tokens,
@@ -187,7 +187,7 @@ def _validate(learner: Learner, heldout: tuple[MicroBatch, ...], number: int) ->
 
 
 def _started(
-    config: TrainConfig, data: TrainingData, *, student: Student, schedule: Schedule, progress: Progress
+    config: TrainConfig, data: TrainingData, *, student: Student, schedule: Schedule, progress: TrainingProgress
 ) -> Started:
     return Started(
         run=str(config.run),

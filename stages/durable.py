@@ -25,7 +25,7 @@ _OLD = "old-"
 
 @contextmanager
 def durable_directory(target: Path, *, point: str | None = None) -> Iterator[Path]:
-    """An empty directory to fill, which becomes `target` when the block ends without an error.
+    """Yield an empty directory to fill, which becomes `target` when the block ends without an error.
 
     Args:
         target: its final name. A directory that stands there is replaced.
@@ -87,7 +87,7 @@ def remove_leftovers(directory: Path, *names: str) -> None:
 
 @contextmanager
 def _safetensors_errors() -> Iterator[None]:
-    """Safetensors words what the operating system refuses as an error of its own: back to OSError."""
+    """Raise OSError for what the operating system refuses; safetensors words it as an error of its own."""
     try:
         yield
     except SafetensorError as error:

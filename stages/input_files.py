@@ -59,7 +59,7 @@ def unchanged(*states: FileState) -> Iterator[None]:
     try:
         yield
     finally:
-        _compare(states)  # also after an error: a line cut in two by an edit is no broken JSON
+        _compare(states)  # also after an error: a line that an edit cut in two only looks like broken JSON
 
 
 def _compare(states: Iterable[FileState]) -> None:
@@ -88,7 +88,7 @@ def user_path(name: str, *, key: str) -> Path:
     except RuntimeError as error:
         raise UsageError(f"no home directory is known for {name!r}", where=key, fix="write the path out") from error
     except ValueError as error:
-        raise UsageError(f"{name!r} is no path: {error}", where=key, fix="check the path") from error
+        raise UsageError(f"{name!r} is not a path: {error}", where=key, fix="check the path") from error
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             what = f"the path is too long for the system: {name[:60]!r}..., {len(name)} characters"
@@ -101,7 +101,7 @@ def find_files(pattern: str) -> list[Path]:
     """Return the files that a path or glob pattern names, sorted by path. `**` spans directories.
 
     Raises:
-        UsageError: nothing matches, the path is a directory, or it is none.
+        UsageError: nothing matches, the path is a directory, or it is not a path.
     """
     path = user_path(pattern, key="corpus.path")
     if path.is_dir():

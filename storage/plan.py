@@ -249,7 +249,9 @@ def check_columns(columns: Mapping[str, Mapping[str, str]]) -> None:
         if not _COLUMN_NAME.fullmatch(name):
             raise ValueError(f"column {name!r}: a name is a letter, then up to 62 of a-z, 0-9 and _")
         if about.keys() != {"axis", "dtype"} or about["axis"] not in COLUMN_AXES or about["dtype"] not in COLUMN_DTYPES:
-            raise ValueError(f"column {name}: {dict(about)} is no axis of {COLUMN_AXES} and dtype of {COLUMN_DTYPES}")
+            raise ValueError(
+                f"column {name}: {dict(about)} must be an axis of {COLUMN_AXES} and a dtype of {COLUMN_DTYPES}"
+            )
 
 
 def _check_version(version: Json) -> None:

@@ -42,7 +42,6 @@ class StoreReader:
     """A store open for reading one of its splits. Threads may share it: one loads at a time, all decode.
 
     Args:
-        path: the store's directory.
         split: `train` or `heldout`; sequences of the other split cannot be reached.
         allow_partial: read an unsealed store as the set of shards that are committed now.
         cache_bytes: bound on what is kept in memory of shards: decoded chunks and checked files.

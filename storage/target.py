@@ -13,7 +13,7 @@ from storage.values import as_float, require_number, require_whole, short
 
 Kind = Literal["topk", "topp", "sampled", "hybrid"]
 LARGEST_DRAWS = 65_535  # a shard holds counts of draws as uint16
-LARGEST_VOCABULARY = 2**32 - 1  # ids are uint32, and all ones is none
+LARGEST_VOCABULARY = 2**32 - 1  # ids are uint32, and all ones stands for no id
 LARGEST_SEED = 2**64 - 1  # random numbers take it as one uint64
 LEAST_TEMPERATURE, LARGEST_TEMPERATURE = 0.01, 100.0  # beyond, a row is its greatest logit, or flat
 

@@ -33,37 +33,37 @@ def as_float(value: Any) -> Any:
 
 
 def require_whole(name: str, value: Any, *, least: int, most: int) -> None:
-    """Refuse what is no whole number from `least` to `most`; true and 1.0 are none."""
+    """Refuse anything but a whole number from `least` to `most`; true and 1.0 are refused too."""
     if type(value) is not int or not least <= value <= most:
         raise ValueError(f"{name} must be a whole number from {least} to {most}, found {short(value)}")
 
 
 def require_number(name: str, value: Any) -> None:
-    """Refuse what is no float."""
+    """Refuse anything but a float."""
     if not isinstance(value, float):
         raise ValueError(f"{name} must be a number, found {short(value)}")
 
 
 def require_hash(name: str, value: Any) -> None:
-    """Refuse what is no sha256 in lower-case hex."""
+    """Refuse anything but a sha256 in lower-case hex."""
     if not isinstance(value, str) or len(value) != 64 or not set(value) <= set("0123456789abcdef"):
         raise ValueError(f"{name} must be a sha256 in 64 hex digits, found {short(value)}")
 
 
 def require_section(name: str, value: Any) -> None:
-    """Refuse what is no JSON object."""
+    """Refuse anything but a JSON object."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"{name} must be a section of keys, found {short(value)}")
 
 
 def require_list(name: str, value: Any) -> None:
-    """Refuse what is no JSON list."""
+    """Refuse anything but a JSON list."""
     if not isinstance(value, list | tuple):
         raise ValueError(f"{name} must be a list, found {short(value)}")
 
 
 def require_fields(name: str, value: Any, kind: type) -> None:
-    """Refuse what is no JSON object with the fields of a dataclass, no more and no less."""
+    """Refuse anything but a JSON object with exactly the fields of a dataclass."""
     require_section(name, value)
     wanted = {item.name for item in fields(kind)}
     for missing in sorted(wanted - value.keys()):

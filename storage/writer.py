@@ -152,7 +152,7 @@ class StoreWriter:
                 `StoreReader.read` has them without scaling, so that no value is rounded twice.
 
         Raises:
-            ValueError, NumericsError: the batch is no valid content for this shard; names the document.
+            ValueError, NumericsError: the batch is not valid content for this shard; names the document.
             CorruptionError: the shard's record exists and is damaged.
             OutOfSpaceError, StorageUnavailableError: the file system refuses; the shard is not committed.
         """

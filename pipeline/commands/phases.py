@@ -14,7 +14,7 @@ from pipeline.terminal.text import bytes_text, counted, duration_text, print_fac
 
 if TYPE_CHECKING:
     from pipeline.extraction.planning import Estimate
-    from pipeline.training.estimate import Estimate as TrainingEstimate
+    from pipeline.training.estimate import TrainingEstimate
 
 
 @click.command()
@@ -75,8 +75,8 @@ def train(session: Session, config_path: Path, overrides: tuple[str, ...], dry_r
 
     config = load_train(config_path, overrides)
     if dry_run:
-        with progress.display(quiet=session.quiet or as_json) as place:
-            estimate = estimate_of(config, tell=lambda event: progress.tell_train(event, place))
+        with progress.display(quiet=session.quiet or as_json) as screen:
+            estimate = estimate_of(config, tell=lambda event: progress.tell_train(event, screen))
         if is_main_process():
             show_training_estimate(estimate, as_json=as_json)
     else:
@@ -114,9 +114,9 @@ def show_training_estimate(estimate: TrainingEstimate, *, as_json: bool) -> None
     if as_json:
         print_json(estimate)
         return
-    place = f"{estimate.dtype} on {estimate.device}"
+    computed = f"{estimate.dtype} on {estimate.device}"
     facts = [
-        ("student", f"{estimate.parameters / 1e6:,.1f}M parameters, {place}"),
+        ("student", f"{estimate.parameters / 1e6:,.1f}M parameters, {computed}"),
         ("steps", f"{estimate.steps:,}, about {estimate.tokens:,} tokens, {estimate.epochs:.2f} epochs"),
         ("corpus" if estimate.online else "store", f"{estimate.sequences:,} sequences"),
         ("memory", f"about {bytes_text(estimate.memory_bytes)}"),

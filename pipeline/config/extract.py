@@ -11,7 +11,7 @@ from pipeline.config.base import Model
 from storage.target import LARGEST_DRAWS, TargetSpec
 
 Auto = Literal["auto"]
-Whole = Annotated[int, Field(strict=True)]  # strict: `true` is no number
+Whole = Annotated[int, Field(strict=True)]  # strict: `true` is not a number
 NotNegative = Annotated[int, Field(ge=0, strict=True)]
 Draws = Annotated[int, Field(ge=0, le=LARGEST_DRAWS, strict=True)]
 Positive = Annotated[int, Field(gt=0, strict=True)]

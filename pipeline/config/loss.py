@@ -51,7 +51,7 @@ def loss_spelled_out(loss: Mapping[str, Any]) -> dict[str, Any]:
 
     fields = vars(KDLossConfig(**{key: value for key, value in loss.items() if key != "name"}))
     named = {"name": LOSS, "divergence": spelled_out(fields["divergence"])}
-    # check only looks; it changes no number.
+    # check only looks: it changes nothing that is computed.
     return {key: value for key, value in fields.items() if key not in SET_ELSEWHERE and key != "check"} | named
 
 

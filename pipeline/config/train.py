@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from pipeline.config.base import Model
+from pipeline.config.base import FieldError, Model
 from pipeline.config.extract import (
     Auto,
     Dtype,
@@ -116,10 +116,26 @@ class ValidationConfig(Model):
 
 
 class DistributedConfig(Model):
-    """How many processes share the work; torchrun starts them."""
+    """How many processes share the work: the product of these sizes. torchrun starts them."""
 
+    dp_replicate: Positive = 1
+    """Copies of the model. Only 1 is supported."""
+    dp_shard: Positive | Literal["auto", "none"] = "auto"
+    """Processes among which the weights of a copy are sharded. auto or none: 1, the only size that is supported."""
     tp: Positive = 1
     """Tensor parallelism: processes among which student and live teacher are cut."""
+
+    @model_validator(mode="after")
+    def _no_data_parallelism(self) -> DistributedConfig:
+        for key, size in (("dp_replicate", self.dp_replicate), ("dp_shard", self.dp_shard)):
+            if isinstance(size, int) and size > 1:
+                raise FieldError(
+                    f"distributed.{key} is {size}, but data parallelism is not supported: all processes see the same "
+                    "tokens",
+                    path=(key,),
+                    fix=f"leave distributed.{key} out; distributed.tp is the number of processes that share a model",
+                )
+        return self
 
 
 def spelled_out(config: Mapping[str, Any]) -> Mapping[str, Any]:

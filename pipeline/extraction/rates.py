@@ -44,7 +44,7 @@ def read_rate(key: RateKey) -> float | None:
 
 
 def write_rate(key: RateKey, tokens_per_second: float) -> None:
-    """Keep a rate. A cache that cannot be written is no failure."""
+    """Keep a rate, if the cache can be written."""
     path = _path(key)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from pipeline.extraction.planning import Extraction, bytes_per_row
 from pipeline.reading import BACKEND
 from stages.corpus.tokenize import Sequence, render
 from stages.input_files import unchanged
+from stages.out_of_memory import is_out_of_memory
 from stages.targets import KINDS, TargetRows, assemble
 from stages.targets.positions import document_order, wanted_mask, wanted_positions
 from stages.teacher import BACKENDS, Teacher
@@ -134,11 +135,11 @@ def expected_rows(planned: Extraction, shards: Items[ShardSpec]) -> int:
 
 @contextmanager
 def _memory_advice() -> Iterator[None]:
-    """Turn torch's out-of-memory errors into ours; on a CPU torch raises a plain RuntimeError."""
+    """Say what to change where memory runs out."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
+    except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
+        if is_out_of_memory(error):
             raise OutOfSpaceError(
                 "out of memory in the teacher's forward pass",
                 where="batch_size and chunk_size of the configuration",

@@ -46,7 +46,7 @@ class Application(click.Group):
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command. That the reader of our output, such as `head`, has seen enough is no failure."""
+        """Run the command. A reader of our output that has seen enough, such as `head`, does not make it fail."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError:

@@ -21,13 +21,13 @@ is mapped onto it: the operating system, memory, interruption, click. What fits 
 from __future__ import annotations
 
 import errno
-import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
+from stages.out_of_memory import is_out_of_memory
 from storage.errors import NO_SPACE, DistillError, OutOfSpaceError, StorageUnavailableError, UsageError, no_space
 
 BUG = 70
@@ -37,7 +37,6 @@ INTERRUPTED = 130
 _UNAVAILABLE = frozenset(
     {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT}
 )
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +81,7 @@ def _known(error: BaseException, command: str) -> DistillError | None:
         return error
     if isinstance(error, click.ClickException):
         return UsageError(error.format_message(), where=command, fix=f"{command} --help")
-    if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
+    if is_out_of_memory(error):
         return OutOfSpaceError(
             f"out of memory: {_one_line(error)}",
             fix="lower chunk_size, batch_size or tokens_per_batch, or use a machine with more memory",
@@ -96,14 +95,6 @@ def _known(error: BaseException, command: str) -> DistillError | None:
             fix = "check that it is there, its permissions and mounts; pipeline doctor PATH tests a directory"
             return StorageUnavailableError(f"storage unavailable: {error.strerror}", where=place, fix=fix)
     return None
-
-
-def _is_torch_out_of_memory(error: BaseException) -> bool:
-    """Recognise torch's out-of-memory errors without importing torch (on CPU it raises a plain RuntimeError)."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)
 
 
 def _one_line(error: BaseException) -> str:

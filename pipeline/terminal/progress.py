@@ -135,40 +135,40 @@ def show_convert(
 
 def _run(events: Iterable[Any], tell: Callable[[Any, Display], None], *, quiet: bool, as_json: bool) -> Any:
     last = None
-    with display(quiet=quiet or as_json) as place:
+    with display(quiet=quiet or as_json) as screen:
         for last in events:
-            tell(last, place)
+            tell(last, screen)
             if as_json and is_main_process():
                 click.echo(json.dumps({"event": type(last).__name__, **to_json(last)}))
     return last
 
 
-def tell_convert(event: storage.tools.convert.ValuesFound | storage.tools.convert.Converted, place: Display) -> None:
+def tell_convert(event: storage.tools.convert.ValuesFound | storage.tools.convert.Converted, screen: Display) -> None:
     """Tell how far a conversion is."""
     from storage.tools.convert import ValuesFound
 
     rate = f"{event.rows / max(event.seconds, 1e-9):,.0f} rows/s  {duration_text(event.seconds_left)} left"
     if isinstance(event, ValuesFound):
         found = f"values of {event.checked} of {event.shards} shards looked up"
-        place.advance(event.checked, event.shards, f"{found}  {rate}")
+        screen.advance(event.checked, event.shards, f"{found}  {rate}")
     elif event.digest is None:
-        place.advance(event.committed, event.shards, f"{event.committed} of {event.shards} shards  {rate}")
+        screen.advance(event.committed, event.shards, f"{event.committed} of {event.shards} shards  {rate}")
 
 
-def tell_extract(event: extract_events.Event, place: Display) -> None:
+def tell_extract(event: extract_events.Event, screen: Display) -> None:
     """Tell one event of phase 1."""
     if isinstance(event, extract_events.Started):
-        place.line(f"store {event.store}: {event.missing} of {event.shards} shards to do, about {event.rows:,} rows")
+        screen.line(f"store {event.store}: {event.missing} of {event.shards} shards to do, about {event.rows:,} rows")
     elif isinstance(event, extract_events.FirstRow):
-        place.line(first_row_text(event))
+        screen.line(first_row_text(event))
     elif isinstance(event, extract_events.Progress):
         rate = f"{event.tokens_per_second:,.0f} tokens/s  {duration_text(event.seconds_left)} left"
-        place.advance(event.rows, event.rows_total, f"{event.rows:,} rows  {rate}")
+        screen.advance(event.rows, event.rows_total, f"{event.rows:,} rows  {rate}")
     elif isinstance(event, extract_events.ShardDone):
         held_out = ", held out" if event.split == "heldout" else ""
         kept = "" if event.head_mass is None else f", kept mass {event.head_mass:.3f}"
         size = f"{event.rows:,} rows, {bytes_text(event.bytes)}{kept}"
-        place.line(f"shard {event.shard} committed ({event.committed} of {event.shards}{held_out}): {size}")
+        screen.line(f"shard {event.shard} committed ({event.committed} of {event.shards}{held_out}): {size}")
 
 
 def first_row_text(event: extract_events.FirstRow) -> str:
@@ -195,7 +195,7 @@ def extract_summary(event: extract_events.ExtractSummary) -> str:
     return f"{event.store}: complete, {counted(event.shards, 'shard')}; {new}\ndigest {event.digest}"
 
 
-def tell_train(event: train_events.Event, place: Display) -> None:
+def tell_train(event: train_events.Event, screen: Display) -> None:
     """Tell one event of phase 2."""
     from pipeline.training import events as train_events
     from stages.batches.corpus import Tokenized
@@ -203,21 +203,21 @@ def tell_train(event: train_events.Event, place: Display) -> None:
     if isinstance(event, Tokenized):
         rate = f"{event.tokens / max(event.seconds, 1e-9):,.0f} tokens/s  {duration_text(event.seconds_left)} left"
         done = f"{event.documents:,} of {event.total:,} documents tokenised"
-        place.advance(event.documents, event.total, f"{done}  {rate}")
+        screen.advance(event.documents, event.total, f"{done}  {rate}")
     elif isinstance(event, train_events.Started):
         size = f"{event.parameters / 1e6:,.1f}M parameters, {event.dtype} on {event.device}"
         resumed = f", resuming after step {event.step}" if event.step else ""
-        place.line(f"run {event.run}: {size}; {event.steps:,} steps, about {event.tokens:,} tokens{resumed}")
+        screen.line(f"run {event.run}: {size}; {event.steps:,} steps, about {event.tokens:,} tokens{resumed}")
     elif isinstance(event, train_events.StepDone):
         left = "" if event.seconds_left is None else f"  {duration_text(event.seconds_left)} left"
         rate = f"{event.tokens_per_second:,.0f} tokens/s{left}"
         losses = f"loss {event.loss:.4f}{_parts(event.kd, event.ce)}"
-        place.advance(event.step, event.steps, f"step {event.step:,} of {event.steps:,}  {rate}  {losses}")
+        screen.advance(event.step, event.steps, f"step {event.step:,} of {event.steps:,}  {rate}  {losses}")
     elif isinstance(event, train_events.Validated):
         losses = f"loss {event.loss:.4f}{_parts(event.kd, event.ce)}"
-        place.line(f"step {event.step:,}: held-out {losses} over {event.rows:,} rows")
+        screen.line(f"step {event.step:,}: held-out {losses} over {event.rows:,} rows")
     elif isinstance(event, train_events.Saved):
-        place.line(f"step {event.step:,}: checkpoint {event.path}")
+        screen.line(f"step {event.step:,}: checkpoint {event.path}")
 
 
 def _parts(kd: float | None, ce: float | None) -> str:

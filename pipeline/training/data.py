@@ -83,7 +83,7 @@ def read_training_data(config: TrainConfig) -> Generator[Tokenized, None, Traini
 
 
 def open_training_data(config: TrainConfig, tell: Callable[[Tokenized], None] = lambda event: None) -> TrainingData:
-    """`read_training_data` for callers that are no generators; `tell` gets its events."""
+    """Do as `read_training_data` outside of a generator; `tell` gets its events."""
     reading = read_training_data(config)
     while True:
         try:

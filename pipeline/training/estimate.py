@@ -28,7 +28,7 @@ from stages.training.step import Learner
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class TrainingEstimate:
     """What a run would take. `memory_bytes` counts weights, gradients, moments, one micro-batch, one chunk of logits
     and a live teacher; `seconds` comes from one micro-batch measured here and now, without validation and checkpoints.
     `online`: sequences come from a corpus; `teacher_parameters` is None without a live teacher."""
@@ -46,7 +46,7 @@ class Estimate:
     teacher_parameters: int | None
 
 
-def dry_run(config: TrainConfig, *, tell: Callable[[Tokenized], None] = lambda event: None) -> Estimate:
+def dry_run(config: TrainConfig, *, tell: Callable[[Tokenized], None] = lambda event: None) -> TrainingEstimate:
     """Build student and live teacher, measure one micro-batch, write nothing. Memory is that of this process.
 
     Args:
@@ -59,7 +59,7 @@ def dry_run(config: TrainConfig, *, tell: Callable[[Tokenized], None] = lambda e
         return _estimate(config, open_training_data(config, tell), processes)
 
 
-def _estimate(config: TrainConfig, data: TrainingData, processes: Processes) -> Estimate:
+def _estimate(config: TrainConfig, data: TrainingData, processes: Processes) -> TrainingEstimate:
     processes.require_same(data.digest, "what they learn from")
     schedule = schedule_of(config, data)
     learner = build_learner(config, data, processes)
@@ -69,7 +69,7 @@ def _estimate(config: TrainConfig, data: TrainingData, processes: Processes) -> 
     step = next(training_steps(data.train, order, shape))
     seconds = min(_timed(learner, step.batches[0]) for _ in range(2)) / step.batches[0].tokens
     tokens = schedule.steps * step.tokens
-    return Estimate(
+    return TrainingEstimate(
         parameters=student.parameters,
         steps=schedule.steps,
         tokens=tokens,
@@ -85,7 +85,7 @@ def _estimate(config: TrainConfig, data: TrainingData, processes: Processes) -> 
 
 
 def _timed(learner: Learner, batch: MicroBatch) -> float:
-    """Seconds of one forward and backward pass."""
+    """Return the seconds of one forward and backward pass."""
     began = time.perf_counter()
     learner.parts(batch, batch.rows).loss.backward()  # type: ignore[no-untyped-call]
     if learner.student.device.type == "cuda":

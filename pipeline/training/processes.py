@@ -22,7 +22,7 @@ from pipeline.config.train import TrainConfig
 from pipeline.launchers import whole_number
 from pipeline.runtime import signals_end_process
 from stages.devices import dtype_name, resolve_device, resolve_dtype
-from stages.parallel.processes import ALONE, Processes, gather, is_peer_lost
+from stages.parallel.processes import ALONE, DIMENSIONS, Processes, gather, is_peer_lost
 from storage.errors import PeerLostError, UsageError
 
 JOIN_TIMEOUT = timedelta(minutes=3)  # for a process that has not joined; torch may wait for it more than once
@@ -39,7 +39,7 @@ def processes_of(config: TrainConfig) -> Iterator[Processes]:
     """
     found = whole_number("WORLD_SIZE", least=1)
     if found == 1:
-        _require_number(config, found)
+        _mesh_sizes(config, found)
         yield ALONE
         return
     mesh: DeviceMesh | None = None
@@ -50,13 +50,13 @@ def processes_of(config: TrainConfig) -> Iterator[Processes]:
             "the processes have different configurations",
             fix="give all of them the same configuration and the same --set",
         )
-        _require_number(config, found)
+        sizes = _mesh_sizes(config, found)
         device = _own_device(config)
         own = {"device": device.type, "dtype": dtype_name(resolve_dtype(config.dtype, device))}
         if config.teacher_model is not None:
             own["teacher_model.dtype"] = dtype_name(resolve_dtype(config.teacher_model.dtype, device))
         _require_same(own, "auto is not the same everywhere", fix="set a device and a dtype that all processes have")
-        mesh = init_device_mesh(device.type, (found,), mesh_dim_names=("tp",))
+        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=DIMENSIONS)
         yield Processes(mesh=mesh)
     except RuntimeError as error:
         if is_peer_lost(error):
@@ -120,17 +120,22 @@ def _require_same(own: Mapping[str, Any], what: str, *, fix: str) -> None:
         )
 
 
-def _require_number(config: TrainConfig, found: int) -> None:
-    """Raise UsageError if `distributed` asks for another number of processes."""
-    wanted = config.distributed.tp
+def _mesh_sizes(config: TrainConfig, found: int) -> tuple[int, int, int]:
+    """Return the size of each of DIMENSIONS.
+
+    Raises:
+        UsageError: their product is not the number of processes found; it names the sizes that would fit.
+    """
+    wanted = config.distributed.tp  # the configuration admits no data parallelism
     if found != wanted:
+        start = f"torchrun --nproc-per-node {wanted} -m pipeline train CONFIG"
         raise UsageError(
             f"distributed.tp is {wanted}, but there {'is 1 process' if found == 1 else f'are {found} processes'}",
             where="distributed.tp",
-            fix=f"start them with: torchrun --nproc-per-node {wanted} -m pipeline train CONFIG"
-            if wanted > 1
-            else f"set distributed: {{tp: {found}}}, or run pipeline train CONFIG without torchrun",
+            fix=f"set distributed: {{tp: {found}}}, the only sizes that fit, or start with: "
+            f"{start if wanted > 1 else 'pipeline train CONFIG, without torchrun'}",
         )
+    return 1, 1, wanted
 
 
 def _peer_lost(error: RuntimeError, *, fix: str) -> PeerLostError:
@@ -140,12 +145,12 @@ def _peer_lost(error: RuntimeError, *, fix: str) -> PeerLostError:
 
 
 def _reason(error: Exception) -> str:
-    """The error in one line, without gloo's source file."""
+    """Return the error in one line, without gloo's source file."""
     return " ".join(str(error).split("] ", 1)[-1].split())
 
 
 def _own_device(config: TrainConfig) -> torch.device:
-    """The CPU, or the accelerator that torchrun means for this process."""
+    """Return the CPU, or the accelerator that torchrun means for this process."""
     device = resolve_device(config.device)
     if device.type == "mps" or ":" in str(device):
         raise UsageError(

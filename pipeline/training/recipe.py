@@ -20,9 +20,8 @@ from stages.batches.order import Order
 from stages.batches.steps import StepShape, microbatches, steps_of_epochs
 from stages.devices import resolve_device, resolve_dtype
 from stages.input_files import unchanged
-from stages.losses import FusedLinearKDLoss, KDLossConfig, SparseTargets
-from stages.losses.engine.objective import Objective
-from stages.losses.tail import prepare_teacher, resolve_tail
+from stages.losses import FusedLinearKDLoss, KDLossConfig
+from stages.losses.fit import misfit
 from stages.models.packed import use_packed_attention
 from stages.parallel.processes import ALONE, Processes
 from stages.parallel.tensor_parallel import cut_model
@@ -31,18 +30,17 @@ from stages.student.model import Student
 from stages.student.save import CardFacts
 from stages.student.source import StudentSource, build_student
 from stages.teacher.live import LiveTeacher
-from stages.training.checkpoint import Progress
+from stages.training.checkpoint import TrainingProgress
 from stages.training.metrics import read_metrics
 from stages.training.run import RunDirectory
 from stages.training.schedule import RatioSchedule, Schedule
 from stages.training.step import Learner
 from storage.errors import IdentityError, UsageError
-from storage.plan import TargetSpec
-from storage.reader import StoreReader
+from storage.target import TargetSpec
 
 
 def build_learner(config: TrainConfig, data: TrainingData, processes: Processes = ALONE) -> Learner:
-    """The student on its device, checked against the data, the loss, and the live teacher of an online run.
+    """Build the student on its device, checked against the data, the loss, and the live teacher of an online run.
 
     Several processes get a part of each model.
 
@@ -64,15 +62,15 @@ def build_learner(config: TrainConfig, data: TrainingData, processes: Processes 
     _check_positions(data, model.config)
     model.to(device)  # type: ignore[arg-type]  # transformers types this method for its own decorator
     use_packed_attention(model, config.attention)
-    if processes.mesh is not None:
-        cut_model(model, processes.mesh)
+    if processes.tp is not None:
+        cut_model(model, processes.tp)
     student = Student.of(model, dtype)
     loss = _loss(config, student, data.vocab_size)
     if config.kd_ratio > 0.0 and data.store is not None:
-        _check_loss_fits(loss, data.store)
+        _check_loss_fits(loss, data.store.plan.target)
     teacher = _live_teacher(config, data, loss, device)
-    if processes.mesh is not None and teacher is not None:
-        teacher = teacher.cut(processes.mesh, len(student.weight_VD))
+    if processes.tp is not None and teacher is not None:
+        teacher = teacher.cut(processes.tp, len(student.weight_VD))
     return Learner(student=student, loss=loss, kd_ratio=config.kd_ratio, teacher=teacher)
 
 
@@ -92,7 +90,7 @@ def _check_positions(data: TrainingData, student: PretrainedConfig) -> None:
 def _live_teacher(
     config: TrainConfig, data: TrainingData, loss: FusedLinearKDLoss, device: torch.device
 ) -> LiveTeacher | None:
-    """The teacher of an online run on its device; None where stored rows, or nothing, stand in for it."""
+    """Load the teacher of an online run onto its device; None: stored rows, or nothing, stand in for it."""
     if data.teacher is None or config.teacher_model is None:
         return None
     if loss.objective.tail is not None:
@@ -113,74 +111,37 @@ def _live_teacher(
 
 
 def _loss(config: TrainConfig, student: Student, vocab_size: int) -> FusedLinearKDLoss:
-    """The configured divergence in its fused form, mixed with cross-entropy, on this student's logits."""
+    """Build the configured divergence in its fused form, mixed with cross-entropy, on this student's logits."""
     chosen = KDLossConfig(**{key: value for key, value in config.loss.items() if key != "name"})
     fused = chosen.fused(
         chunk_size=chunk_rows(config, student.device),
         kd_ratio=config.kd_ratio,
         softcap=student.rule.softcap,
-        logit_multiplier=student.rule.scale,
+        logit_multiplier=student.rule.logit_multiplier,
         vocab_size=vocab_size,
     )
     return FusedLinearKDLoss(**vars(fused))
 
 
-def _check_loss_fits(loss: FusedLinearKDLoss, reader: StoreReader) -> None:
-    """Try the loss on one row with what the store's rows hold.
-
-    Raises:
-        UsageError: the rows lack what temperature and tail policy need.
-    """
-    target, objective = reader.plan.target, loss.objective
-    head, tail = min(target.k, 1), min(target.draws, 1)
-    row = SparseTargets.from_ragged(
-        ids=np.arange(head + tail),
-        row_entries=np.array([head + tail]),
-        head_size=np.array([head]),
-        logprob=np.full(head, -1.0),
-        count=np.full(tail, target.draws),
-        tail_logit=np.full(1, 0.0 if head else np.inf),
-        draws=target.draws,
-        entropy=np.ones(1),
-        next_logprob=np.zeros(1),
-        tail_logit_by_temperature={at: np.full(1, -1.0) for at in target.temperatures},
-        entropy_by_temperature={at: np.ones(1) for at in target.temperatures},
-    )
-    temperature = objective.temperature / objective.target_logits_scale
-    policy = resolve_tail(objective.tail, objective.divergence, targets=row, temperature=temperature)
-    try:
-        label = torch.zeros(1, dtype=torch.int64)
-        prepare_teacher(row, policy, temperature=temperature, labels_N=label, dtype=torch.float32)
-    except ValueError as error:
-        where, fix = _loss_advice(target, objective)
-        raise UsageError(f"the store's rows do not fit the loss: {error}", where=where, fix=fix) from error
-
-
-def _loss_advice(target: TargetSpec, objective: Objective) -> tuple[str, str]:
-    """Say which key of the configuration asks for what the rows lack, and what to do."""
-    scale, temperature = objective.target_logits_scale, objective.temperature
-    stored = [1.0, *target.temperatures]
-    if target.k == 0:
-        off = {
-            "loss.divergence": not objective.divergence.linear,
-            "loss.temperature": temperature != 1.0,
-            "loss.target_logits_scale": scale != 1.0,
-            "loss.tail": objective.tail is not None,
-        }
-        keys = [key for key, differs in off.items() if differs]
+def _check_loss_fits(loss: FusedLinearKDLoss, target: TargetSpec) -> None:
+    """Raise UsageError if the store's rows lack what temperature and tail policy need."""
+    found = misfit(loss.objective, target)
+    if found is None:
+        return
+    keys = [f"loss.{field}" for field in found.fields]
+    if found.values:
+        values = " or ".join(str(value) for value in found.values)
+        tails = " or ".join(found.tails)
+        fix = f"set {keys[0]}: {values}, or loss.tail: {tails}, which needs no stored tail"
+    elif target.k == 0:
         fix = f"leave out {', '.join(keys)}, or train on a store with an exact head, such as target.kind: hybrid"
-        return keys[0], fix
-    if temperature / scale in stored:
-        return "loss.tail", "leave loss.tail out: the best policy that the store's rows allow is taken"
-    where = "loss.target_logits_scale" if temperature == 1.0 else "loss.temperature"
-    right = [1.0 / at if temperature == 1.0 else scale * at for at in stored]
-    bare = ("renormalize", "renormalize_both") if objective.divergence.linear else ("renormalize_both",)
-    values = " or ".join(str(value) for value in right)
-    return where, f"set {where}: {values}, or loss.tail: {' or '.join(bare)}, which needs no stored tail"
+    else:
+        fix = f"leave {keys[0]} out: the best policy that the store's rows allow is taken"
+    raise UsageError(f"the store's rows do not fit the loss: {found.lacks}", where=keys[0], fix=fix)
 
 
 def step_shape(config: TrainConfig, data: TrainingData, device: torch.device) -> StepShape:
-    """How much a step and a micro-batch hold; a micro-batch always holds the longest training sequence.
+    """Say how much a step and a micro-batch hold; a micro-batch always holds the longest training sequence.
 
     Raises:
         UsageError: the configured one does not.
@@ -202,31 +163,31 @@ def step_shape(config: TrainConfig, data: TrainingData, device: torch.device) ->
 
 
 def chunk_rows(config: TrainConfig, device: torch.device) -> int:
-    """Positions whose logits exist at one time."""
+    """Return the number of positions whose logits exist at one time."""
     if config.chunk_size != "auto":
         return config.chunk_size
     return 256 if device.type == "cpu" else 2_048
 
 
 def schedule_of(config: TrainConfig, data: TrainingData) -> Schedule:
-    """The learning rate over all steps; epochs are turned into steps."""
+    """Return the learning rate over all steps; epochs are turned into steps."""
     return Schedule(steps=_steps(config, data), **config.schedule.model_dump())
 
 
 def kd_ratio_of(config: TrainConfig, schedule: Schedule) -> RatioSchedule:
-    """The share of the divergence over all steps."""
+    """Return the share of the divergence over all steps."""
     wanted = config.kd_ratio_schedule
     falls_with = schedule if wanted.fall_with_lr else None
     return RatioSchedule(peak=config.kd_ratio, warmup_steps=wanted.warmup_steps, falls_with=falls_with)
 
 
 def order_of(config: TrainConfig, data: TrainingData) -> Order:
-    """The order in which training sees the sequences."""
+    """Return the order in which training sees the sequences."""
     return Order(sequences=len(data.train), seed=config.seed, digest=data.order_digest)
 
 
 def _steps(config: TrainConfig, data: TrainingData) -> int:
-    """Optimizer steps; of epochs, exactly as many as it takes to see every sequence that often."""
+    """Return the optimizer steps; of epochs, exactly as many as it takes to see every sequence that often."""
     if config.steps is not None:
         return config.steps
     assert config.epochs is not None, "the configuration has one of steps and epochs"
@@ -234,16 +195,14 @@ def _steps(config: TrainConfig, data: TrainingData) -> int:
 
 
 def check_learning_rates(config: TrainConfig, schedule: Schedule, *, run: RunDirectory, done: int) -> None:
-    """A run may be prolonged, but not so that the steps already done would have had other learning rates.
+    """Check that a run which is prolonged would have had the same learning rates in the steps already done.
 
     Args:
-        config: of the command.
-        schedule: of the command.
         run: its curve tells the learning rate of each step done, whatever the configurations were until now.
         done: steps done.
 
     Raises:
-        IdentityError: they would.
+        IdentityError: it would have had others.
         UsageError: the curve is damaged.
     """
     fix = "choose another run directory; with schedule constant, or wsd before its decay, a run can be prolonged"
@@ -265,7 +224,7 @@ def check_learning_rates(config: TrainConfig, schedule: Schedule, *, run: RunDir
 
 
 def heldout_batches(config: TrainConfig, data: TrainingData, shape: StepShape) -> tuple[MicroBatch, ...]:
-    """Evenly spaced held-out sequences, packed; none if nothing is held out."""
+    """Pack evenly spaced held-out sequences; none if nothing is held out."""
     count = min(config.validation.sequences, len(data.heldout))
     if count == 0:
         return ()
@@ -274,8 +233,8 @@ def heldout_batches(config: TrainConfig, data: TrainingData, shape: StepShape) -
     return tuple(batch for batch in batches if batch.rows)
 
 
-def card_facts(config: TrainConfig, data: TrainingData, student: Student, progress: Progress) -> CardFacts:
-    """What the model card says about the finished student."""
+def card_facts(config: TrainConfig, data: TrainingData, student: Student, progress: TrainingProgress) -> CardFacts:
+    """Say what the model card tells about the finished student."""
     fields = ", ".join(f"{key}={value}" for key, value in config.loss.items() if key != "name")
     divergence = f"{config.kd_ratio:g} * {config.loss.get('name', 'KDLoss')}({fields})"
     cross_entropy = f"{1.0 - config.kd_ratio:g} * cross-entropy"

@@ -99,7 +99,7 @@ class TokenizedCorpus:
 def split_corpus(
     sequences: Iterable[Sequence], rule: HeldoutRule, *, documents: int
 ) -> Generator[Tokenized, None, tuple[TokenizedCorpus, TokenizedCorpus]]:
-    """Training and held-out sequences, by the rule of a store; on the way, how far it is.
+    """Split into training and held-out sequences, by the rule of a store; yield how far it is.
 
     Args:
         sequences: of whole documents in the corpus's order, taken one by one, so that no text has to stay.
@@ -127,7 +127,7 @@ def _without_targets(
     document: NDArray[np.int64],
     window_start: NDArray[np.int64],
 ) -> SequenceBatch:
-    """A batch whose rows hold nothing yet."""
+    """Return a batch whose rows hold nothing yet."""
     rows, no_entry = int(row_offset[-1]), np.zeros_like(token_offset)
     value_R = np.zeros(rows, np.float32)
     return SequenceBatch(

@@ -54,7 +54,7 @@ class MicroBatch:
         return self.labels_T[self.rows_N]
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same micro-batch on another device."""
+        """Return the same micro-batch on another device."""
         return replace(
             self,
             tokens_1T=self.tokens_1T.to(device, non_blocking=True),
@@ -89,7 +89,7 @@ def to_microbatch(batch: SequenceBatch, *, with_targets: bool, ignore_index: int
 
 
 def to_targets(batch: SequenceBatch) -> SparseTargets:
-    """The teacher's rows of a batch as the losses take them."""
+    """Return the teacher's rows of a batch as the losses take them."""
     row_offset, ids = _interleave(batch)
     return SparseTargets.from_ragged(
         ids=ids,
@@ -107,7 +107,7 @@ def to_targets(batch: SequenceBatch) -> SparseTargets:
 
 
 def _by_temperature(batch: SequenceBatch, values_RP: NDArray[np.float32] | None) -> dict[float, NDArray[np.float32]]:
-    """Columns of an array over rows and temperatures, by temperature."""
+    """Return columns of an array over rows and temperatures, by temperature."""
     return {} if values_RP is None else dict(zip(batch.temperatures, values_RP.T, strict=True))
 
 

@@ -29,7 +29,7 @@ class Order:
     digest: str
 
     def take(self, cursor: int, count: int) -> NDArray[np.int64]:
-        """Sequence indices at positions cursor <= p < cursor + count, int64 [count]."""
+        """Return sequence indices at positions cursor <= p < cursor + count, int64 [count]."""
         epochs, within = np.divmod(np.arange(cursor, cursor + count, dtype=np.int64), self.sequences)
         parts = [
             Permutation(self.sequences, self.seed, int(epoch), digest=self.digest)(within[epochs == epoch])

@@ -34,17 +34,17 @@ class Source(Protocol):
     """Sequences by number: a split of a store (`StoreReader`) or a corpus in memory (`TokenizedCorpus`)."""
 
     def __len__(self) -> int:
-        """Number of sequences."""
+        """Return the number of sequences."""
 
     @property
     def tokens(self) -> int:
         """Number of tokens of all sequences."""
 
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each sequence, int64 [S]."""
+        """Return the tokens of each sequence, int64 [S]."""
 
     def read(self, indices: NDArray[np.int64], *, targets: bool = True) -> SequenceBatch:
-        """The sequences of these indices, in that order; without targets their rows are empty."""
+        """Return the sequences of these indices, in that order; without targets their rows are empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class Step:
 
 
 def training_steps(source: Source, order: Order, shape: StepShape, *, cursor: int = 0) -> Iterator[Step]:
-    """Endless steps from position `cursor` of the order on. A sequence is never cut.
+    """Yield endless steps from position `cursor` of the order on. A sequence is never cut.
 
     Raises:
         UsageError: a sequence is longer than a micro-batch, or the store holds no target rows at all.
@@ -101,7 +101,7 @@ def training_steps(source: Source, order: Order, shape: StepShape, *, cursor: in
 
 
 def steps_of_epochs(length_S: NDArray[np.int64], order: Order, tokens_per_step: int, epochs: float) -> int:
-    """The fewest steps of `training_steps` that hold `epochs` passes over all sequences.
+    """Return the fewest steps of `training_steps` that hold `epochs` passes over all sequences.
 
     Args:
         length_S: tokens of each sequence.
@@ -121,7 +121,7 @@ def steps_of_epochs(length_S: NDArray[np.int64], order: Order, tokens_per_step: 
 
 
 def microbatches(batch: SequenceBatch, shape: StepShape) -> tuple[MicroBatch, ...]:
-    """All sequences of `batch`, packed."""
+    """Pack all sequences of `batch`."""
     return tuple(
         to_microbatch(packed, with_targets=shape.with_targets, ignore_index=shape.ignore_index)
         for packed in pack(batch, shape.tokens_per_batch)
@@ -129,7 +129,7 @@ def microbatches(batch: SequenceBatch, shape: StepShape) -> tuple[MicroBatch, ..
 
 
 def prefetch(items: Iterator[Item]) -> Generator[Item]:
-    """The same items, each computed in a background thread while the one before it is in use.
+    """Yield the same items, each computed in a background thread while the one before it is in use.
 
     Holds at most one item ahead. An exception in `items` is raised here, in its turn. Close the generator
     (`contextlib.closing`) to end the thread; the item being computed is finished first.
@@ -151,7 +151,7 @@ def _step(batch: SequenceBatch, shape: StepShape, cursor: int) -> Step:
 
 
 def _sequences(source: Source, order: Order, cursor: int, *, targets: bool) -> Iterator[SequenceBatch]:
-    """Single sequences in order, read a block at a time."""
+    """Yield single sequences in order, read a block at a time."""
     if len(source) == 0:
         raise UsageError("there are no training sequences", fix="take more documents, or hold out fewer")
     block = max(1, min(len(source), _READ_TOKENS * len(source) // max(source.tokens, 1)))

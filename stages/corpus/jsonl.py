@@ -109,7 +109,7 @@ def _text_of(line: bytes, field: str, where: str) -> str:
     """Return the text of one line. Raises UsageError naming `where` if it has none."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, an integer of 5,000 digits, deep nesting
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an integer of 5,000 digits, deep nesting
         raise UsageError(
             f"broken JSON line: {error}", where=where, fix="repair or remove the line; each must be one JSON object"
         ) from error
@@ -129,7 +129,7 @@ def _text_of(line: bytes, field: str, where: str) -> str:
 
 
 def _without_surrogates(text: str, where: str) -> str:
-    """JSON can spell half a surrogate pair, which is no character: refuse it here rather than in the tokenizer."""
+    """Refuse half a surrogate pair, which JSON can spell and a tokenizer cannot read."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

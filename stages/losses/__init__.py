@@ -19,8 +19,8 @@ from stages.losses.config import (
 )
 from stages.losses.cross_entropy import MaskedCrossEntropy, TEParallelCrossEntropy
 from stages.losses.divergences import DIVERGENCES, Divergence
+from stages.losses.engine.call import LossParts
 from stages.losses.engine.dense import TeacherHead
-from stages.losses.engine.job import LossParts
 from stages.losses.fused import FusedLinearCrossEntropy, FusedLinearKDLoss
 from stages.losses.kd import KDLoss
 from stages.losses.tail import TAIL_POLICIES

@@ -30,7 +30,7 @@ class LossConfig:
     """Base of all loss configs. Subclasses have one field per parameter of their loss and implement `build`."""
 
     def build(self) -> nn.Module:
-        """Constructs the loss module."""
+        """Construct the loss module."""
         raise NotImplementedError(f"{type(self).__name__} does not say how to build its loss")
 
 
@@ -41,7 +41,7 @@ class _LossClassConfig(LossConfig):
     loss_class: ClassVar[type[nn.Module]]
 
     def __post_init__(self) -> None:
-        """Raises TypeError or ValueError for values that the loss would not take."""
+        """Raise TypeError or ValueError for values that the loss would not take."""
         _check_types(self)
         with warnings.catch_warnings():
             # advice is given once, when the loss that is used is built
@@ -49,7 +49,7 @@ class _LossClassConfig(LossConfig):
             self.build()
 
     def build(self) -> nn.Module:
-        """Constructs the loss module."""
+        """Construct the loss module."""
         return self.loss_class(**{item.name: getattr(self, item.name) for item in fields(self)})
 
 
@@ -72,7 +72,7 @@ class KDLossConfig(_LossClassConfig):
     check: bool = False
 
     def fused(self, **extra: Any) -> FusedLinearKDConfig:
-        """The same divergence from hidden states, as a stored teacher is best compared with.
+        """Return the same divergence from hidden states, as a stored teacher is best compared with.
 
         Args:
             extra: further fields of FusedLinearKDConfig: the mix with cross-entropy, and what the model does to its
@@ -162,7 +162,7 @@ class LossFromFactoryConfig(LossConfig):
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def build(self) -> nn.Module:
-        """Constructs the loss module."""
+        """Construct the loss module."""
         if self.factory is None:
             raise ValueError("LossFromFactoryConfig has no factory; give it a loss class or a callable")
         return self.factory(**self.kwargs)
@@ -178,7 +178,7 @@ LOSS_CONFIG_REGISTRY: dict[str, type[LossConfig]] = {
 
 
 def build_loss_config(loss: LossConfig | str | Callable[..., nn.Module], **loss_kwargs: Any) -> LossConfig:
-    """The LossConfig that `loss` stands for.
+    """Return the LossConfig that `loss` stands for.
 
     Args:
         loss: a config, returned as it is; a name of LOSS_CONFIG_REGISTRY; one of its loss classes, which becomes its
@@ -210,7 +210,7 @@ def build_loss_config(loss: LossConfig | str | Callable[..., nn.Module], **loss_
 
 
 def build_loss_module(loss: LossConfig | str | Callable[..., nn.Module], **loss_kwargs: Any) -> nn.Module:
-    """Builds a loss: build_loss_config(loss, **loss_kwargs).build()."""
+    """Build a loss: build_loss_config(loss, **loss_kwargs).build()."""
     return build_loss_config(loss, **loss_kwargs).build()
 
 
@@ -224,14 +224,14 @@ def _from_fields(name: str, values: dict[str, Any]) -> LossConfig:
 
 
 def _nearest(name: str, known: typing.Iterable[str]) -> str:
-    """What to say about an unknown name."""
+    """Say what to do about an unknown name."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1)
     return f", did you mean {near[0]!r}? Known are {', '.join(names)}" if near else f"; known are {', '.join(names)}"
 
 
 def _check_types(config: LossConfig) -> None:
-    """Raises TypeError for a field whose value is not of its annotated type."""
+    """Raise TypeError for a field whose value is not of its annotated type."""
     hints = typing.get_type_hints(type(config))
     for item in fields(config):
         value, hint = getattr(config, item.name), hints[item.name]
@@ -243,7 +243,7 @@ def _check_types(config: LossConfig) -> None:
 
 
 def _is_a(value: object, kind: type) -> bool:
-    """isinstance where True is no number and an integer is a float."""
+    """Tell whether a value is of a type; True and False are not numbers here, and an integer is a float."""
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)

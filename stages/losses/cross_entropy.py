@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stages.losses.divergences import ForwardKL
-from stages.losses.engine.job import eager
+from stages.losses.engine.call import eager
 from stages.losses.engine.logits import LogitSettings, logit_loss
 from stages.losses.engine.objective import Objective
 
@@ -54,7 +54,7 @@ class MaskedCrossEntropy(nn.Module):
         mask: Tensor | None = None,
         num_label_tokens: float | Tensor | None = None,
     ) -> Tensor:
-        """The loss, a scalar.
+        """Return the loss, a scalar.
 
         Args:
             logits: [*, V]; a DTensor sharded by vocabulary is not gathered.
@@ -102,7 +102,7 @@ class TEParallelCrossEntropy(nn.Module):
         return self.settings.ignore_index
 
     def forward(self, logits: Tensor, labels: Tensor, num_label_tokens: float | Tensor | None = None) -> Tensor:
-        """The loss, a scalar, the same on every process of the group.
+        """Return the loss, a scalar, the same on every process of the group.
 
         Args:
             logits: [*, V/tp] local shard, or a DTensor.
@@ -114,14 +114,14 @@ class TEParallelCrossEntropy(nn.Module):
 
 
 def check_reduction(reduction: str) -> str:
-    """The reduction, if it is one."""
+    """Return the reduction, if it is one."""
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction is {reduction!r}, allowed are 'sum' and 'mean'")
     return reduction
 
 
 def total_of(reduction: str, num_label_tokens: float | Tensor | None) -> float | Tensor | None:
-    """What the sum over valid labels is divided by; None for their number."""
+    """Return what the sum over valid labels is divided by; None for their number."""
     return 1.0 if num_label_tokens is None and reduction == "sum" else num_label_tokens
 
 

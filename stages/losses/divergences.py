@@ -45,7 +45,7 @@ class Divergence(ABC):
 
     @abstractmethod
     def terms(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """d and h per outcome, each of the inputs' shape.
+        """Return d and h per outcome, each of the inputs' shape.
 
         Args:
             log_p: teacher log-probabilities; -inf where p is 0.
@@ -66,7 +66,7 @@ class ForwardKL(Divergence):
     linear: ClassVar[bool] = True
 
     def terms(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """d = P log(P/Q), h = -P."""
+        """Return d = P log(P/Q), h = -P."""
         return (log_p - log_q).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=0.0).mul_(p), -p
 
 
@@ -75,7 +75,7 @@ class ReverseKL(Divergence):
     """KL(Q, P) = sum Q log(Q / P). Gu et al. 2023 (MiniLLM). Infinite where the student has mass and P is 0."""
 
     def terms(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """d = h = Q log(Q/P)."""
+        """Return d = h = Q log(Q/P)."""
         d = (log_q - log_p).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=0.0).mul_(q)
         return d, d
 
@@ -97,7 +97,7 @@ class JSD(Divergence):
             )
 
     def terms(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """d = beta P log(P/M) + (1 - beta) Q log(Q/M), h = (1 - beta) Q log((1 - beta) Q/M)."""
+        """Return d = beta P log(P/M) + (1 - beta) Q log(Q/M), h = (1 - beta) Q log((1 - beta) Q/M)."""
         beta, rest = self.beta, 1.0 - self.beta
         ratio = _log_ratio(log_p, log_q)
         log_m_q = _softplus(ratio + math.log(beta / rest))  # log(M / Q) - log(1 - beta)
@@ -120,7 +120,7 @@ class SkewForwardKL(Divergence):
         _check_skew("skew_forward_kl", self.alpha)
 
     def terms(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """d = P log(P/S), h = -(1 - alpha) P Q/S."""
+        """Return d = P log(P/S), h = -(1 - alpha) P Q/S."""
         if self.alpha == 0.0:
             return ForwardKL().terms(log_p, log_q, p, q)
         x = _log_ratio(log_p, log_q).add_(math.log(self.alpha / (1.0 - self.alpha)))
@@ -142,7 +142,7 @@ class SkewReverseKL(Divergence):
         _check_skew("skew_reverse_kl", self.alpha)
 
     def terms(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """d = Q log(Q/S), h = Q (log(alpha Q/S) + 1 - alpha Q/S)."""
+        """Return d = Q log(Q/S), h = Q (log(alpha Q/S) + 1 - alpha Q/S)."""
         if self.alpha == 0.0:
             return ReverseKL().terms(log_p, log_q, p, q)
         x = _log_ratio(log_p, log_q).add_(math.log((1.0 - self.alpha) / self.alpha))
@@ -170,7 +170,7 @@ class Mixed(Divergence):
             raise ValueError(f"mixed: weight is {self.weight}, allowed is 0 <= weight <= 1")
 
     def terms(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """The weighted terms of both."""
+        """Return the weighted terms of both."""
         if self.weight in (0.0, 1.0):  # a weight of 0 must not meet an infinite term
             return (ForwardKL() if self.weight else ReverseKL()).terms(log_p, log_q, p, q)
         forward_d, forward_h = ForwardKL().terms(log_p, log_q, p, q)
@@ -185,7 +185,7 @@ class TotalVariation(Divergence):
     """Half the sum of |P - Q|. One minus it is the acceptance rate of speculative decoding (Leviathan et al. 2023)."""
 
     def terms(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """d = |P - Q| / 2, h = Q (sign(Q - P) - 1) / 2, where a difference within rounding has no sign."""
+        """Return d = |P - Q| / 2, h = Q (sign(Q - P) - 1) / 2, where a difference within rounding has no sign."""
         difference = q - p
         sign = difference.sign().masked_fill_(difference.abs() <= _ROUNDING * (p + q), 0.0)
         return difference.abs_().mul_(0.5), sign.sub_(1.0).mul_(q).mul_(0.5)
@@ -204,12 +204,12 @@ DIVERGENCES: dict[str, type[Divergence]] = {
 
 
 def make_divergence(divergence: str | Divergence) -> Divergence:
-    """The divergence of that name, with its parameter if one is written behind it: "jsd", "jsd(0.9)".
+    """Return the divergence of that name, with its parameter if one is written behind it: "jsd", "jsd(0.9)".
 
     The parameter is beta of `jsd`, alpha of the skewed KLs, weight of `mixed`. A ready object is returned as it is.
 
     Raises:
-        ValueError: unknown name, a value that is no number or out of range, or one where none is taken.
+        ValueError: unknown name, a value that is not a number or out of range, or one where none is taken.
     """
     if isinstance(divergence, Divergence):
         return divergence
@@ -235,7 +235,7 @@ def make_divergence(divergence: str | Divergence) -> Divergence:
 
 
 def spelled_out(divergence: str | Divergence) -> str:
-    """The name under which a recipe selects it, with its parameter: "jsd" is "jsd(0.5)"."""
+    """Return the name under which a recipe selects it, with its parameter: "jsd" is "jsd(0.5)"."""
     made = make_divergence(divergence)
     name = next((name for name, kind in DIVERGENCES.items() if type(made) is kind), type(made).__name__)
     return name + "".join(f"({value})" for value in vars(made).values())
@@ -247,10 +247,10 @@ def _check_skew(name: str, alpha: float) -> None:
 
 
 def _log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """log(P/Q), bounded; 0 where neither side has mass."""
+    """Return log(P/Q), bounded; 0 where neither side has mass."""
     return (log_p - log_q).nan_to_num_(nan=0.0).clamp_(-_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)
 
 
 def _softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x))."""
+    """Return log(1 + exp(x))."""
     return torch.nn.functional.softplus(x, threshold=_SOFTPLUS_THRESHOLD)

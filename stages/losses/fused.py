@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from stages.losses.cross_entropy import check_reduction, total_of
 from stages.losses.divergences import Divergence, make_divergence
+from stages.losses.engine.call import LossCall, LossParts, eager, row_total
 from stages.losses.engine.head import check_rule
-from stages.losses.engine.job import Job, LossParts, eager, row_total
 from stages.losses.engine.linear import FusedLinear
 from stages.losses.engine.objective import Objective, Teacher
 from stages.losses.engine.rows import valid_rows
@@ -79,7 +79,7 @@ class FusedLinearKDLoss(nn.Module):
         super().__init__()
         if chunk_size < 1:
             raise ValueError(f"chunk_size is {chunk_size}, expected at least 1 row")
-        check_rule(softcap=softcap, multiplier=logit_multiplier)
+        check_rule(softcap=softcap, logit_multiplier=logit_multiplier)
         check_vocab_size(vocab_size)
         self.objective = Objective(
             divergence=make_divergence(divergence),
@@ -106,7 +106,7 @@ class FusedLinearKDLoss(nn.Module):
         bias_V: Tensor | None = None,
         kd_ratio: float | None = None,
     ) -> LossParts:
-        """Loss of one batch.
+        """Compute the loss of one batch.
 
         Args:
             hidden_ND: [N, D] last hidden states; their precision is that of the matrix products.
@@ -134,7 +134,7 @@ class FusedLinearKDLoss(nn.Module):
             shard = VocabShard.of(len(local_VD), labels_N, group=group, vocab_size=self.vocab_size)
             keep_N, labels_N = valid_rows(labels_N, ignore_index=self.ignore_index, vocab_size=shard.total)
             mix = self.objective.mix(*self.mixing_weights(kd_ratio))
-            job = Job(
+            call = LossCall(
                 kernel=self.objective.kernel(targets, labels_N, keep_N=keep_N, shard=shard, mix=mix),
                 keep_N=keep_N,
                 rows=len(labels_N),
@@ -145,11 +145,11 @@ class FusedLinearKDLoss(nn.Module):
                 gradient=torch.is_grad_enabled(),
                 late=dtype == torch.float16,
             )
-            arguments = (whole_ND, local_VD, local_V, job, self.logit_multiplier, self.softcap)
+            arguments = (whole_ND, local_VD, local_V, call, self.logit_multiplier, self.softcap)
             return LossParts(*FusedLinear.apply(*arguments))  # type: ignore[no-untyped-call]  # torch has no types for it
 
     def mixing_weights(self, kd_ratio: float | None) -> tuple[float, float]:
-        """Weights of the divergence and of the cross-entropy."""
+        """Return the weights of the divergence and of the cross-entropy."""
         if self.weights is not None:
             if kd_ratio is not None:
                 raise ValueError(f"kd_ratio={kd_ratio} in the call, but this loss was built with two fixed weights")
@@ -164,7 +164,7 @@ class FusedLinearCrossEntropy(nn.Module):
 
     Args:
         ignore_index: rows with this label take no part.
-        logit_softcapping: the model's own cap on logits; 0 is none.
+        logit_softcapping: the model's own cap on logits; 0: no cap.
         reduction: "sum" or "mean" over valid rows, where the call gives no num_label_tokens.
         chunk_size: rows of logits held at once.
         vocab_size: real tokens, where the head is padded.
@@ -206,7 +206,7 @@ class FusedLinearCrossEntropy(nn.Module):
         *,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """Cross-entropy, a scalar.
+        """Return cross-entropy, a scalar.
 
         Args:
             hidden_states: [*, D] last hidden states.
@@ -235,7 +235,7 @@ def _check_shapes(hidden_ND: Tensor, weight_VD: Tensor, *, targets: Teacher | No
 
 
 def _one_ratio(kd_ratio: float, kd_coef: float | None, *, weights: tuple[float, float] | None) -> float:
-    """kd_ratio under either name, unless fixed weights say otherwise: no setting is quietly ignored."""
+    """Return kd_ratio, given under either name. Two settings of one thing are refused, not quietly ignored."""
     given = {} if kd_ratio == _DEFAULT_RATIO else {"kd_ratio": kd_ratio}
     if kd_coef is not None:
         given["kd_coef"] = kd_coef

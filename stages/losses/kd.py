@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stages.losses.divergences import Divergence, make_divergence
-from stages.losses.engine.job import eager
+from stages.losses.engine.call import eager
 from stages.losses.engine.logits import LogitSettings, logit_loss
 from stages.losses.engine.objective import Objective
 from stages.losses.targets import SparseTargets
@@ -101,7 +101,7 @@ class KDLoss(nn.Module):
         labels: Tensor,
         num_batch_labels: float | Tensor | None = None,
     ) -> Tensor:
-        """The loss, a scalar.
+        """Return the loss, a scalar.
 
         Args:
             student_logits: [*, V]; under tensor parallelism [*, V/tp] or a DTensor sharded by vocabulary.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -70,7 +70,7 @@ class TeacherEntries:
 
 
 def check_tail(tail: str | None, divergence: Divergence) -> None:
-    """Raises ValueError for an unknown policy, or one that the divergence does not admit."""
+    """Raise ValueError for an unknown policy, or one that the divergence does not admit."""
     if tail is None:
         return
     if tail not in TAIL_POLICIES:
@@ -87,28 +87,70 @@ def check_tail(tail: str | None, divergence: Divergence) -> None:
         )
 
 
-def resolve_tail(tail: str | None, divergence: Divergence, *, targets: SparseTargets, temperature: float) -> str:
-    """The policy that applies: the one asked for, else `sampled` where samples and a linear loss allow it."""
+def resolve_tail(tail: str | None, divergence: Divergence, *, draws: int, temperature: float) -> str:
+    """Return the policy that applies: the one asked for, else `sampled` where samples and a linear loss allow it."""
     if tail is not None:
         return tail
-    return "sampled" if divergence.linear and targets.draws and temperature == 1.0 else "bucket"
+    return "sampled" if divergence.linear and draws and temperature == 1.0 else "bucket"
+
+
+def check_rows(
+    policy: str,
+    temperature: float,
+    *,
+    headless: int | None,
+    draws: int,
+    temperatures: Iterable[float],
+    sample_logprob: bool = False,
+) -> None:
+    """Check that rows can feed a policy, by what they hold.
+
+    Args:
+        policy: a key of TAIL_POLICIES.
+        temperature: the teacher's effective temperature, T / target_logits_scale.
+        headless: number of a row without an exact head; None: all have one.
+        draws: tail samples per row.
+        temperatures: at which tail mass and entropy are stored, besides 1.
+        sample_logprob: whether the samples' log-probabilities are stored.
+
+    Raises:
+        ValueError: what they lack.
+    """
+    if policy == "sampled" and draws == 0:
+        raise ValueError("tail='sampled', but the rows hold no tail samples (draws is 0): use tail='bucket'")
+    if policy == "sampled" and temperature != 1.0 and not sample_logprob:
+        raise ValueError(
+            f"tail='sampled' at temperature {temperature:g} needs sample_logprob, which these rows do not hold: "
+            "use tail='bucket'"
+        )
+    if headless is not None and not (policy == "sampled" and temperature == 1.0):
+        raise ValueError(f"row {headless} has no exact head; rows of samples only admit tail='sampled' with forward_kl")
+    if "renormalize" not in policy and temperature != 1.0:
+        _stored_key(temperatures, temperature, what="tail_logit")
 
 
 def prepare_teacher(
     targets: SparseTargets, policy: str, *, temperature: float, labels_N: Tensor, dtype: torch.dtype
 ) -> TeacherEntries:
-    """Turns stored rows into the numbers of one policy.
+    """Turn stored rows into the numbers of one policy.
 
     Args:
-        targets: the rows.
         policy: a key of TAIL_POLICIES.
         temperature: the teacher's effective temperature, T / target_logits_scale.
         labels_N: [N], for residual_to_label; ignored rows must have been dropped.
-        dtype: of the result.
 
     Raises:
         ValueError: rows that lack what the policy needs.
     """
+    headless_N = targets.head_size_N == 0
+    check_rows(
+        policy,
+        temperature,
+        headless=int(headless_N.nonzero()[0]) if bool(headless_N.any()) else None,
+        draws=targets.draws,
+        temperatures=targets.tail_logit_by_temperature,
+        sample_logprob=targets.sample_logprob_NE is not None,
+    )
     if policy == "sampled":
         return _sampled(targets, temperature, dtype=dtype)
     head_NE, log_p_NE, log_tail_N = _head_at(targets, temperature, dtype=dtype, need_tail="renormalize" not in policy)
@@ -131,14 +173,11 @@ def prepare_teacher(
 def _head_at(
     targets: SparseTargets, temperature: float, *, dtype: torch.dtype, need_tail: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Head mask, log p_T of the head (-inf elsewhere) and log r_T.
+    """Return the head mask, log p_T of the head (-inf elsewhere) and log r_T.
 
     p_T on the head is softmax_H(logprob / T) * (1 - r_T): a temperature scales ratios within the head, and the stored
     r_T says how much mass the head keeps.
     """
-    if bool((targets.head_size_N == 0).any()):
-        row = int((targets.head_size_N == 0).nonzero()[0])
-        raise ValueError(f"row {row} has no exact head; rows of samples only admit tail='sampled' with forward_kl")
     head_NE = targets.head_NE
     log_p_NE = targets.logprob_NE.to(dtype).masked_fill(~head_NE, -torch.inf)
     if temperature == 1.0:
@@ -154,9 +193,7 @@ def _head_at(
 
 
 def _sampled(targets: SparseTargets, temperature: float, *, dtype: torch.dtype) -> TeacherEntries:
-    """p_hat = p on the head, r * count / M on samples; at T != 1 samples carry the weight p_T / p besides."""
-    if targets.draws == 0:
-        raise ValueError("tail='sampled', but the rows hold no tail samples (draws is 0): use tail='bucket'")
+    """Estimate p_hat = p on the head, r * count / M on samples; at T != 1 samples also carry the weight p_T / p."""
     head_NE, sample_NE = targets.head_NE, targets.sample_NE
     share_NE = targets.count_NE.to(dtype) / targets.draws
     if temperature == 1.0:
@@ -164,11 +201,7 @@ def _sampled(targets: SparseTargets, temperature: float, *, dtype: torch.dtype) 
         p_NE = targets.logprob_NE.to(dtype).exp().masked_fill(~head_NE, 0.0)
         estimate_NE = torch.addcmul(p_NE, share_NE, targets.tail_logit_N.to(dtype).sigmoid().unsqueeze(-1))
     else:
-        if targets.sample_logprob_NE is None:
-            raise ValueError(
-                f"tail='sampled' at temperature {temperature:g} needs sample_logprob, which these rows do not hold: "
-                "use tail='bucket'"
-            )
+        assert targets.sample_logprob_NE is not None, "check_rows has seen it"
         warnings.warn(f"tail='sampled' at temperature {temperature:g}: its variance grows fast with T", stacklevel=5)
         entropy_N = _at(targets.entropy_by_temperature, temperature, what="entropy")
         _, log_p_NE, _ = _head_at(targets, temperature, dtype=dtype, need_tail=True)
@@ -191,7 +224,7 @@ def _sampled(targets: SparseTargets, temperature: float, *, dtype: torch.dtype) 
 
 
 def _residual_to_label(targets: SparseTargets, labels_N: Tensor, *, p_NE: Tensor, r_N: Tensor) -> TeacherEntries:
-    """p_hat(label) += r, wherever the label lies; the value is the KL of that p_hat, so its own entropy counts."""
+    """Give r to the label, in the head or not; the value is the KL of that p_hat, so p_hat's own entropy counts."""
     is_label_NE = targets.head_NE & (targets.ids_NE == labels_N.unsqueeze(-1))
     whole_NE = p_NE + is_label_NE * r_N.unsqueeze(-1)
     outside_N = torch.where(is_label_NE.any(-1), 0.0, r_N)
@@ -206,10 +239,15 @@ def _residual_to_label(targets: SparseTargets, labels_N: Tensor, *, p_NE: Tensor
 
 
 def _at(stored: Mapping[float, Tensor], temperature: float, *, what: str) -> Tensor:
-    """The stored column of that temperature."""
-    for key, value in stored.items():
+    """Return the stored column of that temperature."""
+    return stored[_stored_key(stored, temperature, what=what)]
+
+
+def _stored_key(stored: Iterable[float], temperature: float, *, what: str) -> float:
+    """Return the stored temperature that this one is, but for rounding."""
+    for key in stored:
         if math.isclose(key, temperature, rel_tol=1e-6):
-            return value
+            return key
     have = ", ".join(f"{key:g}" for key in sorted(stored)) or "none"
     raise ValueError(
         f"teacher temperature {temperature:g}: the rows hold no {what} for it (stored besides 1: {have}); "

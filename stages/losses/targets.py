@@ -95,11 +95,11 @@ class SparseTargets:
         return self.count_NE > 0
 
     def rows(self, index: slice | Tensor) -> SparseTargets:
-        """The selected rows: a slice gives views, an int64 or bool tensor copies."""
+        """Return the selected rows: a slice gives views, an int64 or bool tensor copies."""
         return self._map(lambda value: value[index])
 
     def to(self, device: torch.device | str) -> SparseTargets:
-        """The same rows on another device."""
+        """Return the same rows on another device."""
         return self._map(lambda value: value.to(device, non_blocking=True))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> SparseTargets:
@@ -129,7 +129,7 @@ class SparseTargets:
         tail_logit_by_temperature: Mapping[float, Array] | None = None,
         entropy_by_temperature: Mapping[float, Array] | None = None,
     ) -> SparseTargets:
-        """Pads flat rows, as a store holds them, to a rectangle.
+        """Pad flat rows, as a store holds them, to a rectangle.
 
         Args:
             ids: [M] token ids of all rows, each row's head first.
@@ -194,7 +194,7 @@ class SparseTargets:
         generator: torch.Generator | None = None,
         temperatures: tuple[float, ...] = (),
     ) -> SparseTargets:
-        """Rows made from dense teacher logits, in float64 inside. For tests and small experiments: a store's rows
+        """Make rows from dense teacher logits, in float64 inside. For tests and small experiments: a store's rows
         come from stages/targets.
 
         Args:
@@ -235,12 +235,12 @@ class SparseTargets:
 
 
 def _columns(targets: SparseTargets) -> dict[str, Tensor]:
-    """The tensor fields that are present, by name."""
+    """Return the tensor fields that are present, by name."""
     return {name: value for name, value in vars(targets).items() if isinstance(value, Tensor)}
 
 
 def _moments(logprob_NV: Tensor, ids_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """tail_logit [N], entropy [N] and log-probabilities with the head struck out [N, V]."""
+    """Return tail_logit [N], entropy [N] and log-probabilities with the head struck out [N, V]."""
     tail_NV = logprob_NV.scatter(-1, ids_NK, -torch.inf)
     tail_logit_N = tail_NV.logsumexp(-1) - logprob_NV.gather(-1, ids_NK).logsumexp(-1)
     entropy_N = torch.special.entr(logprob_NV.exp()).sum(-1)
@@ -248,7 +248,7 @@ def _moments(logprob_NV: Tensor, ids_NK: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _long(values: Array | None) -> Tensor:
-    """int64; torch has no arithmetic on the unsigned types that a store uses."""
+    """Return int64; torch has no arithmetic on the unsigned types that a store uses."""
     return values.long() if isinstance(values, Tensor) else torch.from_numpy(np.asarray(values).astype(np.int64))
 
 
@@ -264,7 +264,7 @@ def _check_lengths(
     heads: Mapping[str, Array],
     tails: Mapping[str, Array | None],
 ) -> None:
-    """Raises ValueError unless the flat arrays fit the rows."""
+    """Raise ValueError unless the flat arrays fit the rows."""
     if len(head_N) != len(entries_N):
         raise ValueError(f"head_size has {len(head_N)} rows, the entries have {len(entries_N)}")
     if bool((head_N > entries_N).any()) or bool((head_N < 0).any()):
@@ -280,7 +280,7 @@ def _check_lengths(
 
 
 def _check_draws(targets: SparseTargets) -> None:
-    """Raises ValueError unless each row with samples has `draws` of them."""
+    """Raise ValueError unless each row with samples has `draws` of them."""
     drawn_N = targets.count_NE.sum(-1)
     wrong_N = (drawn_N != 0) & (drawn_N != targets.draws)
     if bool(wrong_N.any()):
@@ -289,7 +289,7 @@ def _check_draws(targets: SparseTargets) -> None:
 
 
 def check_distinct(targets: SparseTargets) -> None:
-    """Raises ValueError where a row holds a token id twice.
+    """Raise ValueError where a row holds a token id twice.
 
     Without this the value would be right and the gradient wrong. It costs one sort: 6 ms of one core for 4,096 rows of
     64 entries, about a thousandth of a loss over 49,152 tokens.
@@ -303,7 +303,7 @@ def check_distinct(targets: SparseTargets) -> None:
 
 
 def _repeats(targets: SparseTargets) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids of each row sorted, with padding told apart by ids below 0; their order; which equal the one before."""
+    """Return the ids of each row sorted, padding with ids below 0; their order; which equal the one before."""
     slot_E = torch.arange(targets.ids_NE.shape[1], device=targets.device)
     used_NE = targets.head_NE | targets.sample_NE
     sorted_NE, order_NE = torch.where(used_NE, targets.ids_NE, -1 - slot_E).sort(dim=-1, stable=True)
@@ -313,7 +313,7 @@ def _repeats(targets: SparseTargets) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _merge_repeated_samples(targets: SparseTargets) -> SparseTargets:
-    """Adds the counts of equal tail samples of a row into the first of them; the others become padding.
+    """Add the counts of equal tail samples of a row into the first of them; the others become padding.
 
     Raises:
         ValueError: an id that is twice in a head, or in the head and among the samples.

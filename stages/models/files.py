@@ -80,7 +80,7 @@ def _download(name: str, revision: str | None, *, weights: bool, key: str) -> Mo
         raise UsageError(f"model {name!r} is gated", where=key, fix=fix) from error
     except HFValidationError as error:
         raise UsageError(
-            f"no model directory {name!r}, and it is no hub name", where=key, fix="check the path"
+            f"no model directory {name!r}, and it is not a hub name", where=key, fix="check the path"
         ) from error
     except RevisionNotFoundError as error:
         raise UsageError(f"model {name!r} has no revision {revision!r}", where=key) from error

@@ -1,6 +1,6 @@
 """The head: final hidden states to float32 logits, exactly as the model defines them.
 
-bfloat16 logits are useless to store (rounding moves probabilities by up to 11%), so the product, the bias, the scale
+bfloat16 logits are useless to store (rounding moves probabilities by up to 11%), so the product, the bias, the factor
 and the softcap are computed in float32 whatever the dtype of the forward pass, and only over real tokens.
 
 Axis legend: N positions, D hidden width, V real tokens.
@@ -32,9 +32,9 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 @dataclass(frozen=True, kw_only=True)
 class HeadRule:
-    """What happens to logits after the matrix product: z * scale, then softcap * tanh(z / softcap)."""
+    """What happens to logits after the matrix product: z * logit_multiplier, then softcap * tanh(z / softcap)."""
 
-    scale: float = 1.0
+    logit_multiplier: float = 1.0
     softcap: float | None = None
 
     @classmethod
@@ -47,7 +47,7 @@ class HeadRule:
             if text.model_type.startswith(prefix):
                 value = getattr(text, field, None)
                 factor = 1.0 if value is None else float(value)
-                return cls(scale=1.0 / factor if divides else factor, softcap=softcap)
+                return cls(logit_multiplier=1.0 / factor if divides else factor, softcap=softcap)
         return cls(softcap=softcap)
 
 
@@ -56,7 +56,7 @@ class Head:
 
     Args:
         layer: the model's output embedding.
-        rule: scale and softcap.
+        rule: factor and softcap.
         vocab_size: real tokens; head rows beyond them are padding.
         where: the model's directory, for messages.
 
@@ -81,8 +81,8 @@ class Head:
             logits_NV = torch.mm(hidden_ND.float(), self.weight_VD.T)
         if self.bias_V is not None:
             logits_NV += self.bias_V
-        if self.rule.scale != 1.0:
-            logits_NV *= self.rule.scale
+        if self.rule.logit_multiplier != 1.0:
+            logits_NV *= self.rule.logit_multiplier
         if self.rule.softcap is not None:
             logits_NV.div_(self.rule.softcap).tanh_().mul_(self.rule.softcap)
         return logits_NV

@@ -40,10 +40,9 @@ def packed_sdpa(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Causal scaled-dot-product attention within each sequence of one packed row.
+    """Compute causal scaled-dot-product attention within each sequence of one packed row.
 
     Args:
-        module: the attention layer.
         query_BHTD, key_BHTD, value_BHTD: projected states, B = 1.
         attention_mask: must be None: positions alone separate the sequences.
         position_ids: [1, T]; a sequence starts wherever it is 0.
@@ -101,12 +100,12 @@ def use_packed_attention(
 
 @torch.no_grad()
 def probe_hidden(model: PreTrainedModel, sizes: Sequence[int] = _PROBE_LENGTHS) -> Tensor:
-    """Hidden states [T, D] of packed sequences of these lengths; a sequence's tokens depend on its length only."""
+    """Return hidden states [T, D] of packed sequences of these lengths; their tokens depend on the length only."""
     return hidden_of_probe(model, sizes)
 
 
 def hidden_of_probe(model: PreTrainedModel, sizes: Sequence[int] = _PROBE_LENGTHS) -> Tensor:
-    """The same with gradients, where they are enabled."""
+    """Return the same with gradients, where they are enabled."""
     device = next(model.parameters()).device
     vocabulary = model.config.get_text_config().vocab_size
     ids_1T = torch.cat([torch.arange(1, size + 1, device=device) * (6 + size) % vocabulary for size in sizes])[None]
@@ -122,20 +121,20 @@ def hidden_of_probe(model: PreTrainedModel, sizes: Sequence[int] = _PROBE_LENGTH
 
 
 def change_of(model: PreTrainedModel, found: Tensor, expected: Tensor) -> float | None:
-    """How far two probes of a model are apart, relative to the largest value; None: no farther than it rounds."""
+    """Return how far two probes of a model are apart, relative to the largest value; None: within rounding."""
     change = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
     return change if change > _ROUNDING.get(model.dtype, _ROUNDING_IN_HALF) else None
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:
-    """Bool [length, length]: True where a token sees another, at most `window` tokens back."""
+    """Return bool [length, length]: True where a token sees another, at most `window` tokens back."""
     index = torch.arange(length, device=device)
     distance = index[:, None] - index[None, :]
     return (distance >= 0) & (distance < window)
 
 
 def packed_hidden(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
-    """Final hidden states at the target rows of a packed micro-batch, hidden_ND."""
+    """Return final hidden states at the target rows of a packed micro-batch, hidden_ND."""
     output = model.base_model(input_ids=batch.tokens_1T, position_ids=batch.positions_1T, use_cache=False)
     hidden_TD: Tensor = output.last_hidden_state[0]
     return hidden_TD[batch.rows_N]

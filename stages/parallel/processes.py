@@ -1,7 +1,7 @@
-"""The processes of a run, which torchrun started, and what only one of them may do.
+"""The processes of a run, which torchrun started, as a mesh with named dimensions; what only one of them may do.
 
-The main process (rank 0) owns the run directory. Errors of it are raised in every process; an error of any other ends
-that process, and the others as soon as they need it.
+The main process (global rank 0) owns the run directory. Errors of it are raised in every process; an error of any
+other ends that process, and the others as soon as they need it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from storage.errors import DistillError, IdentityError, PeerLostError
 
 R = TypeVar("R")
 
+DIMENSIONS = ("dp_replicate", "dp_shard", "tp")  # of the mesh, the slowest first: ranks of one tp are neighbours
+
 _LOST = (
     "broken pipe",
     "connection closed",
@@ -32,18 +34,36 @@ _LOST = (
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
-    """The processes that share one student, in one dimension.
+    """The processes that share the training of one student.
 
     Attributes:
-        mesh: of tensor parallelism; None: this process is alone.
+        mesh: with the dimensions DIMENSIONS; None: this process is alone.
     """
 
     mesh: DeviceMesh | None = None
 
     @property
     def main(self) -> bool:
-        """Whether this process owns the run directory."""
-        return self.mesh is None or self.mesh.get_local_rank() == 0
+        """Whether this process owns the run directory: it has global rank 0."""
+        return self.mesh is None or dist.get_rank() == 0
+
+    @property
+    def dp_size(self) -> int:
+        """Number of shares into which the data of a step is dealt."""
+        return 1 if self.mesh is None else self.mesh["dp_replicate"].size() * self.mesh["dp_shard"].size()
+
+    @property
+    def dp_rank(self) -> int:
+        """Number of the share that this process takes, 0 <= dp_rank < dp_size."""
+        if self.mesh is None:
+            return 0
+        replica, shard = (self.mesh.get_local_rank(name) for name in ("dp_replicate", "dp_shard"))
+        return replica * self.mesh["dp_shard"].size() + shard
+
+    @property
+    def tp(self) -> DeviceMesh | None:
+        """The processes among which models are cut, as a mesh of the one dimension `tp`; None: nothing is cut."""
+        return None if self.mesh is None or self.mesh["tp"].size() == 1 else self.mesh["tp"]
 
     def on_main(self, function: Callable[[], R]) -> R:
         """Call `function` in the main process alone; every process gets its result, or its error.
@@ -66,7 +86,7 @@ class Processes:
                 error = caught
                 message[1] = _told(caught)
         try:
-            dist.broadcast_object_list(message, group=self.mesh.get_group(), group_src=0)
+            dist.broadcast_object_list(message, src=0)
         finally:
             if error is not None:
                 raise error  # also where the others cannot be told any more
@@ -95,14 +115,14 @@ class Processes:
 
 
 def gather(value: R) -> list[R]:
-    """What each process of the default group gives, by rank. Every process calls; the value can be pickled."""
+    """Return what each process of the run gives, by global rank. Every process calls; the value can be pickled."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def is_peer_lost(error: RuntimeError) -> bool:
-    """Whether this error of a collective operation says that another process has ended or cannot be reached.
+    """Tell whether this error of a collective operation says that another process has ended or cannot be reached.
 
     torch has classes for its store and for nccl, which hold wrong setups and wrong calls too: there the words decide.
     What gloo throws is a plain RuntimeError that names its source file; where it says `enforce fail`, the processes do
@@ -115,7 +135,7 @@ def is_peer_lost(error: RuntimeError) -> bool:
 
 
 def _told(error: BaseException) -> DistillError:
-    """What the other processes raise when the main one raises `error`."""
+    """Return what the other processes raise when the main one raises `error`."""
     if isinstance(error, DistillError):
         return error
     if isinstance(error, Exception):

@@ -35,30 +35,30 @@ _WHERE = "distributed.tp"
 _ROUNDING_OF_GRADIENT, _ROUNDING_IN_HALF = 1e-2, 0.25  # relative; sound architectures stay below 1e-5 in float32
 
 
-def cut_model(model: PreTrainedModel, mesh: DeviceMesh, *, role: str = "student") -> None:
+def cut_model(model: PreTrainedModel, tp: DeviceMesh, *, role: str = "student") -> None:
     """Keep this process's part of a model that every process holds whole, and prove that it still computes the same.
 
     Embeddings stay whole unless they are tied to the head.
 
     Args:
         model: with packed attention; changed in place.
-        mesh: one-dimensional.
+        tp: the processes that share it, a mesh of the one dimension `tp`.
         role: what messages call the model.
 
     Raises:
         UsageError: the architecture states no plan that is known here, or does not divide by the number of processes.
     """
     plan = _plan_of(model, role)
-    _check_division(model, plan, mesh.size(), role)
+    _check_division(model, plan, tp.size(), role)
     _check_dropout(model, role)
     expected_TD, expected = _probe(model)
     body = model.base_model
     styles = {name: _STYLES[style] for name, style in plan.items() if style in _STYLES}
     try:
-        parallelize_module(body, mesh, styles, src_data_rank=None)
-        _sum_partial_gradients(body, [name for name, style in plan.items() if style == _REPLICATED], mesh)
+        parallelize_module(body, tp, styles, src_data_rank=None)
+        _sum_partial_gradients(body, [name for name, style in plan.items() if style == _REPLICATED], tp)
         if model is not body:
-            _cut_head(model, mesh)
+            _cut_head(model, tp)
         found_TD, found = _probe(model)
     except (RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, RuntimeError) and is_peer_lost(error):  # not the model's fault
@@ -67,7 +67,7 @@ def cut_model(model: PreTrainedModel, mesh: DeviceMesh, *, role: str = "student"
     change = change_of(model, found_TD, expected_TD)
     if change is not None:
         raise _cannot_be_cut(model, role, f"hidden states change by {change:.1%}")
-    wrong = _largest_change(model, expected, found, mesh)
+    wrong = _largest_change(model, expected, found, tp)
     if wrong is not None:
         raise _cannot_be_cut(model, role, f"the gradient of {wrong} changes")
 
@@ -81,8 +81,8 @@ def _cannot_be_cut(model: PreTrainedModel, role: str, why: str) -> UsageError:
 
 
 def _probe(model: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor]]:
-    """Hidden states [T, D] of a few tokens, and this process's gradient of each weight that learns, for a fixed
-    gradient of the hidden states."""
+    """Return hidden states [T, D] of a few tokens, and this process's gradient of each weight that learns, for a
+    fixed gradient of the hidden states."""
     learns = any(parameter.requires_grad for parameter in model.base_model.parameters())
     with torch.set_grad_enabled(learns):
         hidden_TD = hidden_of_probe(model)
@@ -95,9 +95,9 @@ def _probe(model: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def _largest_change(
-    model: PreTrainedModel, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], mesh: DeviceMesh
+    model: PreTrainedModel, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], tp: DeviceMesh
 ) -> str | None:
-    """The weight whose gradient differs most on any process, if it differs by more than rounding.
+    """Return the weight whose gradient differs most on any process, if it differs by more than rounding.
 
     A gradient that is summed over a part of the heads only is off by at least half on one of two processes.
     """
@@ -111,7 +111,7 @@ def _largest_change(
         change = (_local(found[name]).float() - wanted).norm() / (wanted.norm() + 1e-4 * total)
         changes.append(torch.nan_to_num(change, nan=torch.inf))
     worst = torch.stack(changes)
-    dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=mesh.get_group())
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=tp.get_group("tp"))
     limit = _ROUNDING_OF_GRADIENT if model.dtype == torch.float32 else _ROUNDING_IN_HALF
     return names[int(worst.argmax())] if bool((worst > limit).any()) else None
 
@@ -121,7 +121,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _check_dropout(model: PreTrainedModel, role: str) -> None:
-    """Every process would draw the same mask for other heads: a student with dropout is refused."""
+    """Refuse a student with dropout: every process would draw the same mask for other heads."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return
     for name, module in model.base_model.named_modules():
@@ -134,15 +134,15 @@ def _check_dropout(model: PreTrainedModel, role: str) -> None:
                 )
 
 
-def cut_rows(weight_VD: Tensor, rows: int, mesh: DeviceMesh) -> Tensor:
-    """A head [V, D] cut where a head of `rows` rows is cut: zeros stand for rows that it lacks."""
+def cut_rows(weight_VD: Tensor, rows: int, tp: DeviceMesh) -> Tensor:
+    """Cut a head [V, D] where a head of `rows` rows is cut: zeros stand for rows that it lacks."""
     padded_VD = weight_VD.new_zeros(rows, *weight_VD.shape[1:])
     padded_VD[: len(weight_VD)] = weight_VD[:rows]
-    return distribute_tensor(padded_VD, mesh, [Shard(0)], src_data_rank=None)
+    return distribute_tensor(padded_VD, tp, [Shard(0)], src_data_rank=None)
 
 
 def _plan_of(model: PreTrainedModel, role: str) -> dict[str, str]:
-    """Style of each module of the body, by name with `*` for the number of the layer."""
+    """Return the style of each module of the body, by name with `*` for the number of the layer."""
     plan: dict[str, str] = dict(model.config.get_text_config().base_model_tp_plan or {})
     unknown = sorted(set(plan.values()) - _STYLES.keys() - {_REPLICATED})
     if not plan or unknown:
@@ -156,7 +156,7 @@ def _plan_of(model: PreTrainedModel, role: str) -> dict[str, str]:
 
 
 def _check_division(model: PreTrainedModel, plan: Mapping[str, str], size: int, role: str) -> None:
-    """Heads and inner widths must divide; the vocabulary need not.
+    """Check that heads and inner widths divide; the vocabulary need not.
 
     Raises:
         UsageError: the first thing that does not divide by `size`.
@@ -179,12 +179,12 @@ def _check_division(model: PreTrainedModel, plan: Mapping[str, str], size: int, 
             )
 
 
-def _sum_partial_gradients(body: nn.Module, names: list[str], mesh: DeviceMesh) -> None:
+def _sum_partial_gradients(body: nn.Module, names: list[str], tp: DeviceMesh) -> None:
     """Sum the gradients of whole weights that each process applies to its own heads only (norms of query and key)."""
 
     def summed(gradient: Tensor) -> Tensor:
         gradient = gradient.clone()
-        dist.all_reduce(gradient, group=mesh.get_group())
+        dist.all_reduce(gradient, group=tp.get_group("tp"))
         return gradient
 
     for name, module in body.named_modules():
@@ -194,12 +194,12 @@ def _sum_partial_gradients(body: nn.Module, names: list[str], mesh: DeviceMesh) 
                     parameter.register_hook(summed)
 
 
-def _cut_head(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+def _cut_head(model: PreTrainedModel, tp: DeviceMesh) -> None:
     """Cut the head by vocabulary, and with it the embeddings that are tied to it."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[no-untyped-call]
     tied = head.weight is embeddings.weight
-    parallelize_module(head, mesh, ColwiseParallel(), src_data_rank=None)
+    parallelize_module(head, tp, ColwiseParallel(), src_data_rank=None)
     if tied:
         style = RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
-        parallelize_module(embeddings, mesh, style, src_data_rank=None)
+        parallelize_module(embeddings, tp, style, src_data_rank=None)
         head.weight = embeddings.weight

@@ -17,7 +17,7 @@ CUT_NORM_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
 
 
 def whole(tensors: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
-    """The tensors, put together one by one, on the CPU where they were cut; names that share memory share it still.
+    """Return the tensors whole, on the CPU those that were cut; names that share memory still do.
 
     Args:
         tensors: by name.
@@ -29,18 +29,18 @@ def whole(tensors: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tens
         if isinstance(tensor, DTensor):
             part = tensor.to_local()
             # Not its address, which is 0 for every empty part: all processes must find the same names to be one.
-            place = part.untyped_storage()._cdata, int(part.storage_offset())
-            if place not in gathered:
+            memory = part.untyped_storage()._cdata, int(part.storage_offset())
+            if memory not in gathered:
                 full = tensor.full_tensor()
-                gathered[place] = full.cpu() if keep else full.new_empty(0)
-            tensor = gathered[place]
+                gathered[memory] = full.cpu() if keep else full.new_empty(0)
+            tensor = gathered[memory]
         if keep:
             kept[name] = tensor
     return kept
 
 
 def like(full: Tensor, model: Tensor) -> Tensor:
-    """`full` on the device of `model`, cut as that is cut if the shapes agree."""
+    """Return `full` on the device of `model`, cut as that is cut if the shapes agree."""
     full = full.to(model.device)
     if not isinstance(model, DTensor) or full.shape != model.shape:
         return full
@@ -48,17 +48,18 @@ def like(full: Tensor, model: Tensor) -> Tensor:
 
 
 def local_size(tensor: Tensor) -> int:
-    """Number of elements that this process holds."""
+    """Return the number of elements that this process holds."""
     return tensor.to_local().numel() if isinstance(tensor, DTensor) else tensor.numel()
 
 
 @torch.no_grad()
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no part of it is NaN or infinite."""
+    """Tell whether all parts of it are free of NaN and infinity."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     wrong = (~local.isfinite()).any().to(torch.int32)
     if isinstance(tensor, DTensor):
-        dist.all_reduce(wrong, group=tensor.device_mesh.get_group())
+        for dimension in tensor.device_mesh.mesh_dim_names or ():
+            dist.all_reduce(wrong, group=tensor.device_mesh.get_group(dimension))
     return not bool(wrong)
 
 
@@ -72,11 +73,13 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
     cut = [parameter.grad for parameter in chosen if isinstance(parameter.grad, DTensor)]
     if not cut:
         return float(torch.nn.utils.clip_grad_norm_(chosen, limit))
-    shared = [gradient.to_local() for gradient in cut if any(place.is_shard() for place in gradient.placements)]
-    copied = [gradient.to_local() for gradient in cut if all(place.is_replicate() for place in gradient.placements)]
+    shared = [gradient.to_local() for gradient in cut if any(placement.is_shard() for placement in gradient.placements)]
+    copied = [
+        gradient.to_local() for gradient in cut if all(placement.is_replicate() for placement in gradient.placements)
+    ]
     copied += [parameter.grad for parameter in chosen if not isinstance(parameter.grad, DTensor)]  # type: ignore[misc]
     squared = _norm(shared).square()
-    dist.all_reduce(squared, group=cut[0].device_mesh.get_group())
+    dist.all_reduce(squared, group=cut[0].device_mesh.get_group("tp"))
     norm = float((squared + _norm(copied).square()).sqrt())
     factor = min(1.0, limit / (norm + CUT_NORM_EPS)) if math.isfinite(norm) else 1.0
     if factor < 1.0:

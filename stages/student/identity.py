@@ -47,7 +47,6 @@ def compare_tokenizers(directory: Path, teacher_files: Mapping[str, bytes], *, w
     """Compare the tokenizer of a student's directory with the teacher's.
 
     Args:
-        directory: of the student.
         teacher_files: as `check_tokenizer`.
         where: what names the student, for messages.
 
@@ -72,7 +71,6 @@ def check_vocabulary(model: PreTrainedModel, vocab_size: int, *, same_tokenizer:
     Rows beyond are padding: masked in the loss, never trained as tokens.
 
     Args:
-        model: the student.
         vocab_size: real tokens of the teacher.
         same_tokenizer: the student's own tokenizer was compared, so that further rows are known to be padding.
 

@@ -21,7 +21,7 @@ from storage.errors import UsageError
 
 
 def head_layer(model: PreTrainedModel) -> nn.Linear:
-    """The output layer of a model. Raises UsageError if it is not one linear layer."""
+    """Return the output layer of a model. Raise UsageError if it is not one linear layer."""
     layer: object = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if not isinstance(layer, nn.Linear):
         raise UsageError(
@@ -72,7 +72,7 @@ class Student:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def hidden(self, batch: MicroBatch) -> Tensor:
-        """Final hidden states at the target rows, hidden_ND in `dtype`. No attention mask: see MicroBatch."""
+        """Return final hidden states at the target rows, hidden_ND in `dtype`. No attention mask: see MicroBatch."""
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             hidden_ND = packed_hidden(self.model, batch)
         return hidden_ND.to(self.dtype)

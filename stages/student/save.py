@@ -54,7 +54,6 @@ def save_student(
     """Write the model directory whole and durably, in place of an older one.
 
     Args:
-        model: the student.
         directory: RUN/model.
         tokenizer_files: the store's tokenizer files by name.
         facts: for the model card.
@@ -73,7 +72,7 @@ def save_student(
 
 
 def model_card(facts: CardFacts) -> str:
-    """The text of README.md. It holds nothing that changes from one equal run to the next."""
+    """Return the text of README.md. It holds nothing that changes from one equal run to the next."""
     if facts.store_id is None:
         means = "the live teacher's next-token distributions over its whole vocabulary"
         data = f"corpus and teacher | digest `{facts.store_digest}`"

@@ -43,7 +43,7 @@ class StudentSource:
 
 
 def build_student(source: StudentSource, *, seed: int) -> PreTrainedModel:
-    """The student in float32, in training mode, on the CPU.
+    """Build the student in float32, in training mode, on the CPU.
 
     Args:
         source: where it comes from.
@@ -79,22 +79,22 @@ def _random_model(source: StudentSource) -> PreTrainedModel:
 
 
 def load_config(source: StudentSource) -> PreTrainedConfig:
-    """The model configuration that `source` starts from.
+    """Return the model configuration that `source` starts from.
 
     Raises:
         UsageError: no such model or file, or an architecture that transformers does not know.
     """
     file = Path(source.path).expanduser()
-    place = file if file.is_file() else model_directory(source, weights=False)
+    path = file if file.is_file() else model_directory(source, weights=False)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=True)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise _not_loadable(source, error) from error
     return config
 
 
 def model_directory(source: StudentSource, *, weights: bool) -> Path:
-    """The directory of `source.path`, from the hub's cache if it is a hub name.
+    """Return the directory of `source.path`, from the hub's cache if it is a hub name.
 
     Raises:
         UsageError: no such model, or (with `weights`) none in safetensors format.
@@ -106,7 +106,7 @@ def model_directory(source: StudentSource, *, weights: bool) -> Path:
 
 
 def overridden(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
-    """The same configuration with some fields changed. A per-layer list that no longer fits is made anew.
+    """Return the same configuration with some fields changed. A per-layer list that no longer fits is made anew.
 
     Raises:
         UsageError: a field that this kind of configuration does not have, with the nearest one that it has.
@@ -131,7 +131,7 @@ def overridden(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTra
 
 
 def chosen_layers(layers: int | Sequence[int] | None, available: int) -> tuple[int, ...]:
-    """Indices of the layers to keep, rising.
+    """Return the indices of the layers to keep, rising.
 
     Args:
         layers: a number of layers, spread evenly from the first to the last; or their indices.
@@ -157,7 +157,7 @@ def chosen_layers(layers: int | Sequence[int] | None, available: int) -> tuple[i
 
 
 def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
-    """A new model of the same kind with only these layers, in this order, and every other weight unchanged.
+    """Return a new model of the same kind with only these layers, in this order, and every other weight unchanged.
 
     The model is built anew from the changed configuration, so that whatever depends on a layer's index is right.
     """
@@ -199,7 +199,7 @@ def _load_model(source: StudentSource) -> PreTrainedModel:
 
 
 def _layer_prefix(model: PreTrainedModel) -> str:
-    """Name of the list of decoder layers, such as `model.layers`."""
+    """Return the name of the list of decoder layers, such as `model.layers`."""
     wanted = model.config.num_hidden_layers
     found = [
         name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == wanted
@@ -217,7 +217,7 @@ def _layer_prefix(model: PreTrainedModel) -> str:
 
 
 def _per_layer_fields(config: PreTrainedConfig) -> list[str]:
-    """Fields that list one value per layer, such as `layer_types`."""
+    """Return the fields that list one value per layer, such as `layer_types`."""
     return [
         key
         for key, value in config.to_dict().items()

@@ -24,7 +24,6 @@ def assemble(sequences: Items[Sequence], rows: TargetRows, target: TargetSpec) -
     """Join sequences with their rows, which come in the order of the sequences and of their positions.
 
     Args:
-        sequences: of the batch.
         rows: one per position that wants one.
         target: what the rows hold.
     """

@@ -109,7 +109,7 @@ def mass_rows(logits_NV: Tensor, at: Positions, target: TargetSpec) -> TargetRow
 def _rows(
     logits_NV: Tensor, at: Positions, target: TargetSpec, head_size: Callable[[Tensor, Tensor], Tensor]
 ) -> TargetRows:
-    """Rows with heads of the sizes int64 [N] that `head_size` gives.
+    """Return rows with heads of the sizes int64 [N] that `head_size` gives.
 
     It is given the k greatest probabilities of each row, [N, K], and the sum of all others, [N], both float64.
     """
@@ -187,7 +187,7 @@ def _tail_logit(prob_NK: Tensor, outside_N: Tensor, head_NK: Tensor) -> Tensor:
 
 
 def _refuse_nan(log_sum_N: Tensor, at: Positions) -> None:
-    """A NaN or +inf anywhere in a row makes its sum NaN, and so does a row of -inf."""
+    """Refuse rows whose sum is NaN: a NaN or +inf anywhere makes it so, and so does a row of -inf."""
     bad_N = ~torch.isfinite(log_sum_N)
     if bad_N.any():
         row = int(bad_N.nonzero()[0, 0])

@@ -63,6 +63,6 @@ def teacher_identity(
         "files": file_hashes(files),
         "dtype": dtype_name(dtype),
         "attention": attention,
-        "logit_scale": rule.scale,
+        "logit_scale": rule.logit_multiplier,
         "softcap": rule.softcap,
     }

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from stages.models.files import ModelDirectory, first_line
 from stages.models.head import Head, HeadRule
 from stages.models.quiet import quiet
+from stages.out_of_memory import is_out_of_memory
 from storage.errors import NumericsError, OutOfSpaceError, UsageError
 
 PROBE_TOKENS = 8
@@ -53,7 +54,7 @@ class HFTeacher:
             files: the model.
             vocab_size: real tokens.
             device, dtype, attention: how it computes.
-            key: the section of the configuration that names the model, for what messages advise; None: there is none.
+            key: the section of the configuration that names the model, for what messages advise; None: no section does.
 
         Raises:
             UsageError: not a causal language model, weights that are broken, lacking or of other shapes than the
@@ -116,7 +117,7 @@ def _from_pretrained(files: ModelDirectory, *, dtype: torch.dtype, attention: st
                 ignore_mismatched_sizes=True,  # they are in the report, and refused below by name
             )
     except Exception as error:  # transformers builds a model of the user's files here, and fails in many ways
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         eager = "" if key is None else f"; if it is the attention that fails, set {key}.attention: eager"
         fix = f"check the files{eager}"
@@ -133,21 +134,14 @@ def _memory_told(where: str, key: str | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         fix = "use a larger device" if key is None else f"use a larger device, or {key}.dtype: bfloat16"
         raise OutOfSpaceError("the model does not fit into memory", where=where, fix=fix) from error
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """On a CPU torch raises a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "allocate memory" in str(error)
-    )
-
-
 def _refuse_mismatched(keys: Iterable[tuple[str, torch.Size, torch.Size]], where: str) -> None:
-    """transformers fills weights whose shape is another one with random numbers too."""
+    """Refuse weights of other shapes: transformers fills those with random numbers too."""
     found = sorted(keys)
     if found:
         name, in_file, asked_for = found[0]
@@ -160,7 +154,7 @@ def _refuse_mismatched(keys: Iterable[tuple[str, torch.Size, torch.Size]], where
 
 
 def _refuse_missing(keys: Iterable[Any], where: str) -> None:
-    """transformers fills weights that a file lacks with random numbers; a model must have all of its own."""
+    """Refuse a file that lacks weights: transformers fills those with random numbers."""
     names = sorted(str(key) for key in keys)
     if names:
         raise UsageError(

@@ -75,23 +75,23 @@ class LiveTeacher:
             parameters=loaded.model.num_parameters(),
         )
 
-    def cut(self, mesh: DeviceMesh, rows: int) -> LiveTeacher:
-        """This process's part: of the body, and of the head where a student's head of `rows` rows is cut.
+    def cut(self, tp: DeviceMesh, rows: int) -> LiveTeacher:
+        """Keep this process's part: of the body, and of the head where a student's head of `rows` rows is cut.
 
         Raises:
             UsageError: the architecture cannot be cut between so many processes.
         """
-        cut_model(self.body, mesh, role="teacher")
-        bias_V = None if self.bias_V is None else cut_rows(self.bias_V, rows, mesh)
-        return replace(self, weight_VD=cut_rows(self.weight_VD, rows, mesh), bias_V=bias_V)
+        cut_model(self.body, tp, role="teacher")
+        bias_V = None if self.bias_V is None else cut_rows(self.bias_V, rows, tp)
+        return replace(self, weight_VD=cut_rows(self.weight_VD, rows, tp), bias_V=bias_V)
 
     @torch.no_grad()
     def rows(self, batch: MicroBatch) -> TeacherHead:
-        """The teacher at the target rows of a micro-batch, which lies on the teacher's device."""
+        """Return the teacher at the target rows of a micro-batch, which lies on the teacher's device."""
         return TeacherHead(
             hidden_ND=packed_hidden(self.body, batch).float(),
             weight_VD=self.weight_VD,
             bias_V=self.bias_V,
             softcap=self.rule.softcap,
-            logit_multiplier=self.rule.scale,
+            logit_multiplier=self.rule.logit_multiplier,
         )

@@ -41,7 +41,7 @@ _UNUSABLE = "unusable-"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
+class TrainingProgress:
     """Where a run stands.
 
     Attributes:
@@ -73,7 +73,7 @@ class Checkpoints:
     keep: int = 2
     processes: Processes = ALONE
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: TrainingProgress) -> Path:
         """Write a checkpoint whole and durably, then remove the oldest beyond `keep`.
 
         Raises:
@@ -84,7 +84,7 @@ class Checkpoints:
         moments = whole(_optimizer_tensors(model, optimizer), keep=main)
         return self.processes.on_main(lambda: self._write(weights, moments, progress))
 
-    def _write(self, weights: dict[str, Tensor], moments: dict[str, Tensor], progress: Progress) -> Path:
+    def _write(self, weights: dict[str, Tensor], moments: dict[str, Tensor], progress: TrainingProgress) -> Path:
         target = self.folder / f"{_PREFIX}{progress.step:08d}"
         with durable_directory(target, point="checkpoint") as directory:
             _save_tensors(weights, directory / "model.safetensors")
@@ -98,14 +98,14 @@ class Checkpoints:
             shutil.rmtree(old, ignore_errors=True)
         return target
 
-    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-        """Load the newest checkpoint that verifies. None left: a fresh `Progress`.
+    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingProgress:
+        """Load the newest checkpoint that verifies. None left: a fresh `TrainingProgress`.
 
         Each newer one that does not verify is told in a warning and set aside as `unusable-step-...`, so that it never
         passes for a checkpoint of the steps that come now.
         """
         newest = self.processes.on_main(self._newest_whole)
-        return Progress() if newest is None else _load(newest, model, optimizer)
+        return TrainingProgress() if newest is None else _load(newest, model, optimizer)
 
     def _newest_whole(self) -> Path | None:
         for directory in self._newest_first():
@@ -125,7 +125,7 @@ class Checkpoints:
         return None
 
     def newest_step(self) -> int:
-        """Step of the newest checkpoint that verifies, 0 if there is none."""
+        """Return the step of the newest checkpoint that verifies, 0 if there is none."""
         valid = (directory for directory in self._newest_first() if self._problem(directory) is None)
         newest = next(valid, None)
         return 0 if newest is None else _step_of(newest)
@@ -134,7 +134,7 @@ class Checkpoints:
         return sorted(self.folder.glob(f"{_PREFIX}{'[0-9]' * 8}"), key=_step_of, reverse=True)
 
     def _problem(self, directory: Path) -> str | None:
-        """What is wrong with a checkpoint; None if its manifest verifies."""
+        """Say what is wrong with a checkpoint; None if its manifest verifies."""
         try:
             manifest = json.loads((directory / _MANIFEST).read_bytes())
             stated: Mapping[str, Mapping[str, object]] = manifest["files"]
@@ -154,17 +154,17 @@ def _step_of(directory: Path) -> int:
     return int(directory.name.removeprefix(_PREFIX))
 
 
-def _load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+def _load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingProgress:
     model_tensors = load_file(directory / "model.safetensors")
     for name, tensor in _model_tensors(model).items():
         tensor.copy_(like(model_tensors[name], tensor))
     _restore_optimizer(model, optimizer, load_file(directory / "optimizer.safetensors"))
     _restore_random(load_file(directory / "random.safetensors"))
-    return Progress(**json.loads((directory / "progress.json").read_text()))
+    return TrainingProgress(**json.loads((directory / "progress.json").read_text()))
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name. `named_parameters` gives tied weights once."""
+    """Return parameters and persistent buffers by name. `named_parameters` gives tied weights once."""
     persistent = model.state_dict().keys()
     named = (*model.named_parameters(), *model.named_buffers())
     return {name: tensor.detach() for name, tensor in named if name in persistent}
@@ -207,7 +207,7 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _describe(directory: Path) -> dict[str, dict[str, object]]:
-    """Size and sha256 of each file but the manifest."""
+    """Return size and sha256 of each file but the manifest."""
     described: dict[str, dict[str, object]] = {}
     for path in sorted(directory.iterdir()):
         if path.name != _MANIFEST:

@@ -9,11 +9,10 @@ from stages.training.step import Learner
 
 
 def memory_bytes(learner: Learner, tokens_per_batch: int, chunk_size: int) -> int:
-    """Bytes that training takes in this process, for student and live teacher. The interpreter and its libraries come
-    on top.
+    """Return the bytes that training takes in this process, for student and live teacher. The interpreter and its
+    libraries come on top.
 
     Args:
-        learner: the models.
         tokens_per_batch: tokens of a micro-batch.
         chunk_size: rows of logits held at once.
     """
@@ -22,8 +21,8 @@ def memory_bytes(learner: Learner, tokens_per_batch: int, chunk_size: int) -> in
 
 
 def _student_bytes(student: Student, tokens_per_batch: int, chunk_size: int) -> int:
-    """Bytes of the four float32 copies of the weights (weight, gradient, two moments), of what one micro-batch keeps
-    for backward, and of one chunk of logits with the head's gradient."""
+    """Add up the four float32 copies of the weights (weight, gradient, two moments), what one micro-batch keeps for
+    backward, and one chunk of logits with the head's gradient."""
     config = student.model.config.get_text_config()
     width = student.dtype.itemsize
     hidden: int = config.hidden_size
@@ -40,8 +39,8 @@ def _student_bytes(student: Student, tokens_per_batch: int, chunk_size: int) -> 
 
 
 def _teacher_bytes(teacher: LiveTeacher, tokens_per_batch: int, chunk_size: int) -> int:
-    """Bytes of the weights, of the head in float32 unless it is the weight itself, of one layer's activations, of the
-    hidden states in both precisions, and of one chunk of float32 logits."""
+    """Add up the weights, the head in float32 unless it is the weight itself, one layer's activations, the hidden
+    states in both precisions, and one chunk of float32 logits."""
     config, dtype, parameters = teacher.body.config.get_text_config(), teacher.body.dtype, [*teacher.body.parameters()]
     weights = sum(local_size(parameter) for parameter in parameters) * dtype.itemsize
     own_head = not any(teacher.weight_VD.data_ptr() == parameter.data_ptr() for parameter in parameters)

@@ -2,12 +2,14 @@
 
 Two kinds of line, told by `event`:
 
-    {"event": "step", "step", "loss", "kd", "ce", "lr", "grad_norm", "tokens", "rows", "seconds", "tokens_per_second"}
+    {"event": "step", "step", "loss", "kd", "ce", "kd_ratio", "lr", "grad_norm", "tokens", "rows", "seconds",
+     "tokens_per_second"}
     {"event": "validation", "step", "loss", "kd", "ce", "rows", "seconds"}
 
-`loss`, `kd` and `ce` are means per target row in nats; a part that was not computed is null. `tokens` and `rows` are of
-the step. `seconds` and `tokens_per_second` measure time; every other field is a function of configuration and store,
-so the curve of a run that was stopped and resumed equals an undisturbed one's in them to the last digit.
+`loss`, `kd` and `ce` are means per target row in nats; a part that was not computed is null. `kd_ratio`, `tokens` and
+`rows` are those of the step. `seconds` and `tokens_per_second` measure time; every other field is a function of
+configuration and store, so the curve of a run that was stopped and resumed equals an undisturbed one's in them to the
+last digit.
 """
 
 from __future__ import annotations
@@ -68,17 +70,17 @@ class NoMetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing was opened."""
+        """Close nothing: nothing was opened."""
 
     def write(self, record: Mapping[str, str | int | float | None]) -> None:
         """Drop it: the main process writes the same."""
 
     def sync(self) -> None:
-        """Nothing waits."""
+        """Wait for nothing."""
 
 
 def read_metrics(path: Path) -> list[dict[str, str | int | float | None]]:
-    """All whole lines of a metrics.jsonl.
+    """Return all whole lines of a metrics.jsonl.
 
     Raises:
         UsageError: a line has no event or no step.
@@ -91,7 +93,7 @@ def _lines_until(path: Path, last_step: int) -> list[bytes]:
 
 
 def _whole_lines(path: Path) -> list[bytes]:
-    """Lines up to the first that is not a whole JSON object: a power failure may leave zeros behind the last sync."""
+    """Return the lines up to the first that is not a whole JSON object: a power failure may leave zeros at the end."""
     whole: list[bytes] = []
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:

@@ -30,7 +30,7 @@ class AdamWSettings:
 
 
 def build_optimizer(model: nn.Module, settings: AdamWSettings) -> torch.optim.AdamW:
-    """AdamW over all trainable parameters, each once also where weights are tied; norms and biases do not decay."""
+    """Build AdamW over all trainable parameters, tied ones once; norms and biases do not decay."""
     groups = []
     for cut in (False, True):  # between processes; a fused step takes no mixture of both
         parameters = [p for p in model.parameters() if p.requires_grad and isinstance(p, DTensor) == cut]

@@ -98,10 +98,10 @@ class RunDirectory:
             StorageUnavailableError: it cannot be read.
         """
         with storage_errors(self.path):
-            places = (self.path, *self.path.absolute().parents)
-            if not next(place for place in places if place.exists()).is_dir():
+            paths = (self.path, *self.path.absolute().parents)
+            if not next(path for path in paths if path.exists()).is_dir():
                 raise UsageError(
-                    "the run directory is a file, or lies in one", where=str(self.path), fix="name a directory"
+                    "the run directory is a file, or is inside one", where=str(self.path), fix="name a directory"
                 )
             if (self.path / _RECORD).exists():
                 self._record()
@@ -190,12 +190,12 @@ class RunDirectory:
         replace_file(self.path / _RECORD, _json(record))
 
     def finished(self) -> Finish | None:
-        """Totals of a run that was finished, whether or not RUN/model is still there; else None."""
+        """Return the totals of a run that was finished, whether or not RUN/model is still there; else None."""
         totals = self._record()["finished"]
         return None if totals is None else Finish(**totals)
 
     def has_model(self) -> bool:
-        """Whether RUN/model holds a configuration and weights, without a gap."""
+        """Tell whether RUN/model holds a configuration and weights, without a gap."""
         weights = [file.stem for file in self.model.glob("*.safetensors")]
         of = {int(stem.rpartition("-of-")[2]) if "-of-" in stem else 1 for stem in weights}
         names = ["config.json", *(["model.safetensors.index.json"] if len(weights) > 1 else [])]
@@ -229,7 +229,7 @@ class RunDirectory:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """run.json of a run: `store` with at least its `digest`, and `finished`.
+    """Return run.json of a run: `store` with at least its `digest`, and `finished`.
 
     Raises:
         UsageError: it is missing, or not such a record.
@@ -237,7 +237,7 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(path.read_bytes())
         if not isinstance(record["store"]["digest"], str):
-            raise ValueError("the store's digest is no text")
+            raise ValueError("the store's digest is not text")
         if record["finished"] is not None:
             Finish(**record["finished"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -250,19 +250,19 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _semantic(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that make a run that run, as plain JSON values."""
+    """Return the fields that may not change within a run, as plain JSON values."""
     return {key: json.loads(json.dumps(value, default=str)) for key, value in config.items() if key not in FREE_FIELDS}
 
 
 def _what_changed(began: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """How two things to learn from differ: of corpora and teachers every field, of stores the digest."""
+    """Say how two things to learn from differ: of corpora and teachers every field, of stores the digest."""
     if "identity" in began and "identity" in wanted:
         return _differences("", began["identity"], json.loads(json.dumps(wanted["identity"])))
     return [f"store digest: {began['digest']} -> {wanted['digest']}"]
 
 
 def _back_to(began: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """What to do about a difference. What `dtype: auto` meant where the run began stands in its record alone."""
+    """Say what to do about a difference. What `dtype: auto` meant where the run began stands in its record alone."""
     had, has = (record.get("identity", {}).get("teacher", {}).get("dtype") for record in (began, wanted))
     dtype = f"set teacher_model.dtype: {had}; otherwise " if had and has and had != has else ""
     return f"{dtype}choose another run directory, or go back to the configuration in its config.yaml"

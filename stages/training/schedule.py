@@ -30,13 +30,13 @@ class Schedule:
     min_factor: float = 0.0
 
     def factor(self, step: int) -> float:
-        """Factor of step number `step`, 0 <= step < steps."""
+        """Return the factor of step number `step`, 0 <= step < steps."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         return self.decline(step)
 
     def decline(self, step: int) -> float:
-        """The same without the warm-up: 1 until the learning rate begins to fall."""
+        """Return the same without the warm-up: 1 until the learning rate begins to fall."""
         if step < self.warmup_steps:
             return 1.0
         return self.min_factor + (1.0 - self.min_factor) * self._above_minimum(step)
@@ -66,6 +66,6 @@ class RatioSchedule:
     falls_with: Schedule | None = None
 
     def ratio(self, step: int) -> float:
-        """kd_ratio of step number `step`, counted from 0."""
+        """Return kd_ratio of step number `step`, counted from 0."""
         risen = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         return self.peak * risen * (1.0 if self.falls_with is None else self.falls_with.decline(step))

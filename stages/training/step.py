@@ -52,7 +52,7 @@ class Learner:
     teacher: LiveTeacher | None = None
 
     def parts(self, batch: MicroBatch, rows: int) -> LossParts:
-        """The losses of one micro-batch, summed over its rows and divided by `rows`.
+        """Compute the losses of one micro-batch, summed over its rows and divided by `rows`.
 
         Raises:
             NumericsError: the loss checks its rows (loss.check), and one is not finite.
@@ -73,7 +73,7 @@ class Learner:
         return parts
 
     def targets(self, batch: MicroBatch) -> SparseTargets | TeacherHead | None:
-        """What the student is compared with: stored rows, or what the live teacher makes of the same tokens."""
+        """Return what the student is compared with: stored rows, or what the live teacher makes of the same tokens."""
         return batch.targets if self.teacher is None else self.teacher.rows(batch)
 
     def watched(self) -> AbstractContextManager[None]:
@@ -96,9 +96,7 @@ def optimizer_step(
     """Accumulate the gradient over the step's micro-batches, clip it, and move the weights.
 
     Args:
-        learner: student and loss.
         optimizer: over the student's parameters; its gradients must be empty, and are empty afterwards.
-        step: the micro-batches.
         lr: learning rate of this step.
         clip_norm: largest norm of the gradient; None: no clipping.
         number: of the step, counted from 1; for messages.
@@ -131,11 +129,9 @@ def optimizer_step(
 
 @torch.no_grad()
 def validate(learner: Learner, batches: Sequence[MicroBatch], *, number: int) -> Losses:
-    """The same losses over held-out micro-batches, without dropout and without moving anything.
+    """Compute the same losses over held-out micro-batches, without dropout and without moving anything.
 
     Args:
-        learner: student and loss.
-        batches: held-out micro-batches.
         number: of the last step done; for messages.
 
     Raises:

@@ -50,7 +50,7 @@ class LogprobCodec(Protocol):
         ...
 
     def round_numbers(self, values: NDArray[np.float32]) -> NDArray[np.generic]:
-        """Return numbers that a row has one of as they are stored, of type `row_dtype`; twice is as once."""
+        """Return numbers per row as they are stored, of type `row_dtype`. Rounding them again changes nothing."""
         ...
 
     def error_bound(self, logprob_H: NDArray[np.float32]) -> NDArray[np.float64]:

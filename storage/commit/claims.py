@@ -4,7 +4,7 @@ Every worker leaves `tmp/claim-<shard>` for the shard that it works on, with its
 the end. Others prefer shards that nobody claims. When no such shard is left, they work beside others, with notes
 `claim-<shard>-1` and so on: at worst two workers compute the same shard, and the commit protocol keeps the first. So a
 claim that outlives its worker delays a shard to the end and makes `pipeline gc` ask, and nothing else. No clock is
-read, and nothing is synced: after a power loss no claim is true anyhow.
+read, and nothing is synced: after a power loss every worker has ended, and no claim holds.
 
 A name that is taken is never taken over, not even from a dead worker: two that did so at once would remove each
 other's notes. What a dead worker left is removed once its shard is committed.
@@ -133,11 +133,7 @@ def _namespace() -> str:
 
 
 class Claims:
-    """The claims on the shards of one store.
-
-    Args:
-        path: the store's directory.
-    """
+    """The claims on the shards of one store."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._files = LocalFiles(Path(path))
@@ -187,7 +183,7 @@ class Claims:
         return found
 
     def is_left(self, entry: str) -> bool:
-        """Tell whether an entry of `tmp` is no claim, or is there and its worker has ended."""
+        """Tell whether an entry of `tmp` may go: it is not a claim, or its worker has ended."""
         if _CLAIM.fullmatch(entry) is None:
             return True
         data = self._files.read(f"{TEMPORARY}/{entry}")
@@ -207,7 +203,7 @@ class Claims:
     def _take(self, shard: int, *, beside: bool = False) -> list[str] | None:
         """Claim a shard; return the names of dead workers' notes on it and of the own one, the last.
 
-        None if another worker claims it; with `beside`, that is no hindrance.
+        None if another worker claims it; with `beside` the shard is claimed all the same.
         """
         ended: list[str] = []
         for number in count():

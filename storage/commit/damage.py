@@ -23,12 +23,7 @@ def damaged_plan(root: Path, problem: str) -> CorruptionError:
 
 @dataclass(frozen=True)
 class Damage:
-    """The errors for damage in one store.
-
-    Attributes:
-        root: of the store.
-        plan: of the store.
-    """
+    """The errors for damage in one store."""
 
     root: Path
     plan: Plan
@@ -37,7 +32,6 @@ class Damage:
         """Return the error for a damaged shard.
 
         Args:
-            spec: the shard.
             problem: what is wrong, with values found and expected.
             name: path of the damaged file or array inside the store.
         """

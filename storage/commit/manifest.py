@@ -68,7 +68,6 @@ class Manifest:
     """A store's files outside of its shards.
 
     Args:
-        files: of the store.
         plan: already read.
 
     Attributes:

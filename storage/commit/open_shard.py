@@ -69,8 +69,6 @@ class CommittedObjects:
     as the file is the one that was checked (inode, size, modification time); chunks carry their own crc32c besides.
 
     Args:
-        files: of the store.
-        record: of the shard.
         cache: for files that were checked, shared between shards.
         checked: int64, for each file the hash of its stamp once it was checked, else 0; new ones are noted here.
     """
@@ -118,8 +116,6 @@ class OpenShard:
     """A shard whose metadata has been checked against plan and record.
 
     Args:
-        plan: of the store.
-        record: of the shard.
         objects: its files.
         cache: for decoded chunks, shared between shards.
 

@@ -41,7 +41,7 @@ _SPLIT = {"logprob.list.element": "BYTE_STREAM_SPLIT"}
 
 
 def schema(columns: Mapping[str, Mapping[str, str]] | None = None) -> pa.Schema:
-    """Return the columns: one line per target row, no half floats (duckdb has none).
+    """Return the columns: one line per target row, no half floats (duckdb does not read them).
 
     document, sequence (number in the split), position (of the row's token in its sequence), token and next_token (ids
     there and after it), ids (head in falling probability, then tail samples), logprob (of the head's ids, nats),
@@ -109,7 +109,6 @@ def record_batches(
     The result has `__arrow_c_stream__`, so duckdb and polars read it without a copy.
 
     Args:
-        reader: the store.
         sequences: numbers of the sequences wanted, in this order; None: all.
         sequences_per_batch: how many are decoded together.
     """

@@ -37,7 +37,6 @@ def sequence_lines(batch: SequenceBatch, *, numbers: Sequence[int], padding: int
     zeros elsewhere; null stands for what is not finite.
 
     Args:
-        batch: the sequences.
         numbers: the number of each [S].
         padding: entries of 0 that stand at a position without a row, so that lists of lists can be rectangular.
     """

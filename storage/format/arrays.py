@@ -83,7 +83,6 @@ def array_specs(plan: Plan, *, end_bytes: bool, even: bool) -> Mapping[str, Arra
     """Return the arrays of a shard, by name, in order.
 
     Args:
-        plan: of the store.
         end_bytes: whether the shard has `token_end_byte` (it has not when its input was token ids).
         even: whether every head has k entries.
     """

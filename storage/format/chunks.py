@@ -258,7 +258,6 @@ def decode_index(data: bytes | memoryview, layout: ArrayLayout, size: int) -> ND
 
     Args:
         data: the last `layout.index_bytes` of the object.
-        layout: of the array.
         size: bytes of the whole object.
 
     Raises:

@@ -35,7 +35,6 @@ def decode_batch(
     """Join runs of sequences, each cut from a shard, and decode them.
 
     Args:
-        plan: of the store.
         runs: stored values by array name, as `OpenShard.sequences` cuts them. Offsets begin anywhere.
         remap: token id of each rank [V].
         scaled: False leaves log-probabilities as the codec gives them, before each head is scaled to its mass.
@@ -88,7 +87,7 @@ def decode_batch(
 
 
 def _columns(plan: Plan, runs: Sequence[Slices], axis: str) -> dict[str, NDArray[Any]] | None:
-    """Return the added columns of an axis by name; None if there are none."""
+    """Return the added columns of an axis by name; None without any."""
     columns = {
         name: _joined(runs, column_array(name), np.dtype(about["dtype"]))
         for name, about in plan.columns.items()
@@ -249,7 +248,7 @@ def scale_heads(
 
 
 def _shift(mass_R: NDArray[np.float64], tail_logit_R: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What to add to the log-probabilities of a head of this mass so that it has mass 1 - r; 0 where there is none."""
+    """Return what to add to the log-probabilities of a head of this mass to make it 1 - r; 0 for an empty head."""
     with np.errstate(divide="ignore", invalid="ignore"):
         shift_R = -np.logaddexp(0.0, tail_logit_R.astype(np.float64)) - np.log(mass_R)
     return np.where(np.isfinite(shift_R), shift_R, 0.0).astype(np.float32)

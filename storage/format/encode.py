@@ -28,8 +28,6 @@ def encode_shard(plan: Plan, spec: ShardSpec, batch: SequenceBatch, rank: NDArra
     """Return the files of a shard by name. The batch must have passed `validate.check_batch`.
 
     Args:
-        plan: of the store.
-        spec: the shard.
         batch: its sequences.
         rank: frequency rank of each token id [V].
     """

@@ -130,7 +130,7 @@ def _check_documents(plan: Plan, spec: ShardSpec, batch: SequenceBatch) -> None:
 
 
 def _check_rows(plan: Plan, batch: SequenceBatch) -> None:
-    """Rows lie where has_row says, sizes obey the plan, and draws add up."""
+    """Check that rows are where has_row says, sizes obey the plan, and draws add up."""
     marked = np.concatenate([[0], np.cumsum(batch.has_row)])[batch.token_offset]
     wrong = np.flatnonzero(marked != batch.row_offset)
     if len(wrong):
@@ -171,7 +171,7 @@ def _check_numbers(batch: SequenceBatch) -> None:
         for at, tail_logit, entropy in zip(batch.temperatures, batch.tail_logit_T.T, batch.entropy_T.T, strict=True):
             _refuse(batch, np.isnan(tail_logit), f"tail_logit_T is NaN at temperature {at}", NumericsError)
             legal = (entropy >= -ROUNDING) & (entropy <= LARGEST_HALF)
-            _refuse(batch, ~legal, f"entropy_T is negative or no number at temperature {at}", NumericsError)
+            _refuse(batch, ~legal, f"entropy_T is negative or not a number at temperature {at}", NumericsError)
     _refuse_entry(batch, ~np.isfinite(batch.logprob), batch.head_size, "logprob is not finite", NumericsError)
     _refuse_entry(batch, batch.logprob > ROUNDING, batch.head_size, "logprob is positive", NumericsError)
     _check_mass(batch)

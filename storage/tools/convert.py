@@ -222,7 +222,7 @@ def _check_k(plan: Plan, k: int) -> None:
         raise UsageError("rows of samples alone have no head", where="k", fix="leave k out")
     if not 0 < k < plan.target.k:
         raise UsageError(
-            f"k: {k} is no smaller head: the store has heads of {plan.target.k}, and beyond that nothing is known",
+            f"k: {k} is not a smaller head: the store has heads of {plan.target.k}, and beyond that nothing is known",
             where="k",
             fix=f"name a k from 1 to {plan.target.k - 1}, or extract anew for a larger head",
         )

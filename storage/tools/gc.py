@@ -46,7 +46,6 @@ def collect_garbage(path: str | os.PathLike[str], *, apply: bool) -> list[Garbag
     sealed, everything in `quarantine`. (Before, a repaired shard is still compared with its old record there.)
 
     Args:
-        path: the store's directory.
         apply: do it; without it, only say what would be done.
 
     Raises:

@@ -45,7 +45,6 @@ def repair(path: str | os.PathLike[str], *, apply: bool) -> list[Action]:
     What a garbage collection, cut off, has left out of its place is put back there instead.
 
     Args:
-        path: the store's directory.
         apply: do it; without it, only say what would be done.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A smaller exact head: entries leave it into the tail, without a teacher and without a lie.
+"""A smaller exact head: entries move from it into the tail, without a teacher, and the rows stay unbiased.
 
 The mass of the tail grows by theirs, which is known. Samples stay what they were made to be, independent draws from
 everything outside of the head: with r the old tail mass and r' the new one, each draw is kept with probability r / r'

@@ -54,7 +54,7 @@ class Report:
         sealed: whether there is a good seal.
         rows: target rows that were checked (stated by records, for a quick check).
         problems: every damage.
-        warnings: what is no damage but should be known.
+        warnings: what should be known although it is not damage.
     """
 
     quick: bool
@@ -99,7 +99,6 @@ def verify(path: str | os.PathLike[str], *, quick: bool = False) -> Report:
     """Check a store.
 
     Args:
-        path: the store's directory.
         quick: check records, names and sizes only.
 
     Raises:

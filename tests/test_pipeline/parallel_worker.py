@@ -87,9 +87,9 @@ def spoil(config: TrainConfig) -> None:
 def gather_empty_parts(config: TrainConfig) -> None:
     """Tensors of one row: the second process has nothing of any of them, and gathers the same ones as the first."""
     with processes_of(config) as processes:
-        assert processes.mesh is not None
+        assert processes.tp is not None
         plain = {name: torch.full((1, 2), float(number)) for number, name in enumerate("abc")}
-        cut = {name: distribute_tensor(one, processes.mesh, [Shard(0)]) for name, one in plain.items()}
+        cut = {name: distribute_tensor(one, processes.tp, [Shard(0)]) for name, one in plain.items()}
         assert all(one.to_local().numel() == (2 if processes.main else 0) for one in cut.values())
         found = whole(cut | {"tied": cut["b"].detach()}, keep=processes.main)
         if processes.main:
@@ -112,8 +112,10 @@ def fail_alone(config: TrainConfig) -> None:
 def join(config: TrainConfig) -> None:
     """Only joining is hurried: later, a process may wait for another as long as torch allows."""
     with processes_of(config) as processes:
-        assert processes.mesh is not None
-        gloo: Any = processes.mesh.get_group()._get_backend(torch.device("cpu"))
+        assert processes.tp is not None
+        assert (processes.tp.size(), processes.dp_size, processes.dp_rank) == (2, 1, 0)
+        assert processes.main == (dist.get_rank() == 0)
+        gloo: Any = processes.tp.get_group("tp")._get_backend(torch.device("cpu"))
         assert gloo.options._timeout == dist.default_pg_timeout
 
 

@@ -84,7 +84,7 @@ def test_a_bug_says_so_in_one_line_each_with_the_place() -> None:
     failure = failure_of(caught.value, command="pipeline plan", resumable=False)
     assert failure.what == "this is a bug in topk-distill: TypeError: Object of type object is not JSON serializable"
     assert failure.where is not None
-    assert failure.where.startswith("pipeline plan, storage/plan.py:")
+    assert failure.where.startswith("pipeline plan, storage/values.py:")
     assert "--debug" in (failure.fix or "")
 
 

@@ -373,11 +373,14 @@ def test_window_against_the_teachers_positions(
             assert caught.value.fix == "set rendering.window to at most 100"
 
 
-def test_out_of_memory_gives_advice(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("words", [None, "MPS backend out of memory", "DefaultCPUAllocator: not enough memory"])
+def test_out_of_memory_gives_advice(words: str | None, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from stages.teacher.hf import HFTeacher
 
     def full(self: HFTeacher, hidden_ND: torch.Tensor) -> torch.Tensor:
         if len(hidden_ND) > 64:
+            if words is not None:
+                raise RuntimeError(words)
             return torch.empty(2**60)  # a real failure of the allocator
         return self.head(hidden_ND)
 

@@ -52,6 +52,7 @@ def test_the_number_of_processes_must_be_right(config: TrainConfig, monkeypatch:
     with pytest.raises(UsageError, match=r"distributed\.tp is 2, but there is 1 process") as caught:
         join(config)
     assert "torchrun --nproc-per-node 2 -m pipeline train" in str(caught.value.fix)
+    assert "distributed: {tp: 1}, the only sizes that fit" in str(caught.value.fix)
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UsageError, match="WORLD_SIZE is 3, but this process cannot join the others") as caught:
         join(config)

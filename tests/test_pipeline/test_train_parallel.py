@@ -317,7 +317,8 @@ def test_the_vocabulary_is_never_whole_and_copies_stay_equal(name: str, outcomes
         (
             "another configuration",
             "UsageError",
-            'seed is 0 on rank 0, 5 on rank 1; distributed is {"tp": 2} on rank 0, {"tp": 3} on rank 1',
+            'seed is 0 on rank 0, 5 on rank 1; distributed is {"dp_replicate": 1, "dp_shard": "auto", "tp": 2} on rank '
+            '0, {"dp_replicate": 1, "dp_shard": "auto", "tp": 3} on rank 1',
         ),
         ("another machine", "UsageError", "auto is not the same everywhere: dtype is"),
         ("another machine for the teacher", "UsageError", "auto is not the same everywhere: teacher_model.dtype is"),

@@ -297,7 +297,7 @@ def test_an_edit_during_the_read_outranks_what_the_read_says(tmp_path: Path) -> 
     [
         ("~nouser/x.txt", "no home directory is known for '~nouser/x.txt'"),
         ("x" * 5000, "too long for the system: 'xxx"),
-        ("a\0b", "is no path: embedded null"),
+        ("a\0b", "is not a path: embedded null"),
     ],
     ids=["home", "long", "null"],
 )

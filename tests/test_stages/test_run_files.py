@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages.durable import durable_directory
 from stages.student.save import CardFacts, save_student
-from stages.training.checkpoint import Checkpoints, Progress
+from stages.training.checkpoint import Checkpoints, TrainingProgress
 from stages.training.metrics import read_metrics
 from stages.training.run import RunDirectory, read_record
 from stages.training.step import require_finite_weights
@@ -36,7 +36,7 @@ CONFIG = {"store": "s", "run": "r", "kd_ratio": 0.7}
 def save(checkpoints: Checkpoints, *steps: int) -> None:
     model = nn.Linear(2, 2)
     for step in steps:
-        checkpoints.save(model, torch.optim.AdamW(model.parameters()), Progress(step=step))
+        checkpoints.save(model, torch.optim.AdamW(model.parameters()), TrainingProgress(step=step))
 
 
 def resume(checkpoints: Checkpoints) -> int:
@@ -94,7 +94,7 @@ def save_checkpoint(folder: Path) -> None:
     model = nn.Linear(128, 128)
     with file_size_limit(16_384):
         Checkpoints(folder=folder, store_digest="d").save(
-            model, torch.optim.AdamW(model.parameters()), Progress(step=1)
+            model, torch.optim.AdamW(model.parameters()), TrainingProgress(step=1)
         )
 
 

@@ -31,7 +31,7 @@ TARGETS = {
     "topp": TargetSpec(kind="topp", k=64, p=0.95, temperatures=(0.5, 1.5)),
 }
 WITH_HEAD = [kind for kind in TARGETS if kind != "sampled"]
-# Nats per row, on average. exact: half a unit in the last place of float32 log-probabilities between -8 and -16; how far
+# Nats per row, on average. exact: half a unit in the last place of float32 log-probabilities from -16 to -8; how far
 # sums over the vocabulary come out of that depends on the processor (1e-8 to 1.6e-7 seen).
 DECODE_KL = {"sqrt-delta": 3e-4, "exact": 5e-7}
 

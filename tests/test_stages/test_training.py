@@ -22,7 +22,7 @@ from stages.durable import durable_directory, remove_leftovers
 from stages.losses import FusedLinearKDLoss
 from stages.models.packed import use_packed_attention
 from stages.student.model import Student
-from stages.training.checkpoint import Checkpoints, Progress
+from stages.training.checkpoint import Checkpoints, TrainingProgress
 from stages.training.metrics import MetricsLog, read_metrics
 from stages.training.optimizer import AdamWSettings, build_optimizer
 from stages.training.run import Finish, RunDirectory
@@ -225,11 +225,11 @@ def test_a_checkpoint_brings_back_weights_moments_and_random_numbers(tmp_path: P
     optimizer = trained(learner, 3)
     checkpoints = Checkpoints(folder=tmp_path, store_digest="d")
     torch.manual_seed(99)
-    checkpoints.save(learner.student.model, optimizer, Progress(step=3, cursor=6, tokens=51, seconds=1.5))
+    checkpoints.save(learner.student.model, optimizer, TrainingProgress(step=3, cursor=6, tokens=51, seconds=1.5))
     drawn = torch.rand(4)
     other = make_learner(vocabulary=40, seed=1)
     fresh = build_optimizer(other.student.model, AdamWSettings(lr=1e-2))
-    assert checkpoints.resume(other.student.model, fresh) == Progress(step=3, cursor=6, tokens=51, seconds=1.5)
+    assert checkpoints.resume(other.student.model, fresh) == TrainingProgress(step=3, cursor=6, tokens=51, seconds=1.5)
     assert torch.equal(torch.rand(4), drawn)
     for restored, original in zip(states(other, fresh), states(learner, optimizer), strict=True):
         assert torch.equal(restored, original)
@@ -260,7 +260,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(
     optimizer = trained(learner, 1)
     checkpoints = Checkpoints(folder=tmp_path, store_digest="d")
     for step in (1, 2):
-        newest = checkpoints.save(learner.student.model, optimizer, Progress(step=step))
+        newest = checkpoints.save(learner.student.model, optimizer, TrainingProgress(step=step))
     DAMAGE[damage](newest / name)
     with caplog.at_level(logging.WARNING):
         assert checkpoints.resume(learner.student.model, optimizer).step == 1
@@ -274,7 +274,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     optimizer = trained(learner, 1)
     checkpoints = Checkpoints(folder=tmp_path, store_digest="d", keep=2)
     for step in (9, 10, 11):
-        checkpoints.save(learner.student.model, optimizer, Progress(step=step))
+        checkpoints.save(learner.student.model, optimizer, TrainingProgress(step=step))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000011"]
 
 
@@ -282,8 +282,8 @@ def test_a_checkpoint_of_another_store_is_not_taken(tmp_path: Path) -> None:
     learner = make_learner(vocabulary=40)
     optimizer = trained(learner, 1)
     checkpoints = Checkpoints(folder=tmp_path, store_digest="d")
-    checkpoints.save(learner.student.model, optimizer, Progress(step=1))
-    assert replace(checkpoints, store_digest="e").resume(learner.student.model, optimizer) == Progress()
+    checkpoints.save(learner.student.model, optimizer, TrainingProgress(step=1))
+    assert replace(checkpoints, store_digest="e").resume(learner.student.model, optimizer) == TrainingProgress()
 
 
 def test_no_checkpoint_is_a_fresh_start(tmp_path: Path) -> None:

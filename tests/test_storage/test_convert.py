@@ -296,7 +296,7 @@ def test_rows_without_a_tail():
         ({"documents_per_shard": 6}, "nothing would change"),
         ({"codec": {"id": "sqrt-delta"}}, "nothing would change"),
         ({"k": 7}, "beyond that nothing is known"),
-        ({"k": 0}, "no smaller head"),
+        ({"k": 0}, "not a smaller head"),
         ({"codec": {"id": "other"}}, "unknown"),
         ({"codec": {"id": "sqrt-delta", "root_step": 2.0}}, "root_step"),
     ],

@@ -12,28 +12,28 @@ import torch
 from torch import Tensor
 
 
-def check_rule(*, softcap: float | None, multiplier: float) -> None:
-    """Raises ValueError for a cap or a factor on logits that leaves no logits."""
+def check_rule(*, softcap: float | None, logit_multiplier: float) -> None:
+    """Raise ValueError for a cap or a factor that leaves no logits."""
     if softcap is not None and not 0.0 < softcap < math.inf:
         raise ValueError(f"softcap is {softcap}, expected a finite number above 0, or None for no cap")
-    if not (math.isfinite(multiplier) and multiplier != 0.0):
-        raise ValueError(f"logit_multiplier is {multiplier}, expected a finite number other than 0")
+    if not (math.isfinite(logit_multiplier) and logit_multiplier != 0.0):
+        raise ValueError(f"logit_multiplier is {logit_multiplier}, expected a finite number other than 0")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OutputHead:
-    """logits = softcap * tanh(multiplier * (hidden weight^T + bias) / softcap), or without the cap.
+    """logits = softcap * tanh(logit_multiplier * (hidden weight^T + bias) / softcap), or without the cap.
 
     Attributes:
         weight_VD: [V, D] local real tokens, in the precision of the products.
         bias_V: [V].
-        multiplier: the model's own factor on logits.
+        logit_multiplier: the model's own factor on logits.
         softcap: the model's own cap (Gemma 2).
     """
 
     weight_VD: Tensor
     bias_V: Tensor | None = None
-    multiplier: float = 1.0
+    logit_multiplier: float = 1.0
     softcap: float | None = None
 
     @classmethod
@@ -44,30 +44,30 @@ class OutputHead:
         *,
         columns: int,
         dtype: torch.dtype,
-        multiplier: float,
+        logit_multiplier: float,
         softcap: float | None,
     ) -> OutputHead:
-        """The first `columns` tokens, cast once."""
+        """Return the first `columns` tokens, cast once."""
         return cls(
             weight_VD=weight_VD[:columns].to(dtype),
             bias_V=None if bias_V is None else bias_V[:columns].to(dtype),
-            multiplier=multiplier,
+            logit_multiplier=logit_multiplier,
             softcap=softcap,
         )
 
     def fill(self, hidden_CD: Tensor, logits_CV: Tensor) -> None:
-        """Writes the logits of hidden_CD."""
+        """Write the logits of hidden_CD."""
         if self.bias_V is None:
             torch.mm(hidden_CD, self.weight_VD.t(), out=logits_CV)
         else:
             torch.addmm(self.bias_V, hidden_CD, self.weight_VD.t(), out=logits_CV)
         if self.softcap is not None:
-            logits_CV.mul_(self.multiplier / self.softcap).tanh_().mul_(self.softcap)
-        elif self.multiplier != 1.0:
-            logits_CV.mul_(self.multiplier)
+            logits_CV.mul_(self.logit_multiplier / self.softcap).tanh_().mul_(self.softcap)
+        elif self.logit_multiplier != 1.0:
+            logits_CV.mul_(self.logit_multiplier)
 
     def slope(self, logits_CV: Tensor) -> Tensor | None:
-        """d logits / d (logits before the cap) [C, V], None where there is no cap; take it before they change."""
+        """Return d logits / d (logits before the cap) [C, V], None without a cap; take it before they change."""
         if self.softcap is None:
             return None
         return (logits_CV / self.softcap).square_().neg_().add_(1.0)

@@ -27,21 +27,21 @@ class Mix:
     Attributes:
         kd: weight of the divergence; 0 computes none.
         ce: weight of the cross-entropy on the labels; 0 computes none, unless its value comes for nothing.
-        logit_scale: what logits are multiplied with in the divergence, logits_scale / T.
+        kd_scale: what logits are multiplied with in the divergence, logits_scale / T.
         value_scale: T^2, which keeps gradient magnitudes independent of T.
         gradient_scale: factor on all gradients, but not on values.
     """
 
     kd: float
     ce: float
-    logit_scale: float = 1.0
+    kd_scale: float = 1.0
     value_scale: float = 1.0
     gradient_scale: float = 1.0
 
     @property
     def kd_gradient(self) -> float:
         """d(weighted divergence)/d(logit) per d(divergence)/d(scaled logit)."""
-        return self.kd * self.value_scale * self.logit_scale * self.gradient_scale
+        return self.kd * self.value_scale * self.kd_scale * self.gradient_scale
 
     @property
     def ce_gradient(self) -> float:
@@ -59,7 +59,7 @@ class RowKernel(Protocol):
         """Buffers of vocabulary width that the kernel and its chunk hold together."""
 
     def __call__(self, chunk: LogitChunk, span: slice, *, gradient: bool) -> RowValues:
-        """Row losses of chunk.logits_CV, which becomes the gradient for it (or scratch, without `gradient`).
+        """Return row losses of chunk.logits_CV, which becomes the gradient for it (or scratch, without `gradient`).
 
         Args:
             chunk: student logits of the rows.

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stages.losses.engine.call import LossCall, finish, scaled_gradients
 from stages.losses.engine.chunk import LogitChunk, row_dtype
 from stages.losses.engine.head import OutputHead
-from stages.losses.engine.job import Job, finish, hand_over
 
 # Tokens whose low-precision product is held at once while it is added to a float32 weight gradient: a sum of two
 # precisions makes a temporary of full size.
@@ -29,60 +29,65 @@ class FusedLinear(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
-        job: Job,
-        multiplier: float,
+        call: LossCall,
+        logit_multiplier: float,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses; all gradients are formed here."""
-        columns = job.shard.size
+        """Return the losses; all gradients are formed here."""
+        columns = call.shard.size
         head = OutputHead.of(
-            weight_VD, bias_V, columns=columns, dtype=hidden_ND.dtype, multiplier=multiplier, softcap=softcap
+            weight_VD,
+            bias_V,
+            columns=columns,
+            dtype=hidden_ND.dtype,
+            logit_multiplier=logit_multiplier,
+            softcap=softcap,
         )
-        gradients = _Gradients(ctx, hidden_ND, weight_VD, bias_V, job)
+        gradients = _Gradients(ctx, hidden_ND, weight_VD, bias_V, call)
         chunk: LogitChunk | None = None
         kd = ce = torch.zeros((), dtype=row_dtype(hidden_ND.device), device=hidden_ND.device)
-        for span in job.spans(extra_buffers=0 if softcap is None else 1):
-            chunk = chunk or LogitChunk(span.stop, job.shard, hidden_ND.dtype, hidden_ND.device)
+        for span in call.spans(extra_buffers=0 if softcap is None else 1):
+            chunk = chunk or LogitChunk(span.stop, call.shard, hidden_ND.dtype, hidden_ND.device)
             chunk.use(span.stop - span.start)
-            rows_C = span if job.keep_N is None else job.keep_N[span]
+            rows_C = span if call.keep_N is None else call.keep_N[span]
             hidden_CD = hidden_ND[rows_C]
             head.fill(hidden_CD, chunk.logits_CV)
             slope_CV = head.slope(chunk.logits_CV) if gradients.wanted else None
-            values = job.kernel(chunk, span, gradient=gradients.wanted)
-            job.check_finite(values, span)
+            values = call.kernel(chunk, span, gradient=gradients.wanted)
+            call.check_finite(values, span)
             kd, ce = kd + values.kd_C.sum(), ce + values.ce_C.sum()
             if gradients.wanted:
                 if slope_CV is not None:
                     chunk.logits_CV.mul_(slope_CV)
                     slope_CV = None  # the next chunk's would be made beside it
                 gradients.add(chunk.logits_CV, hidden_CD, head, rows_C, first=span.start == 0)
-        return finish(ctx, job, kd, ce, gradients.finish(job), hidden_ND.dtype)
+        return finish(ctx, call, kd, ce, gradients.finish(call), hidden_ND.dtype)
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """The kept gradients times the incoming scalar."""
-        return *hand_over(ctx, d_loss), None, None, None
+        """Return the kept gradients times the incoming scalar."""
+        return *scaled_gradients(ctx, d_loss), None, None, None
 
 
 class _Gradients:
     """Gradients of hidden, weight and bias while chunks come in; those that nobody wants are None."""
 
-    def __init__(self, ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, job: Job) -> None:
-        hidden, weight, bias = (job.gradient and needed for needed in ctx.needs_input_grad[:3])
+    def __init__(self, ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, call: LossCall) -> None:
+        hidden, weight, bias = (call.gradient and needed for needed in ctx.needs_input_grad[:3])
         self.wanted = hidden or weight or bias
-        self.columns, self.total = job.shard.size, job.gradient_total
+        self.columns, self.total = call.shard.size, call.gradient_total
         self.hidden_ND = torch.zeros_like(hidden_ND) if hidden else None
         # The first chunk overwrites real tokens: zeroing them would cost a pass over the whole weight.
         self.weight_VD = torch.empty_like(weight_VD, dtype=_sum_dtype(weight_VD)) if weight else None
         if self.weight_VD is not None:
-            self.weight_VD[self.columns if job.rows else 0 :].zero_()
+            self.weight_VD[self.columns if call.rows else 0 :].zero_()
         self.bias_V = torch.zeros_like(bias_V, dtype=_sum_dtype(bias_V)) if bias and bias_V is not None else None
 
     def add(
         self, d_logits_CV: Tensor, hidden_CD: Tensor, head: OutputHead, rows_C: slice | Tensor, *, first: bool
     ) -> None:
-        """Takes in the gradient of one chunk's logits."""
-        factor = head.multiplier / self.total
+        """Take in the gradient of one chunk's logits."""
+        factor = head.logit_multiplier / self.total
         if self.hidden_ND is not None:
             self.hidden_ND[rows_C] = torch.mm(d_logits_CV, head.weight_VD).mul_(factor)
         if self.weight_VD is not None:
@@ -90,20 +95,20 @@ class _Gradients:
         if self.bias_V is not None:
             self.bias_V[: self.columns] += d_logits_CV.sum(0).mul_(factor)
 
-    def finish(self, job: Job) -> list[Tensor | None]:
-        """The gradients; that of hidden is summed over the processes that hold parts of the vocabulary."""
-        if self.hidden_ND is not None and job.shard.group is not None:
-            dist.all_reduce(self.hidden_ND, group=job.shard.group)
+    def finish(self, call: LossCall) -> list[Tensor | None]:
+        """Return the gradients; that of hidden is summed over the processes that hold parts of the vocabulary."""
+        if self.hidden_ND is not None and call.shard.group is not None:
+            dist.all_reduce(self.hidden_ND, group=call.shard.group)
         return [self.hidden_ND, self.weight_VD, self.bias_V]
 
 
 def _sum_dtype(parameter: Tensor) -> torch.dtype:
-    """In what gradients are added up over tokens: float16 would overflow before they are divided by their number."""
+    """Return the precision in which gradients are summed over tokens: float16 would overflow before the division."""
     return torch.float32 if parameter.dtype == torch.float16 else parameter.dtype
 
 
 def _add_outer(d_weight_VD: Tensor, d_logits_CV: Tensor, hidden_CD: Tensor, factor: float, *, first: bool) -> None:
-    """d_weight (+)= factor * d_logits^T hidden, in the gradient's own precision.
+    """Set or add d_weight (+)= factor * d_logits^T hidden, in the gradient's own precision.
 
     A bfloat16 gradient is rounded once per chunk. That is unbiased while a chunk is more than 2^-9 of the whole, for
     some hundred thousand tokens at the default chunk size; a float32 weight under bfloat16 hidden states rounds less.

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stages.losses.engine.call import LossCall, finish, row_total, scaled_gradients
 from stages.losses.engine.chunk import LogitChunk, row_dtype
-from stages.losses.engine.job import Job, finish, hand_over, row_total
 from stages.losses.engine.objective import Objective
 from stages.losses.engine.rows import LogitRows, valid_rows
 from stages.losses.engine.vocab import VocabShard, check_vocab_size, local_part, vocab_group
@@ -27,29 +27,29 @@ class FromLogits(torch.autograd.Function):
     """logits [*, V] -> loss, kd, ce."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, job: Job, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses; the gradient is formed here, in the logits' precision, from chunks in that of `dtype`."""
-        gradient = job.gradient and ctx.needs_input_grad[0]
-        source = LogitRows(logits, keep_N=job.keep_N, columns=job.shard.size)
+    def forward(ctx: Any, logits: Tensor, call: LossCall, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the losses; the gradient is formed here, in the logits' precision, from chunks in that of `dtype`."""
+        gradient = call.gradient and ctx.needs_input_grad[0]
+        source = LogitRows(logits, keep_N=call.keep_N, columns=call.shard.size)
         d_logits = logits.new_zeros(logits.shape) if gradient else None
-        target = None if d_logits is None else LogitRows(d_logits, keep_N=job.keep_N, columns=job.shard.size)
+        target = None if d_logits is None else LogitRows(d_logits, keep_N=call.keep_N, columns=call.shard.size)
         chunk: LogitChunk | None = None
         kd = ce = torch.zeros((), dtype=row_dtype(logits.device), device=logits.device)
-        for span in job.spans():
-            chunk = chunk or LogitChunk(span.stop, job.shard, dtype, logits.device)
+        for span in call.spans():
+            chunk = chunk or LogitChunk(span.stop, call.shard, dtype, logits.device)
             chunk.use(span.stop - span.start)
             chunk.logits_CV.copy_(source.read(span))
-            values = job.kernel(chunk, span, gradient=gradient)
-            job.check_finite(values, span)
+            values = call.kernel(chunk, span, gradient=gradient)
+            call.check_finite(values, span)
             kd, ce = kd + values.kd_C.sum(), ce + values.ce_C.sum()
             if target is not None:
                 target.write(span, chunk.logits_CV)
-        return finish(ctx, job, kd, ce, [d_logits], logits.dtype)
+        return finish(ctx, call, kd, ce, [d_logits], logits.dtype)
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """The kept gradient times the incoming scalar."""
-        return *hand_over(ctx, d_loss), None, None
+        """Return the kept gradient times the incoming scalar."""
+        return *scaled_gradients(ctx, d_loss), None, None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def logit_loss(
     settings: LogitSettings,
     num_batch_labels: float | Tensor | None,
 ) -> Tensor:
-    """Weighted divergence and cross-entropy of logits [*, V] against labels [*], a scalar.
+    """Return weighted divergence and cross-entropy of logits [*, V] against labels [*], a scalar.
 
     Raises:
         ValueError: shapes, labels, vocabularies or rows that do not fit.
@@ -92,11 +92,11 @@ def logit_loss(
         keep_N, labels_N = valid_rows(labels_N, ignore_index=settings.ignore_index, vocab_size=shard.total)
         total = row_total(num_batch_labels, len(labels_N))
         wide = torch.promote_types(logits.dtype, torch.float32)
-        # A dense teacher is compared block by block in float32 anyway.
+        # A dense teacher is compared block by block in float32 in any case.
         dtype = logits.dtype if isinstance(teacher, Tensor) or not settings.fp32_upcast else wide
         late = logits.dtype == torch.float16
         mix = objective.mix(*weights, gradient_scale=1.0 if late else 1.0 / total)
-        job = Job(
+        call = LossCall(
             kernel=objective.kernel(teacher, labels_N, keep_N=keep_N, shard=shard, mix=mix),
             keep_N=keep_N,
             rows=len(labels_N),
@@ -107,7 +107,7 @@ def logit_loss(
             gradient=torch.is_grad_enabled(),
             late=late,
         )
-        parts = FromLogits.apply(logits, job, dtype)  # type: ignore[no-untyped-call]  # torch does not annotate it
+        parts = FromLogits.apply(logits, call, dtype)  # type: ignore[no-untyped-call]  # torch does not annotate it
         loss: Tensor = parts[0]
         return loss
 

@@ -50,11 +50,11 @@ class Objective:
         check_tail(self.tail, self.divergence)
 
     def mix(self, kd: float, ce: float, *, gradient_scale: float = 1.0) -> Mix:
-        """Weights of the parts, with this objective's scales."""
+        """Return the weights of the parts, with this objective's scales."""
         return Mix(
             kd=kd,
             ce=ce,
-            logit_scale=self.logits_scale / self.temperature,
+            kd_scale=self.logits_scale / self.temperature,
             value_scale=self.temperature**2,
             gradient_scale=gradient_scale,
         )
@@ -68,7 +68,7 @@ class Objective:
         shard: VocabShard,
         mix: Mix,
     ) -> RowKernel:
-        """The row kernel for one batch.
+        """Return the row kernel for one batch.
 
         Args:
             teacher: sparse rows, dense logits [*, V] or a TeacherHead; None where mix.kd is 0.
@@ -108,7 +108,7 @@ class Objective:
             )
         check_distinct(targets)
         temperature = self.temperature / self.target_logits_scale
-        policy = resolve_tail(self.tail, self.divergence, targets=targets, temperature=temperature)
+        policy = resolve_tail(self.tail, self.divergence, draws=targets.draws, temperature=temperature)
         dtype = row_dtype(labels_N.device)
         teacher = prepare_teacher(targets, policy, temperature=temperature, labels_N=labels_N, dtype=dtype)
         return SparseRows(teacher, labels_N, self.divergence, mix)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def valid_rows(labels_N: Tensor, *, ignore_index: int, vocab_size: int) -> tuple[Tensor | None, Tensor]:
-    """Numbers of the rows that take part (None for all), and their labels in int64.
+    """Return the numbers of the rows that take part (None for all), and their labels in int64.
 
     Raises:
-        ValueError: labels that are no integers, or one that is no token.
+        ValueError: labels that are not integers, or one that is not a token.
     """
     if labels_N.dtype == torch.bool or labels_N.is_floating_point():
         raise ValueError(f"labels are {labels_N.dtype}, expected token ids of an integer type")
@@ -55,9 +55,9 @@ class LogitRows:
         return torch.unravel_index(flat_C if self._keep_N is None else self._keep_N[span], self._lead)
 
     def read(self, span: slice) -> Tensor:
-        """[C, V]; a view where the rows lie next to each other."""
+        """Return [C, V]; a view where the rows are neighbours in memory."""
         return self._logits[(*self._index(span), slice(self._columns))]
 
     def write(self, span: slice, value_CV: Tensor) -> None:
-        """Overwrites those rows' real columns."""
+        """Overwrite those rows' real columns."""
         self._logits[(*self._index(span), slice(self._columns))] = value_CV.to(self._logits.dtype)

@@ -63,10 +63,10 @@ class SparseRows:
     @property
     def buffers(self) -> int:
         """Buffers of vocabulary width: two where KD and cross-entropy look at differently scaled logits."""
-        return 2 if self.mix.kd and self.mix.ce and self.mix.logit_scale != 1.0 else 1
+        return 2 if self.mix.kd and self.mix.ce and self.mix.kd_scale != 1.0 else 1
 
     def __call__(self, chunk: LogitChunk, span: slice, *, gradient: bool) -> RowValues:
-        """Row losses of chunk.logits_CV, which becomes the gradient for it (or scratch, without `gradient`).
+        """Return row losses of chunk.logits_CV, which becomes the gradient for it (or scratch, without `gradient`).
 
         Args:
             chunk: student logits of the rows.
@@ -76,11 +76,13 @@ class SparseRows:
         labels_C1 = self.labels_N[span].unsqueeze(-1)
         label = _Entries.find(chunk, labels_C1, torch.ones_like(labels_C1, dtype=torch.bool))
         if self.teacher is None or self.mix.kd == 0:
+            # Without a divergence no teacher is read: kd_ratio 0 costs a softmax and one entry per row.
             return self._cross_entropy(chunk, label, gradient=gradient)
         teacher = _rows(self.teacher, span)
         entries = _Entries.find(chunk, teacher.ids_NE, teacher.used_NE)
+        # Cross-entropy looks at the model's own logits: a temperature of the divergence must not change them.
         unscaled_CV = chunk.logits_CV.clone() if self.buffers == 2 else None
-        u_CE, u_label_C = _scale(chunk, entries, label, self.mix.logit_scale)
+        u_CE, u_label_C = _scale(chunk, entries, label, self.mix.kd_scale)
         part = (
             self._outcomes(chunk, entries, u_CE, teacher)
             if teacher.log_p_NE is not None
@@ -90,6 +92,7 @@ class SparseRows:
         ce_C = torch.zeros_like(part.kd_C)
         ce_row_C = None
         if unscaled_CV is not None:
+            # Two softmaxes: the cross-entropy's own, whose gradient is added to the divergence's below.
             local_C = softmax_(unscaled_CV)
             lse_C = chunk.shard.logsumexp(local_C)
             ce_C, ce_row_C = (
@@ -97,15 +100,16 @@ class SparseRows:
                 self.mix.ce_gradient * (local_C - lse_C).exp(),
             )
             entry_CE = entry_CE + self.mix.ce_gradient * (entries.logit_CE - lse_C.unsqueeze(-1)).exp()
-        elif self.mix.logit_scale == 1.0:
+        elif self.mix.kd_scale == 1.0:
+            # One softmax serves both: the cross-entropy's value is there for nothing, its gradient is a multiple of q.
             ce_C = part.lse_C - label.logit_CE.squeeze(-1)
             row_C, entry_CE = (
                 row_C + self.mix.ce_gradient * part.share_C,
                 entry_CE + self.mix.ce_gradient * part.q_CE,
             )
         if gradient:
-            # q - p_hat with weights that add up to one needs no pass over the logits: sum p_hat is 1 but for the
-            # rounding of what is stored
+            # q - p_hat with weights that add up to one saves this pass over the logits: the chunk holds q already, and
+            # sum p_hat is 1 but for the rounding of what is stored.
             total = self.mix.kd_gradient + (self.mix.ce_gradient if unscaled_CV is None else 0.0)
             known_unit = chunk.shard.group is None and self.teacher.unit_mass
             if not (known_unit and math.isclose(total, 1.0, rel_tol=1e-12)):
@@ -116,8 +120,9 @@ class SparseRows:
         return RowValues(part.kd_C * self.mix.value_scale, ce_C)
 
     def _outcomes(self, chunk: LogitChunk, entries: _Entries, u_CE: Tensor, teacher: TeacherEntries) -> _Part:
-        """Any divergence over head entries and, if the teacher has one, the bucket for the rest."""
+        """Compute any divergence over head entries and, if the teacher has one, the bucket for the rest."""
         assert teacher.log_p_NE is not None
+        # With the head struck out, the softmax over the rest is the student's distribution within the bucket.
         chunk.write(entries.cell_CE, -torch.inf)
         local_C = softmax_(chunk.logits_CV)
         rest_C = chunk.shard.logsumexp(local_C)
@@ -125,11 +130,13 @@ class SparseRows:
         head_C = u_CE.logsumexp(-1)
         lse_C = torch.logaddexp(rest_C, head_C)
         if teacher.log_tail_N is None:
+            # renormalize_both: the student too is normalised over the head; there is no bucket.
             log_p_CB, log_q_CB = teacher.log_p_NE, u_CE - head_C.unsqueeze(-1)
         else:
+            # The bucket is one outcome more, behind those of the head. A stored tail of exactly 0 is one below the
+            # resolution of its storage: as float32's smallest normal number it leaves reverse divergences finite. An
+            # empty tail (k = V) stays empty.
             log_q_tail_C = rest_C - lse_C
-            # A stored tail of exactly 0 is one below the resolution of its storage: as float32's smallest normal
-            # number it leaves reverse divergences finite. An empty tail (k = V) stays empty.
             floor = math.log(torch.finfo(torch.float32).tiny)
             log_tail_C = torch.where(
                 log_q_tail_C == -torch.inf, teacher.log_tail_N, teacher.log_tail_N.clamp_min(floor)
@@ -153,11 +160,12 @@ class SparseRows:
         )
 
     def _cross_entropy(self, chunk: LogitChunk, label: _Entries, *, gradient: bool) -> RowValues:
-        """Cross-entropy alone."""
+        """Compute cross-entropy alone."""
         local_C = softmax_(chunk.logits_CV)
         lse_C = chunk.shard.logsumexp(local_C)
         ce_C = lse_C - label.logit_CE.squeeze(-1)
         if gradient:
+            # Alone and unweighted the chunk holds q already; a shard's softmax knows only its own columns.
             if chunk.shard.group is not None or self.mix.ce_gradient != 1.0:
                 row_C1 = (self.mix.ce_gradient * (local_C - lse_C).exp()).unsqueeze(-1)
                 chunk.logits_CV.mul_(row_C1.to(chunk.logits_CV.dtype))
@@ -173,7 +181,7 @@ class SparseRows:
         label: _Entries,
         label_mass_C: Tensor | None,
     ) -> None:
-        """Overwrites the gradient at the entries and takes the label's share off, wherever the label lies."""
+        """Overwrite the gradient at the entries and take the label's share off, also where it is not an entry."""
         taken_C1 = torch.full_like(label.logit_CE, self.mix.ce_gradient)
         if label_mass_C is not None:
             taken_C1 = taken_C1 + self.mix.kd_gradient * label_mass_C.unsqueeze(-1)
@@ -184,7 +192,7 @@ class SparseRows:
 
 
 def _estimate(chunk: LogitChunk, entries: _Entries, u_CE: Tensor, teacher: TeacherEntries, u_label_C: Tensor) -> _Part:
-    """sum p_hat (log p_hat - log q) over the whole vocabulary: its gradient is (sum p_hat) q - p_hat."""
+    """Compute sum p_hat (log p_hat - log q) over the vocabulary: its gradient is (sum p_hat) q - p_hat."""
     assert teacher.estimate_NE is not None
     assert teacher.negentropy_N is not None
     local_C = softmax_(chunk.logits_CV)
@@ -193,6 +201,7 @@ def _estimate(chunk: LogitChunk, entries: _Entries, u_CE: Tensor, teacher: Teach
     # 0 * -inf: an entry without mass contributes nothing, whatever the student thinks of it
     kd_C = teacher.negentropy_N - (teacher.estimate_NE * u_CE).masked_fill_(teacher.estimate_NE == 0, 0.0).sum(-1)
     if teacher.label_mass_N is not None:
+        # residual_to_label: the label outside of the head is an entry more, without a slot.
         mass_C = mass_C + teacher.label_mass_N
         kd_C = kd_C - (teacher.label_mass_N * u_label_C).masked_fill_(teacher.label_mass_N == 0, 0.0)
     q_CE = (u_CE - lse_C.unsqueeze(-1)).exp()
@@ -208,7 +217,7 @@ def _estimate(chunk: LogitChunk, entries: _Entries, u_CE: Tensor, teacher: Teach
 
 
 def _scale(chunk: LogitChunk, entries: _Entries, label: _Entries, scale: float) -> tuple[Tensor, Tensor]:
-    """Scales the chunk's logits in place; the scaled logits of the entries [C, E] and the label [C]."""
+    """Scale the chunk's logits in place, and return those of the entries [C, E] and the label [C]."""
     if scale == 1.0:
         return entries.logit_CE, label.logit_CE.squeeze(-1)
     shift_C1 = scale_logits_(chunk.logits_CV, scale, chunk.shard)

@@ -44,7 +44,7 @@ class VocabShard:
     def of(
         cls, columns: int, labels_N: Tensor, *, group: dist.ProcessGroup | None, vocab_size: int | None
     ) -> VocabShard:
-        """Describes `columns` local logit columns.
+        """Describe `columns` local logit columns.
 
         Shards lie in rank order and may be uneven; their sizes are gathered once. Columns at or beyond `vocab_size`
         (the real tokens) are padding of the head and count for nothing.
@@ -78,13 +78,13 @@ class VocabShard:
         return value
 
     def max(self, value: Tensor) -> Tensor:
-        """Maximum over the group, in place where there is one."""
+        """Take the maximum over the group, in place where there is one."""
         if self.group is not None:
             dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
         return value
 
     def logsumexp(self, value_C: Tensor) -> Tensor:
-        """log of the sum of exp(value) over the group; -inf where every part is -inf."""
+        """Return log of the sum of exp(value) over the group; -inf where every part is -inf."""
         if self.group is None:
             return value_C
         top_C = self.max(value_C.clone())
@@ -92,13 +92,13 @@ class VocabShard:
         return top_C + self.sum((value_C - top_C).exp()).log()
 
     def local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Local column of each id, 0 where it is elsewhere, and the mask of ids that are local."""
+        """Return the local column of each id, 0 where it is elsewhere, and the mask of ids that are local."""
         column = ids - self.start
         here = (column >= 0) & (column < self.size)
         return column.masked_fill(~here, 0), here
 
     def slice_of(self, full: Tensor, what: str) -> Tensor:
-        """The local part of a teacher's vocabulary axis (the last), which may be given whole or already sharded.
+        """Return the local part of a teacher's vocabulary axis (the last), given whole or already sharded.
 
         Args:
             full: [*, V] or [*, columns]; a DTensor sharded by vocabulary must be cut where the student is.
@@ -114,19 +114,19 @@ class VocabShard:
             return full[..., : self.size]
         if not sharded and (width == self.width or (self.declared and width >= self.total)):
             return full[..., self.start : self.start + self.size]
-        place = " here" if sharded else ""
+        where = " here" if sharded else ""
         raise ValueError(
-            f"{what} has {width} vocabulary columns{place}, the student has {self.columns}; if both share a vocabulary "
+            f"{what} has {width} vocabulary columns{where}, the student has {self.columns}; if both share a vocabulary "
             "and differ in padding only, give vocab_size, the number of real tokens; others cannot be compared"
         )
 
 
 def _gather_sizes(columns: int, labels_N: Tensor, *, group: dist.ProcessGroup) -> list[int]:
-    """Columns of each process, after making sure that all hold the same rows."""
+    """Return the columns of each process, after making sure that all hold the same rows."""
     rank = dist.get_rank(group)
-    place_N = torch.arange(1, len(labels_N) + 1, device=labels_N.device)
+    position_N = torch.arange(1, len(labels_N) + 1, device=labels_N.device)
     gathered = torch.zeros(dist.get_world_size(group), 2, dtype=torch.int64, device=labels_N.device)
-    gathered[rank, 0], gathered[rank, 1] = columns, (labels_N * place_N).sum() + len(labels_N)
+    gathered[rank, 0], gathered[rank, 1] = columns, (labels_N * position_N).sum() + len(labels_N)
     dist.all_reduce(gathered, group=group)
     if bool((gathered[:, 1] != gathered[rank, 1]).any()):
         raise ValueError(
@@ -138,13 +138,13 @@ def _gather_sizes(columns: int, labels_N: Tensor, *, group: dist.ProcessGroup) -
 
 
 def check_vocab_size(vocab_size: int | None) -> None:
-    """Raises ValueError unless it is a number of tokens, or None where every column is one."""
+    """Raise ValueError unless it is a number of tokens, or None where every column is one."""
     if vocab_size is not None and vocab_size < 1:
         raise ValueError(f"vocab_size is {vocab_size}, expected at least 1 token, or None where no column is padding")
 
 
 def vocab_group(tensor: Tensor, dim: int) -> dist.ProcessGroup | None:
-    """The process group over which a DTensor is sharded in its vocabulary dimension, None where it is not."""
+    """Return the process group over which a DTensor is sharded in its vocabulary dimension; None: it is not."""
     if not isinstance(tensor, DTensor):
         return None
     for mesh_dim, placement in enumerate(tensor.placements):
@@ -154,12 +154,12 @@ def vocab_group(tensor: Tensor, dim: int) -> dist.ProcessGroup | None:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """The local tensor of a DTensor, differentiably; any other tensor as it is."""
+    """Return the local tensor of a DTensor, differentiably; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def replicated(tensor: Tensor) -> Tensor:
-    """The whole tensor; for a DTensor, gathered, and every process is expected to bring its whole gradient."""
+    """Return the whole tensor; a DTensor is gathered, and every process must bring its whole gradient."""
     if not isinstance(tensor, DTensor):
         return tensor
     whole = [Replicate()] * tensor.device_mesh.ndim

@@ -25,7 +25,7 @@ R = TypeVar("R")
 
 
 def eager(function: Callable[P, R]) -> Callable[P, R]:
-    """Keeps torch.compile out: a loss is chunked by row counts that depend on data, and is matrix products mostly."""
+    """Keep torch.compile out: a loss is chunked by row counts that depend on data, and is matrix products mostly."""
     return cast(Callable[P, R], torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
@@ -38,7 +38,7 @@ class LossParts(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class LossCall:
     """One call of a loss.
 
     Attributes:
@@ -69,13 +69,13 @@ class Job:
         return 1.0 if self.late else self.total
 
     def spans(self, extra_buffers: int = 0) -> Iterator[slice]:
-        """Rows of each chunk, such that all buffers together hold at most chunk_size rows."""
+        """Yield the rows of each chunk, such that all buffers together hold at most chunk_size rows."""
         step = max(1, self.chunk_size // (self.kernel.buffers + extra_buffers))
         for start in range(0, self.rows, step):
             yield slice(start, min(start + step, self.rows))
 
     def check_finite(self, values: RowValues, span: slice) -> None:
-        """Raises FloatingPointError naming the first row whose loss is not finite, if checking is on."""
+        """Raise FloatingPointError naming the first row whose loss is not finite, if checking is on."""
         if not self.check:
             return
         wrong_C = ~(values.kd_C.isfinite() & values.ce_C.isfinite())
@@ -89,7 +89,7 @@ class Job:
 
 
 def row_total(num_batch_labels: float | Tensor | None, rows: int) -> float:
-    """What sums over rows are divided by; 1 where there is nothing to divide.
+    """Return what sums over rows are divided by; 1 where there is nothing to divide.
 
     Raises:
         ValueError: a total that is not finite and positive although there are rows.
@@ -106,14 +106,14 @@ def row_total(num_batch_labels: float | Tensor | None, rows: int) -> float:
 
 
 def finish(
-    ctx: Any, job: Job, kd: Tensor, ce: Tensor, gradients: list[Tensor | None], dtype: torch.dtype
+    ctx: Any, call: LossCall, kd: Tensor, ce: Tensor, gradients: list[Tensor | None], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keeps the gradients for backward and gives loss, kd and ce from the sums over rows, at least in float32."""
+    """Keep the gradients for backward and return loss, kd and ce from the sums over rows, at least in float32."""
     # Attributes, because save_for_backward would copy tensors that are neither inputs nor outputs.
     ctx.gradients = gradients
-    ctx.total = job.total / job.gradient_total
-    kd, ce = kd / job.total, ce / job.total
-    mix = job.kernel.mix
+    ctx.total = call.total / call.gradient_total
+    kd, ce = kd / call.total, ce / call.total
+    mix = call.kernel.mix
     # A part of weight 0 is left out rather than multiplied: 0 * inf is NaN.
     loss = mix.kd * kd + mix.ce * ce if mix.kd and mix.ce else mix.kd * kd if mix.kd else mix.ce * ce
     wide = torch.promote_types(dtype, torch.float32)
@@ -123,8 +123,8 @@ def finish(
     return loss, kd, ce
 
 
-def hand_over(ctx: Any, d_loss: Tensor | None) -> list[Tensor | None]:
-    """The gradients, scaled. The tensors themselves are given away unless the graph is kept for another backward."""
+def scaled_gradients(ctx: Any, d_loss: Tensor | None) -> list[Tensor | None]:
+    """Return the kept gradients, scaled: in place, and only once, unless the graph is kept for another backward."""
     gradients: list[Tensor | None] | None = ctx.gradients
     if gradients is None:
         raise RuntimeError(
