@@ -14,6 +14,7 @@ from pipeline.config.extract import RenderingConfig, SourceConfig, TeacherConfig
 from stages.corpus import Corpus, SourceSpec, open_corpus
 from stages.corpus.tokenize import Rendering, resolve_special
 from stages.corpus.tokenizer import load_tokenizer, real_tokens
+from stages.models.files import position_limit
 from stages.teacher import ModelDirectory, find_model, load_config
 from storage.errors import UsageError
 
@@ -93,11 +94,3 @@ def check_window(window: int, model_config: PretrainedConfig) -> None:
             where="rendering.window",
             fix=f"set rendering.window to at most {limit}",
         )
-
-
-def position_limit(model_config: PretrainedConfig) -> int | None:
-    """How many positions a model knows; None for a model without a limit."""
-    text = model_config.get_text_config()
-    limits = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions")]
-    # A model without a limit has none, None or -1 here.
-    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)

@@ -22,19 +22,10 @@ from pipeline.config.train import TrainConfig, spelled_out
 from pipeline.training.data import TrainingData, read_training_data
 from pipeline.training.events import Event, Finished, Saved, Started, StepDone, Validated
 from pipeline.training.processes import processes_of
-from pipeline.training.recipe import (
-    build_learner,
-    card_facts,
-    check_learning_rates,
-    heldout_batches,
-    kd_ratio_of,
-    order_of,
-    schedule_of,
-    step_shape,
-)
+from pipeline.training.recipe import Recipe, build_learner, card_facts
 from stages.batches.microbatch import MicroBatch
-from stages.batches.steps import prefetch, training_steps
-from stages.devices import dtype_name, resolve_device, resolve_dtype
+from stages.batches.steps import evenly_spaced, prefetch, training_steps
+from stages.devices import dtype_name
 from stages.student.model import Student
 from stages.student.save import save_student
 from stages.training.checkpoint import Checkpoints, TrainingProgress
@@ -64,31 +55,31 @@ def train(config: TrainConfig) -> Iterator[Event]:
         processes.on_main(run.require_own)  # before a corpus is read for long
         data = yield from read_training_data(config)
         processes.require_same(data.digest, "what they learn from")
-        schedule = schedule_of(config, data)
+        recipe = Recipe.of(config, data)
         checkpoints = Checkpoints(
             folder=run.checkpoints, store_digest=data.digest, keep=config.checkpoint.keep, processes=processes
         )
         with processes.main_holds(run.held()):
-            done = processes.on_main(lambda: _begin(config, data, run=run, checkpoints=checkpoints, schedule=schedule))
+            done = processes.on_main(lambda: _begin(config, data, recipe, run=run, checkpoints=checkpoints))
             if done is not None:
                 yield Finished(**asdict(done), model=str(run.model), already=True)
                 return
-            yield from _train(config, data, run=run, checkpoints=checkpoints, schedule=schedule)
+            yield from _train(config, data, recipe, run=run, checkpoints=checkpoints)
 
 
 def _begin(
-    config: TrainConfig, data: TrainingData, *, run: RunDirectory, checkpoints: Checkpoints, schedule: Schedule
+    config: TrainConfig, data: TrainingData, recipe: Recipe, *, run: RunDirectory, checkpoints: Checkpoints
 ) -> Finish | None:
     """Make the run directory this run's, or check that it is; its totals if it is finished."""
     # What dtype auto means here is part of the run: on another machine it may be another one.
-    dtype = dtype_name(resolve_dtype(config.dtype, resolve_device(config.device)))
+    dtype = dtype_name(recipe.dtype)
     run.begin(
         config.model_dump(mode="json") | {"dtype": dtype},
         data.record,
         spelled_out=lambda stored: _with_dtype(spelled_out(stored), dtype),
     )
     finished = run.finished()
-    if finished is not None and finished.step == schedule.steps and run.has_model():
+    if finished is not None and finished.step == recipe.schedule.steps and run.has_model():
         return finished
     newest = checkpoints.newest_step()
     if finished is not None and newest == 0:
@@ -99,7 +90,7 @@ def _begin(
         )
     # After a checkpoint was lost, a finished run goes on from an older one: its model has seen more steps than that.
     done = newest if finished is None else max(newest, finished.step)
-    check_learning_rates(config, schedule, run=run, done=done)
+    run.check_learning_rates(recipe.schedule, peak=config.optimizer.lr, done=done)
     return None
 
 
@@ -109,19 +100,17 @@ def _with_dtype(stored: Mapping[str, Any], dtype: str) -> Mapping[str, Any]:
 
 
 def _train(
-    config: TrainConfig, data: TrainingData, *, run: RunDirectory, checkpoints: Checkpoints, schedule: Schedule
+    config: TrainConfig, data: TrainingData, recipe: Recipe, *, run: RunDirectory, checkpoints: Checkpoints
 ) -> Iterator[Event]:
     torch.manual_seed(config.seed)
-    processes = checkpoints.processes
-    learner = build_learner(config, data, processes)
+    processes, schedule, shape = checkpoints.processes, recipe.schedule, recipe.shape
+    learner = build_learner(config, data, recipe, processes)
     student = learner.student
     optimizer = build_optimizer(student.model, AdamWSettings(**config.optimizer.model_dump()))
     progress = checkpoints.resume(student.model, optimizer)
-    shape = step_shape(config, data, student.device)
-    heldout = heldout_batches(config, data, shape)
-    order = order_of(config, data)
-    kd_ratio = kd_ratio_of(config, schedule)
-    steps = islice(training_steps(data.train, order, shape, cursor=progress.cursor), schedule.steps - progress.step)
+    heldout = evenly_spaced(data.heldout, config.validation.sequences, shape)
+    ahead = training_steps(data.train, recipe.order, shape, cursor=progress.cursor)
+    steps = islice(ahead, schedule.steps - progress.step)
     yield _started(config, data, student=student, schedule=schedule, progress=progress)
 
     log = MetricsLog(run.metrics, last_step=progress.step) if processes.main else NoMetricsLog()
@@ -130,7 +119,7 @@ def _train(
         for step in ready:
             number = progress.step + 1
             lr = config.optimizer.lr * schedule.factor(progress.step)
-            learner = replace(learner, kd_ratio=kd_ratio.ratio(progress.step))
+            learner = replace(learner, kd_ratio=recipe.kd_ratio.ratio(progress.step))
             losses, grad_norm = optimizer_step(
                 learner, optimizer, step, lr=lr, clip_norm=config.clip_norm, number=number
             )

@@ -22,6 +22,7 @@ from storage.values import (
     Json,
     as_float,
     canonical_json,
+    json_differences,
     require_fields,
     require_hash,
     require_list,
@@ -293,20 +294,10 @@ def _check_codecs(codecs: Json) -> None:
 
 
 def difference(stored: Plan, wanted: Plan) -> list[str]:
-    """One line per semantic field in which two plans differ: `path: stored -> wanted`."""
-    lines: list[str] = []
-    for item in fields(Plan):
-        if item.name != "recorded":
-            _compare(item.name, stored.semantic().get(item.name), wanted.semantic().get(item.name), lines)
-    return lines
-
-
-def _compare(path: str, stored: Json, wanted: Json, lines: list[str]) -> None:
-    if isinstance(stored, dict) and isinstance(wanted, dict):
-        for key in sorted(stored.keys() | wanted.keys()):
-            _compare(f"{path}.{key}", stored.get(key), wanted.get(key), lines)
-    elif isinstance(stored, list) and isinstance(wanted, list) and len(stored) == len(wanted):
-        for index, (left, right) in enumerate(zip(stored, wanted, strict=True)):
-            _compare(f"{path}[{index}]", left, right, lines)
-    elif stored != wanted:
-        lines.append(f"{path}: {stored!r} -> {wanted!r}")
+    """Return a line for each semantic field in which two plans differ: `path: stored -> wanted`."""
+    before, after = stored.semantic(), wanted.semantic()
+    return [
+        line
+        for item in fields(Plan)
+        for line in json_differences(before.get(item.name), after.get(item.name), item.name)
+    ]

@@ -27,6 +27,20 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def json_differences(stored: Json, wanted: Json, path: str = "") -> list[str]:
+    """Return a line for each place in which two JSON values differ: `path: stored -> wanted`."""
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        return [
+            line
+            for key in sorted(stored.keys() | wanted.keys())
+            for line in json_differences(stored.get(key), wanted.get(key), f"{path}.{key}" if path else key)
+        ]
+    if isinstance(stored, list) and isinstance(wanted, list) and len(stored) == len(wanted):
+        pairs = enumerate(zip(stored, wanted, strict=True))
+        return [line for index, pair in pairs for line in json_differences(*pair, f"{path}[{index}]")]
+    return [] if stored == wanted else [f"{path}: {stored!r} -> {wanted!r}"]
+
+
 def as_float(value: Any) -> Any:
     """Return a whole number as the float it is, for fields where 1 and 1.0 mean the same; anything else as it is."""
     return float(value) if type(value) is int and abs(value) <= _LARGEST_EXACT else value

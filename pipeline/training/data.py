@@ -64,6 +64,11 @@ class TrainingData:
         return self.store is None
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest training sequence. Looks at all of them."""
+        return int(self.train.lengths().max(initial=0))
+
+    @property
     def teacher_name(self) -> str:
         """As the user knows it; of a local directory only its own name, which says nothing about this machine."""
         name = str(self.record.get("teacher", {}).get("name", "an unnamed teacher"))

@@ -11,13 +11,7 @@ import torch
 from pipeline.config.train import TrainConfig
 from pipeline.training.data import TrainingData, open_training_data
 from pipeline.training.processes import processes_of
-from pipeline.training.recipe import (
-    build_learner,
-    chunk_rows,
-    order_of,
-    schedule_of,
-    step_shape,
-)
+from pipeline.training.recipe import Recipe, build_learner
 from stages.batches.corpus import Tokenized
 from stages.batches.microbatch import MicroBatch
 from stages.batches.steps import training_steps
@@ -61,21 +55,19 @@ def dry_run(config: TrainConfig, *, tell: Callable[[Tokenized], None] = lambda e
 
 def _estimate(config: TrainConfig, data: TrainingData, processes: Processes) -> TrainingEstimate:
     processes.require_same(data.digest, "what they learn from")
-    schedule = schedule_of(config, data)
-    learner = build_learner(config, data, processes)
+    recipe = Recipe.of(config, data)
+    learner = build_learner(config, data, recipe, processes)
     student = learner.student
-    shape = step_shape(config, data, student.device)
-    order = order_of(config, data)
-    step = next(training_steps(data.train, order, shape))
+    step = next(training_steps(data.train, recipe.order, recipe.shape))
     seconds = min(_timed(learner, step.batches[0]) for _ in range(2)) / step.batches[0].tokens
-    tokens = schedule.steps * step.tokens
+    tokens = recipe.schedule.steps * step.tokens
     return TrainingEstimate(
         parameters=student.parameters,
-        steps=schedule.steps,
+        steps=recipe.schedule.steps,
         tokens=tokens,
         epochs=tokens / data.train.tokens,
         sequences=len(data.train),
-        memory_bytes=memory_bytes(learner, shape.tokens_per_batch, chunk_rows(config, student.device)),
+        memory_bytes=memory_bytes(learner, recipe.shape.tokens_per_batch, recipe.chunk_size),
         seconds=seconds * tokens,
         device=str(student.device),
         dtype=dtype_name(student.dtype),

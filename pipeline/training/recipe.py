@@ -1,23 +1,19 @@
-"""What a training configuration means on given data: the objects that the loop in pipeline/train.py works with.
+"""What a training configuration means on given data, and the student that learns by it.
 
-Data path: TrainConfig and TrainingData -> **student, loss, order of tokens, schedule** -> training loop.
+Data path: TrainConfig and TrainingData -> **recipe -> student, loss, live teacher** -> the loop in pipeline/train.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from transformers import PretrainedConfig
 
 from pipeline.config.train import TrainConfig
-from pipeline.reading import position_limit
 from pipeline.training.data import TrainingData
-from stages.batches.microbatch import MicroBatch
 from stages.batches.order import Order
-from stages.batches.steps import StepShape, microbatches, steps_of_epochs
+from stages.batches.steps import StepShape, steps_of_epochs
 from stages.devices import resolve_device, resolve_dtype
 from stages.input_files import unchanged
 from stages.losses import FusedLinearKDLoss, KDLossConfig
@@ -25,66 +21,121 @@ from stages.losses.fit import misfit
 from stages.models.packed import use_packed_attention
 from stages.parallel.processes import ALONE, Processes
 from stages.parallel.tensor_parallel import cut_model
-from stages.student.identity import check_tokenizer, check_vocabulary
+from stages.student.identity import check_positions, check_tokenizer, check_vocabulary
 from stages.student.model import Student
 from stages.student.save import CardFacts
 from stages.student.source import StudentSource, build_student
 from stages.teacher.live import LiveTeacher
 from stages.training.checkpoint import TrainingProgress
-from stages.training.metrics import read_metrics
-from stages.training.run import RunDirectory
 from stages.training.schedule import RatioSchedule, Schedule
 from stages.training.step import Learner
-from storage.errors import IdentityError, UsageError
+from storage.errors import UsageError
 from storage.target import TargetSpec
 
 
-def build_learner(config: TrainConfig, data: TrainingData, processes: Processes = ALONE) -> Learner:
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a configuration means on given data, before any weight is loaded: made once, handed on as it is.
+
+    Attributes:
+        device, dtype: of the student's forward.
+        order: in which training sees the sequences.
+        shape: how much a step and a micro-batch hold.
+        schedule: learning rate over all steps.
+        kd_ratio: share of the divergence over all steps.
+        chunk_size: positions whose logits exist at one time.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    order: Order
+    shape: StepShape
+    schedule: Schedule
+    kd_ratio: RatioSchedule
+    chunk_size: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, data: TrainingData) -> Recipe:
+        """Work out the recipe.
+
+        Raises:
+            UsageError: no such device or dtype, or a micro-batch too small for the longest sequence.
+        """
+        device = resolve_device(config.device)
+        dtype = resolve_dtype(config.dtype, device)
+        if dtype == torch.float16:
+            raise UsageError(
+                "float16 has too little range for gradients", where="dtype", fix="set dtype: bfloat16, float32 or auto"
+            )
+        order = Order(sequences=len(data.train), seed=config.seed, digest=data.order_digest)
+        schedule = Schedule(steps=_steps(config, data, order), **config.schedule.model_dump())
+        falls_with = schedule if config.kd_ratio_schedule.fall_with_lr else None
+        return cls(
+            device=device,
+            dtype=dtype,
+            order=order,
+            shape=_step_shape(config, data, device),
+            schedule=schedule,
+            kd_ratio=RatioSchedule(
+                peak=config.kd_ratio, warmup_steps=config.kd_ratio_schedule.warmup_steps, falls_with=falls_with
+            ),
+            chunk_size=config.chunk_size if config.chunk_size != "auto" else 256 if device.type == "cpu" else 2_048,
+        )
+
+
+def _steps(config: TrainConfig, data: TrainingData, order: Order) -> int:
+    """Return the optimizer steps; of epochs, exactly as many as it takes to see every sequence that often."""
+    if config.steps is not None:
+        return config.steps
+    assert config.epochs is not None, "the configuration has one of steps and epochs"
+    return steps_of_epochs(data.train.lengths(), order, config.tokens_per_step, config.epochs)
+
+
+def _step_shape(config: TrainConfig, data: TrainingData, device: torch.device) -> StepShape:
+    """Choose the size of a micro-batch, which always holds the longest training sequence."""
+    if config.tokens_per_batch != "auto" and config.tokens_per_batch < data.window:
+        longest = data.longest
+        if longest > config.tokens_per_batch:
+            raise UsageError(
+                f"the longest sequence has {longest} tokens, a micro-batch holds at most {config.tokens_per_batch}",
+                where="tokens_per_batch",
+                fix=f"set tokens_per_batch to at least {longest}",
+            )
+    fitting = max(min(config.tokens_per_step, 2_048 if device.type == "cpu" else 16_384), data.window)
+    return StepShape(
+        tokens_per_step=config.tokens_per_step,
+        tokens_per_batch=fitting if config.tokens_per_batch == "auto" else config.tokens_per_batch,
+        with_targets=config.kd_ratio > 0.0 and not data.online,
+    )
+
+
+def build_learner(config: TrainConfig, data: TrainingData, recipe: Recipe, processes: Processes = ALONE) -> Learner:
     """Build the student on its device, checked against the data, the loss, and the live teacher of an online run.
 
     Several processes get a part of each model.
 
     Raises:
-        UsageError: no such student, device, dtype or loss, or one that does not fit the data.
+        UsageError: no such student or loss, or one that does not fit the data.
         IdentityError: the student's tokenizer is not the teacher's.
         NumericsError, OutOfSpaceError: the live teacher's logits are not finite, or it does not fit into memory.
     """
-    device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device)
-    if dtype == torch.float16:
-        raise UsageError(
-            "float16 has too little range for gradients", where="dtype", fix="set dtype: bfloat16, float32 or auto"
-        )
     source = StudentSource(**config.student.model_dump())
     same = check_tokenizer(source, data.tokenizer_files)
     model = build_student(source, seed=config.seed)
     check_vocabulary(model, data.vocab_size, same_tokenizer=same)
-    _check_positions(data, model.config)
-    model.to(device)  # type: ignore[arg-type]  # transformers types this method for its own decorator
+    check_positions(model.config, data.window, lambda: data.longest)
+    model.to(recipe.device)  # type: ignore[arg-type]  # transformers types this method for its own decorator
     use_packed_attention(model, config.attention)
     if processes.tp is not None:
         cut_model(model, processes.tp)
-    student = Student.of(model, dtype)
-    loss = _loss(config, student, data.vocab_size)
+    student = Student.of(model, recipe.dtype)
+    loss = _loss(config, student, data.vocab_size, recipe.chunk_size)
     if config.kd_ratio > 0.0 and data.store is not None:
         _check_loss_fits(loss, data.store.plan.target)
-    teacher = _live_teacher(config, data, loss, device)
+    teacher = _live_teacher(config, data, loss, recipe.device)
     if processes.tp is not None and teacher is not None:
         teacher = teacher.cut(processes.tp, len(student.weight_VD))
     return Learner(student=student, loss=loss, kd_ratio=config.kd_ratio, teacher=teacher)
-
-
-def _check_positions(data: TrainingData, student: PretrainedConfig) -> None:
-    limit = position_limit(student)
-    if limit is None or data.window <= limit:
-        return
-    longest = int(data.train.lengths().max(initial=0))
-    if longest > limit:
-        raise UsageError(
-            f"the longest sequence has {longest} tokens, the student knows {limit} positions",
-            where="student.path",
-            fix=f"choose a student with at least {longest} positions, or learn from windows of at most {limit} tokens",
-        )
 
 
 def _live_teacher(
@@ -110,11 +161,11 @@ def _live_teacher(
     return replace(teacher, files=data.teacher_files)
 
 
-def _loss(config: TrainConfig, student: Student, vocab_size: int) -> FusedLinearKDLoss:
+def _loss(config: TrainConfig, student: Student, vocab_size: int, chunk_size: int) -> FusedLinearKDLoss:
     """Build the configured divergence in its fused form, mixed with cross-entropy, on this student's logits."""
     chosen = KDLossConfig(**{key: value for key, value in config.loss.items() if key != "name"})
     fused = chosen.fused(
-        chunk_size=chunk_rows(config, student.device),
+        chunk_size=chunk_size,
         kd_ratio=config.kd_ratio,
         softcap=student.rule.softcap,
         logit_multiplier=student.rule.logit_multiplier,
@@ -138,99 +189,6 @@ def _check_loss_fits(loss: FusedLinearKDLoss, target: TargetSpec) -> None:
     else:
         fix = f"leave {keys[0]} out: the best policy that the store's rows allow is taken"
     raise UsageError(f"the store's rows do not fit the loss: {found.lacks}", where=keys[0], fix=fix)
-
-
-def step_shape(config: TrainConfig, data: TrainingData, device: torch.device) -> StepShape:
-    """Say how much a step and a micro-batch hold; a micro-batch always holds the longest training sequence.
-
-    Raises:
-        UsageError: the configured one does not.
-    """
-    if config.tokens_per_batch != "auto" and config.tokens_per_batch < data.window:
-        longest = int(data.train.lengths().max(initial=0))
-        if longest > config.tokens_per_batch:
-            raise UsageError(
-                f"the longest sequence has {longest} tokens, a micro-batch holds at most {config.tokens_per_batch}",
-                where="tokens_per_batch",
-                fix=f"set tokens_per_batch to at least {longest}",
-            )
-    fitting = max(min(config.tokens_per_step, 2_048 if device.type == "cpu" else 16_384), data.window)
-    return StepShape(
-        tokens_per_step=config.tokens_per_step,
-        tokens_per_batch=fitting if config.tokens_per_batch == "auto" else config.tokens_per_batch,
-        with_targets=config.kd_ratio > 0.0 and not data.online,
-    )
-
-
-def chunk_rows(config: TrainConfig, device: torch.device) -> int:
-    """Return the number of positions whose logits exist at one time."""
-    if config.chunk_size != "auto":
-        return config.chunk_size
-    return 256 if device.type == "cpu" else 2_048
-
-
-def schedule_of(config: TrainConfig, data: TrainingData) -> Schedule:
-    """Return the learning rate over all steps; epochs are turned into steps."""
-    return Schedule(steps=_steps(config, data), **config.schedule.model_dump())
-
-
-def kd_ratio_of(config: TrainConfig, schedule: Schedule) -> RatioSchedule:
-    """Return the share of the divergence over all steps."""
-    wanted = config.kd_ratio_schedule
-    falls_with = schedule if wanted.fall_with_lr else None
-    return RatioSchedule(peak=config.kd_ratio, warmup_steps=wanted.warmup_steps, falls_with=falls_with)
-
-
-def order_of(config: TrainConfig, data: TrainingData) -> Order:
-    """Return the order in which training sees the sequences."""
-    return Order(sequences=len(data.train), seed=config.seed, digest=data.order_digest)
-
-
-def _steps(config: TrainConfig, data: TrainingData) -> int:
-    """Return the optimizer steps; of epochs, exactly as many as it takes to see every sequence that often."""
-    if config.steps is not None:
-        return config.steps
-    assert config.epochs is not None, "the configuration has one of steps and epochs"
-    return steps_of_epochs(data.train.lengths(), order_of(config, data), config.tokens_per_step, config.epochs)
-
-
-def check_learning_rates(config: TrainConfig, schedule: Schedule, *, run: RunDirectory, done: int) -> None:
-    """Check that a run which is prolonged would have had the same learning rates in the steps already done.
-
-    Args:
-        run: its curve tells the learning rate of each step done, whatever the configurations were until now.
-        done: steps done.
-
-    Raises:
-        IdentityError: it would have had others.
-        UsageError: the curve is damaged.
-    """
-    fix = "choose another run directory; with schedule constant, or wsd before its decay, a run can be prolonged"
-    where = f"{config.run}, schedule: {config.schedule.kind}"
-    if done > schedule.steps:
-        raise IdentityError(f"{schedule.steps} steps are fewer than the {done} steps done", where=where, fix=fix)
-    for line in read_metrics(run.metrics):
-        step, had = line["step"], line.get("lr")
-        if line.get("event") != "step" or not isinstance(step, int) or not 0 < step <= done:
-            continue
-        wanted = config.optimizer.lr * schedule.factor(step - 1)
-        if had != wanted:
-            raise IdentityError(
-                f"{schedule.steps} steps would change the learning rates of the {done} steps done: "
-                f"step {step} had {had}, would have {wanted}",
-                where=where,
-                fix=fix,
-            )
-
-
-def heldout_batches(config: TrainConfig, data: TrainingData, shape: StepShape) -> tuple[MicroBatch, ...]:
-    """Pack evenly spaced held-out sequences; none if nothing is held out."""
-    count = min(config.validation.sequences, len(data.heldout))
-    if count == 0:
-        return ()
-    read = data.heldout.read(np.arange(count) * len(data.heldout) // count, targets=shape.with_targets)
-    batches = microbatches(read, shape)
-    return tuple(batch for batch in batches if batch.rows)
 
 
 def card_facts(config: TrainConfig, data: TrainingData, student: Student, progress: TrainingProgress) -> CardFacts:

@@ -160,3 +160,12 @@ def _sequences(source: Source, order: Order, cursor: int, *, targets: bool) -> I
         waiting = deque(part(read, index, index + 1) for index in range(len(read)))
         while waiting:
             yield waiting.popleft()
+
+
+def evenly_spaced(source: Source, count: int, shape: StepShape) -> tuple[MicroBatch, ...]:
+    """Pack so many sequences, spread evenly over a source; fewer if there are fewer, and none without rows."""
+    count = min(count, len(source))
+    if count == 0:
+        return ()
+    read = source.read(np.arange(count) * len(source) // count, targets=shape.with_targets)
+    return tuple(batch for batch in microbatches(read, shape) if batch.rows)

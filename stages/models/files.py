@@ -115,6 +115,14 @@ def load_config(model: ModelDirectory) -> PretrainedConfig:
     return config
 
 
+def position_limit(model_config: PretrainedConfig) -> int | None:
+    """How many positions a model knows; None for a model without a limit."""
+    text = model_config.get_text_config()
+    limits = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions")]
+    # A model without a limit has none, None or -1 here.
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+
+
 def first_line(error: Exception) -> str:
     """Return what a library says about a failure, in one line, led by its kind where that says more."""
     lines = str(error).strip().splitlines() or [""]

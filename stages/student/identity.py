@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from stages.corpus.tokenizer import FILES, first_difference, load_tokenizer
+from stages.models.files import position_limit
 from stages.student.model import head_layer
 from stages.student.source import StudentSource, model_directory
 from storage.errors import IdentityError, UsageError
@@ -103,3 +104,23 @@ def _tokenizer_directory(source: StudentSource) -> Path | None:
     directory = path.parent if path.is_file() else model_directory(source, weights=False)
     has_one = any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     return directory if has_one else None
+
+
+def check_positions(student: PretrainedConfig, window: int, longest: Callable[[], int]) -> None:
+    """Check that the student knows as many positions as the longest sequence has.
+
+    Args:
+        student: its configuration.
+        window: tokens that no sequence exceeds; 0 if unknown.
+        longest: tells the tokens of the longest sequence; asked only where `window` leaves it open.
+
+    Raises:
+        UsageError: it knows fewer.
+    """
+    limit = position_limit(student)
+    if limit is not None and window > limit and (tokens := longest()) > limit:
+        raise UsageError(
+            f"the longest sequence has {tokens} tokens, the student knows {limit} positions",
+            where="student.path",
+            fix=f"choose a student with at least {tokens} positions, or learn from windows of at most {limit} tokens",
+        )

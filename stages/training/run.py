@@ -20,8 +20,11 @@ from typing import Any, TextIO
 import yaml
 
 from stages.durable import remove_leftovers, replace_file
+from stages.training.metrics import read_metrics
+from stages.training.schedule import Schedule
 from storage.errors import IdentityError, UsageError
 from storage.files.local import storage_errors
+from storage.values import json_differences
 
 # What may change between two commands of one run: where things lie, how the work is cut and saved, on which machine it
 # is done. None of it changes which sequences a step holds or what it computes (beyond rounding). `steps` and `epochs`
@@ -167,7 +170,7 @@ class RunDirectory:
             replace_file(self.path / _RECORD, _json({"store": dict(store), "finished": None}))
             replace_file(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False).encode())
             return
-        lines = _differences("", _semantic(spelled_out(stored)), _semantic(spelled_out(config)))
+        lines = json_differences(_semantic(spelled_out(stored)), _semantic(spelled_out(config)))
         began = self._record()["store"]
         if began["digest"] != store["digest"] and began.get("id") == store.get("id") is not None:
             raise IdentityError(
@@ -193,6 +196,35 @@ class RunDirectory:
         """Return the totals of a run that was finished, whether or not RUN/model is still there; else None."""
         totals = self._record()["finished"]
         return None if totals is None else Finish(**totals)
+
+    def check_learning_rates(self, schedule: Schedule, *, peak: float, done: int) -> None:
+        """Check that a run which is prolonged would have had the same learning rates in the steps already done.
+
+        Args:
+            schedule: of the command. The curve tells what each step had, whatever the configurations were until now.
+            peak: learning rate that the schedule scales.
+            done: steps done.
+
+        Raises:
+            IdentityError: it would have had others.
+            UsageError: the curve is damaged.
+        """
+        fix = "choose another run directory; with schedule constant, or wsd before its decay, a run can be prolonged"
+        where = f"{self.path}, schedule: {schedule.kind}"
+        if done > schedule.steps:
+            raise IdentityError(f"{schedule.steps} steps are fewer than the {done} steps done", where=where, fix=fix)
+        for line in read_metrics(self.metrics):
+            step, had = line["step"], line.get("lr")
+            if line.get("event") != "step" or not isinstance(step, int) or not 0 < step <= done:
+                continue
+            wanted = peak * schedule.factor(step - 1)
+            if had != wanted:
+                raise IdentityError(
+                    f"{schedule.steps} steps would change the learning rates of the {done} steps done: "
+                    f"step {step} had {had}, would have {wanted}",
+                    where=where,
+                    fix=fix,
+                )
 
     def has_model(self) -> bool:
         """Tell whether RUN/model holds a configuration and weights, without a gap."""
@@ -257,7 +289,7 @@ def _semantic(config: Mapping[str, Any]) -> dict[str, Any]:
 def _what_changed(began: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Say how two things to learn from differ: of corpora and teachers every field, of stores the digest."""
     if "identity" in began and "identity" in wanted:
-        return _differences("", began["identity"], json.loads(json.dumps(wanted["identity"])))
+        return json_differences(began["identity"], json.loads(json.dumps(wanted["identity"])))
     return [f"store digest: {began['digest']} -> {wanted['digest']}"]
 
 
@@ -266,18 +298,6 @@ def _back_to(began: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     had, has = (record.get("identity", {}).get("teacher", {}).get("dtype") for record in (began, wanted))
     dtype = f"set teacher_model.dtype: {had}; otherwise " if had and has and had != has else ""
     return f"{dtype}choose another run directory, or go back to the configuration in its config.yaml"
-
-
-def _differences(path: str, stored: Any, wanted: Any) -> list[str]:
-    if isinstance(stored, dict) and isinstance(wanted, dict):
-        lines: list[str] = []
-        for key in sorted(stored.keys() | wanted.keys()):
-            lines += _differences(f"{path}.{key}" if path else key, stored.get(key), wanted.get(key))
-        return lines
-    if isinstance(stored, list) and isinstance(wanted, list) and len(stored) == len(wanted):
-        pairs = enumerate(zip(stored, wanted, strict=True))
-        return [line for index, pair in pairs for line in _differences(f"{path}[{index}]", *pair)]
-    return [] if stored == wanted else [f"{path}: {stored!r} -> {wanted!r}"]
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

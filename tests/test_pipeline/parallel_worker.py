@@ -38,7 +38,7 @@ from pipeline.training.data import open_training_data
 from pipeline.training.estimate import dry_run
 from pipeline.training.events import Saved, StepDone
 from pipeline.training.processes import processes_of
-from pipeline.training.recipe import build_learner, order_of, step_shape
+from pipeline.training.recipe import Recipe, build_learner
 from stages.batches.steps import training_steps
 from stages.parallel.processes import gather
 from stages.parallel.tensors import whole
@@ -76,7 +76,8 @@ def run(config: TrainConfig, case: Mapping[str, Any], rank: int) -> None:
 def spoil(config: TrainConfig) -> None:
     """Only the second process holds a weight that is not finite, and only in its own part."""
     with processes_of(config) as processes:
-        model = build_learner(config, open_training_data(config), processes).student.model
+        data = open_training_data(config)
+        model = build_learner(config, data, Recipe.of(config, data), processes).student.model
         part = next(weight.to_local() for weight in model.parameters() if isinstance(weight, DTensor))
         if not processes.main:
             with torch.no_grad():
@@ -145,9 +146,10 @@ def watch(config: TrainConfig) -> None:
     """No process makes a tensor as wide as the vocabulary, and what is communicated is summed, never gathered."""
     with processes_of(config) as processes:
         data = open_training_data(config)
-        learner = build_learner(config, data, processes)
+        recipe = Recipe.of(config, data)
+        learner = build_learner(config, data, recipe, processes)
         optimizer = build_optimizer(learner.student.model, AdamWSettings(lr=1e-3))
-        step = next(training_steps(data.train, order_of(config, data), step_shape(config, data, torch.device("cpu"))))
+        step = next(training_steps(data.train, recipe.order, recipe.shape))
         rows = len(learner.student.weight_VD)
         first = -(-rows // 2)  # DTensor gives the first process the larger half
         mine = first if processes.main else data.vocab_size - first

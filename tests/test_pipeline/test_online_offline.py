@@ -21,8 +21,8 @@ from pipeline.config.extract import ExtractConfig
 from pipeline.config.train import TrainConfig
 from pipeline.extract import extract
 from pipeline.training.data import TrainingData, open_training_data
-from pipeline.training.recipe import build_learner, heldout_batches, step_shape
-from stages.batches.steps import microbatches
+from pipeline.training.recipe import Recipe, build_learner
+from stages.batches.steps import evenly_spaced, microbatches
 from stages.training.step import Learner, Losses, validate
 from storage.codecs.exact import Exact
 from storage.reader import StoreReader
@@ -84,12 +84,12 @@ def opened(
     }
     config = TrainConfig.model_validate(values)
     data = open_training_data(config)
-    return config, data, build_learner(config, data)
+    return config, data, build_learner(config, data, Recipe.of(config, data))
 
 
 def losses_and_gradients(config: TrainConfig, data: TrainingData, learner: Learner) -> tuple[Tensor, list[Tensor]]:
     """Sums over all training sequences, packed in the order of the corpus."""
-    shape = step_shape(config, data, learner.student.device)
+    shape = Recipe.of(config, data).shape
     batches = microbatches(data.train.read(np.arange(len(data.train)), targets=shape.with_targets), shape)
     rows = sum(batch.rows for batch in batches)
     assert len(batches) > 5
@@ -132,8 +132,8 @@ def test_online_equals_offline(
 
 
 def held_out_losses(config: TrainConfig, data: TrainingData, learner: Learner) -> Losses:
-    shape = step_shape(config, data, learner.student.device)
-    return validate(learner, heldout_batches(config, data, shape), number=0)
+    shape = Recipe.of(config, data).shape
+    return validate(learner, evenly_spaced(data.heldout, config.validation.sequences, shape), number=0)
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:

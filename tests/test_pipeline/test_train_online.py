@@ -23,7 +23,7 @@ from pipeline.train import train
 from pipeline.training.data import open_training_data
 from pipeline.training.estimate import dry_run
 from pipeline.training.events import Finished, Started, StepDone, Validated
-from pipeline.training.recipe import build_learner
+from pipeline.training.recipe import Recipe, build_learner
 from stages.batches.microbatch import MicroBatch
 from stages.devices import resolve_dtype
 from stages.losses import TeacherHead
@@ -148,7 +148,8 @@ def test_cross_entropy_alone_builds_no_teacher_and_sees_the_same_tokens(
     bare = tmp_path / "tokenizer-and-config-only"
     shutil.copytree(tiny_teacher_dir, bare, ignore=shutil.ignore_patterns("*.safetensors"))
     config = configure(teacher_model={"path": str(bare)}, kd_ratio=0.0)
-    assert build_learner(config, open_training_data(config)).teacher is None
+    data = open_training_data(config)
+    assert build_learner(config, data, Recipe.of(config, data)).teacher is None
     list(train(config))
     ours, theirs = curve(tmp_path / "run"), curve(tmp_path / "kd")
     assert [line.get("tokens") for line in ours] == [line.get("tokens") for line in theirs]
@@ -232,7 +233,7 @@ def test_a_teacher_that_changes_after_it_was_hashed_is_refused(
     shutil.rmtree(place)
     other_teacher(tiny_teacher_dir, place)
     with pytest.raises(IdentityError, match="changed while it was being read"):
-        build_learner(config, data)
+        build_learner(config, data, Recipe.of(config, data))
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -303,7 +304,8 @@ def test_a_dry_run_counts_the_teacher_in(configure: MakeConfig, tmp_path: Path) 
 
 def test_the_teacher_runs_in_its_own_precision_and_its_head_in_float32(configure: MakeConfig) -> None:
     config = configure(teacher_model={"path": configure().teacher_model.path, "dtype": "bfloat16"})  # type: ignore[union-attr]
-    learner = build_learner(config, open_training_data(config))
+    data = open_training_data(config)
+    learner = build_learner(config, data, Recipe.of(config, data))
     assert isinstance(learner.teacher, LiveTeacher)
     assert learner.teacher.body.dtype == torch.bfloat16
     assert learner.teacher.weight_VD.dtype == torch.float32
