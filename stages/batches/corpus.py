@@ -1,6 +1,6 @@
 """A corpus as training reads it without a store: token ids in memory, no text, no teacher's rows.
 
-Data path: Document -> Sequence -> **corpus in memory** -> packed micro-batches -> student and live teacher.
+Data path: Document -> TokenWindow -> **corpus in memory** -> packed micro-batches -> student and live teacher.
 
 Axis legend as in storage/rows.py: T tokens, S sequences, R rows, H head entries, C tail entries, X+1 offsets.
 """
@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Generator, Iterable
-from collections.abc import Sequence as Items
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.corpus.tokenize import Sequence
+from stages.corpus.tokenize import TokenWindow
 from storage.plan import HeldoutRule
 from storage.rows import SequenceBatch
 
@@ -40,14 +39,14 @@ class TokenizedCorpus:
     Read like a store's split (`stages.batches.steps.Source`); rows have no targets.
     """
 
-    def __init__(self, sequences: Iterable[Sequence] = ()) -> None:
+    def __init__(self, sequences: Iterable[TokenWindow] = ()) -> None:
         # Grown in place: a list of small arrays would take their memory twice while it is joined.
         self._tokens, self._has_row = array("I"), array("B")
         self._ends, self._document, self._window_start = array("q", [0]), array("q"), array("q")
         for sequence in sequences:
             self.add(sequence)
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: TokenWindow) -> None:
         """Append a sequence."""
         self._tokens.frombytes(sequence.tokens.astype(np.uint32).tobytes())
         self._has_row.frombytes(sequence.has_row.tobytes())
@@ -69,7 +68,7 @@ class TokenizedCorpus:
         ends_S = np.frombuffer(self._ends, dtype=np.int64)
         return ends_S[1:] - ends_S[:-1]
 
-    def read(self, indices: Items[int] | NDArray[np.integer], *, targets: bool = True) -> SequenceBatch:
+    def read(self, indices: Sequence[int] | NDArray[np.integer], *, targets: bool = True) -> SequenceBatch:
         """Return sequences by number, in the order asked. Heads and tails are empty, values of rows 0.
 
         Args:
@@ -97,7 +96,7 @@ class TokenizedCorpus:
 
 
 def split_corpus(
-    sequences: Iterable[Sequence], rule: HeldoutRule, *, documents: int
+    sequences: Iterable[TokenWindow], rule: HeldoutRule, *, documents: int
 ) -> Generator[Tokenized, None, tuple[TokenizedCorpus, TokenizedCorpus]]:
     """Training and held-out sequences, by the rule of a store; on the way, how far it is.
 

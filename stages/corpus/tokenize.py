@@ -1,6 +1,6 @@
 """Documents become token windows: the sequences that the teacher sees.
 
-Data path: Document -> **Sequence** -> teacher. Every function here is a pure function of document and rendering.
+Data path: Document -> **TokenWindow** -> teacher. Every function here is a pure function of document and rendering.
 
 Axis legend: T tokens of a document or of one window, C characters of a text.
 """
@@ -52,7 +52,7 @@ class Rendering:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sequence:
+class TokenWindow:
     """One token window of a document.
 
     Attributes:
@@ -95,7 +95,7 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def render(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, rendering: Rendering
-) -> Iterator[Sequence]:
+) -> Iterator[TokenWindow]:
     """Yield the windows of each document in order; documents and windows below `min_tokens` are left out.
 
     Raises:
@@ -114,7 +114,7 @@ def render(
             has_row_T = np.zeros(end - start, dtype=np.bool_)
             has_row_T[max(first_row, prompt - 1) - start : -1] = True
             if end - start >= rendering.min_tokens and has_row_T.any():
-                yield Sequence(
+                yield TokenWindow(
                     document=document.number,
                     window_start=start,
                     tokens=tokens_T[start:end],

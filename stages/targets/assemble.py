@@ -7,20 +7,20 @@ Axis legend: N rows, K candidates of the head, M draws, T tokens and S sequences
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from stages.corpus.tokenize import Sequence
+from stages.corpus.tokenize import TokenWindow
 from stages.targets.rows import TargetRows
 from storage.plan import TargetSpec
 from storage.rows import SequenceBatch
 from storage.segments import merge_draws
 
 
-def assemble(sequences: Items[Sequence], rows: TargetRows, target: TargetSpec) -> SequenceBatch:
+def assemble(sequences: Sequence[TokenWindow], rows: TargetRows, target: TargetSpec) -> SequenceBatch:
     """Join sequences with their rows, which come in the order of the sequences and of their positions.
 
     Args:
