@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stages.corpus.source import Document
 from storage.errors import UsageError
+from storage.segments import row_starts
 from storage.values import Json
 
 DOCUMENTS_PER_CALL = 64  # the tokenizer works on lists in parallel
@@ -174,7 +175,7 @@ def character_bytes(text: str) -> NDArray[np.int64]:
     """Return where each character begins in the text's UTF-8 form, int64 [C+1]; the last value is its length."""
     points_C = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     sizes_C = 1 + (points_C >= 0x80).astype(np.int64) + (points_C >= 0x800) + (points_C >= 0x10000)
-    return np.concatenate([[0], np.cumsum(sizes_C)])
+    return row_starts(sizes_C)
 
 
 def end_bytes(offsets_T2: NDArray[np.int64], byte_of_C: NDArray[np.int64]) -> NDArray[np.int64]:
