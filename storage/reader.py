@@ -28,6 +28,7 @@ from storage.format.arrays import array_specs
 from storage.format.decode import Slices, decode_batch
 from storage.plan import SPLITS, Plan, Split
 from storage.rows import SequenceBatch
+from storage.segments import row_starts
 from storage.threads import Each, default_threads, in_threads
 from storage.values import sha256
 
@@ -89,8 +90,7 @@ class StoreReader:
         self.shards: tuple[SealedShard, ...] = tuple(item for item in seal.shards if item.split == split)
         self.rows: int = sum(item.rows for item in self.shards)
         self.tokens: int = sum(item.tokens for item in self.shards)
-        counts = [item.sequences for item in self.shards]
-        self.starts: NDArray[np.int64] = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+        self.starts: NDArray[np.int64] = row_starts(np.array([item.sequences for item in self.shards], np.int64))
 
     def _sealed(self, allow_partial: bool) -> Seal:
         seal = self._manifest.seal()

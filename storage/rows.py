@@ -2,6 +2,10 @@
 
 Phase 1 fills a `SequenceBatch` per shard and hands it to the writer; the reader hands the same type to phase 2.
 
+What there is to know of an array, its axis above all, stands beside its field and nowhere else. `ARRAYS` is the table
+that cutting, joining, checking, encoding and decoding go through: to add an array, add a field here, its line in
+FORMAT.md, and what computes it.
+
 Axis legend: T tokens, S sequences, R rows, H head entries, C tail entries (distinct sampled ids), all concatenated
 over the batch; P temperatures; X+1 marks an offset array whose first value is 0 and last value the length of the axis.
 """
@@ -9,11 +13,49 @@ over the batch; P temperatures; X+1 marks an offset array whose first value is 0
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+Axis = Literal["token", "sequence", "sequence_edge", "row", "head", "tail"]
+Stored = Literal["id", "uint", "real", "logprob", "bits", "uint32", "uint64"]
+Owner = Literal["k", "draws", "temperatures", "end_bytes"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrayField:
+    """What is known of an array of a batch.
+
+    Attributes:
+        name: of the field, and of the array in a shard.
+        axis: on which it lies; sequence_edge has one place more than there are sequences.
+        dtype: in memory.
+        stored: its type in a shard, in the words of FORMAT.md; `logprob` is the codec's. Ids are stored as ranks, and
+            those of tails as differences.
+        only_with: what the plan's target, or the corpus, must have so that a store has the array; None: every store.
+        absent: its values in a store without it; None: so is the whole field.
+    """
+
+    name: str
+    axis: Axis
+    dtype: type[np.generic]
+    stored: Stored
+    only_with: Owner | None
+    absent: float | None
+
+    @property
+    def by_temperature(self) -> bool:
+        """Whether there is a second axis, the temperatures."""
+        return self.only_with == "temperatures"
+
+
+def _on(
+    axis: Axis, dtype: type[np.generic], stored: Stored, only_with: Owner | None = None, *, absent: float | None = 0
+) -> dict[str, Any]:
+    """Return the metadata of a field that is an array: the attributes of its `ArrayField`."""
+    return {"axis": axis, "dtype": dtype, "stored": stored, "only_with": only_with, "absent": absent}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,31 +89,39 @@ class SequenceBatch:
             rows that were read without targets.
     """
 
-    tokens: NDArray[np.uint32]
-    token_offset: NDArray[np.int64]
-    row_offset: NDArray[np.int64]
-    head_offset: NDArray[np.int64]
-    tail_offset: NDArray[np.int64]
-    document: NDArray[np.int64]
-    window_start: NDArray[np.int64]
-    token_end_byte: NDArray[np.uint32] | None
-    has_row: NDArray[np.bool_]
-    head_size: NDArray[np.int32]
-    tail_size: NDArray[np.int32]
-    head_ids: NDArray[np.uint32]
-    logprob: NDArray[np.float32]
-    tail_ids: NDArray[np.uint32]
-    count: NDArray[np.uint16]
-    tail_logit: NDArray[np.float32]
-    logsumexp: NDArray[np.float32]
-    entropy: NDArray[np.float32]
-    next_logprob: NDArray[np.float32]
+    # In the order in which a shard holds its arrays.
+    tokens: NDArray[np.uint32] = field(metadata=_on("token", np.uint32, "id"))
+    has_row: NDArray[np.bool_] = field(metadata=_on("token", np.bool_, "bits"))
+    token_offset: NDArray[np.int64] = field(metadata=_on("sequence_edge", np.int64, "uint64"))
+    row_offset: NDArray[np.int64] = field(metadata=_on("sequence_edge", np.int64, "uint64"))
+    document: NDArray[np.int64] = field(metadata=_on("sequence", np.int64, "uint64"))
+    window_start: NDArray[np.int64] = field(metadata=_on("sequence", np.int64, "uint32"))
+    logsumexp: NDArray[np.float32] = field(metadata=_on("row", np.float32, "real"))
+    entropy: NDArray[np.float32] = field(metadata=_on("row", np.float32, "real"))
+    next_logprob: NDArray[np.float32] = field(metadata=_on("row", np.float32, "real"))
+    token_end_byte: NDArray[np.uint32] | None = field(
+        metadata=_on("token", np.uint32, "uint32", "end_bytes", absent=None)
+    )
+    head_offset: NDArray[np.int64] = field(metadata=_on("sequence_edge", np.int64, "uint64", "k"))
+    head_size: NDArray[np.int32] = field(metadata=_on("row", np.int32, "uint", "k"))
+    # Without a head, all mass is outside of it.
+    tail_logit: NDArray[np.float32] = field(metadata=_on("row", np.float32, "real", "k", absent=np.inf))
+    tail_offset: NDArray[np.int64] = field(metadata=_on("sequence_edge", np.int64, "uint64", "draws"))
+    tail_size: NDArray[np.int32] = field(metadata=_on("row", np.int32, "uint", "draws"))
+    tail_ids: NDArray[np.uint32] = field(metadata=_on("tail", np.uint32, "id", "draws"))
+    count: NDArray[np.uint16] = field(metadata=_on("tail", np.uint16, "uint", "draws"))
+    head_ids: NDArray[np.uint32] = field(metadata=_on("head", np.uint32, "id", "k"))
+    logprob: NDArray[np.float32] = field(metadata=_on("head", np.float32, "logprob", "k"))
+    tail_logit_T: NDArray[np.float32] | None = field(
+        default=None, metadata=_on("row", np.float32, "real", "temperatures", absent=None)
+    )
+    entropy_T: NDArray[np.float32] | None = field(
+        default=None, metadata=_on("row", np.float32, "real", "temperatures", absent=None)
+    )
     draws: int = 0
     temperatures: tuple[float, ...] = ()
-    tail_logit_T: NDArray[np.float32] | None = None
-    entropy_T: NDArray[np.float32] | None = None
-    row_columns: Mapping[str, NDArray[Any]] | None = None
-    sequence_columns: Mapping[str, NDArray[Any]] | None = None
+    row_columns: Mapping[str, NDArray[Any]] | None = field(default=None, metadata={"axis": "row"})
+    sequence_columns: Mapping[str, NDArray[Any]] | None = field(default=None, metadata={"axis": "sequence"})
 
     def __len__(self) -> int:
         """Return the number of sequences."""
@@ -86,6 +136,16 @@ class SequenceBatch:
     def sequence_of_row(self) -> NDArray[np.int64]:
         """Number of the sequence that each row belongs to, int64 [R]."""
         return np.repeat(np.arange(len(self)), np.diff(self.row_offset))
+
+
+AXES: Mapping[str, Axis] = {item.name: item.metadata["axis"] for item in fields(SequenceBatch) if item.metadata}
+ARRAYS = tuple(
+    ArrayField(name=item.name, **item.metadata) for item in fields(SequenceBatch) if "dtype" in item.metadata
+)
+NUMBERS = tuple(item for item in ARRAYS if item.stored == "real")  # a row has one of each, or one per temperature
+OFFSETS: Mapping[str, str] = {  # by the axis that they cut into sequences
+    item.name.removesuffix("_offset"): item.name for item in ARRAYS if item.axis == "sequence_edge"
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
-"""Arithmetic on rows that lie in flat arrays: sizes, draws, differences and running sums within rows.
+"""Arithmetic on rows that lie in flat arrays: starts, draws, differences and running sums within rows.
 
-Axis legend: R rows, N entries of all rows concatenated; `size_R` holds the entries of each row.
+Axis legend: R rows, N entries of all rows concatenated, H of heads, C of tails; `size_R` holds the entries of each row.
 """
 
 from __future__ import annotations
@@ -12,11 +12,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def row_starts(size_R: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Return where each row begins, and the end of the last: int64 [R+1]."""
+def row_starts(size_R: NDArray[Any]) -> NDArray[np.int64]:
+    """Return where each row begins, and the end of the last, from sizes of any integer type or marks: int64 [R+1]."""
     offset = np.zeros(len(size_R) + 1, dtype=np.int64)
     np.cumsum(size_R, out=offset[1:])
     return offset
+
+
+def rank_in_row(size_R: NDArray[Any]) -> NDArray[np.int64]:
+    """Return the place of each entry in its row, counted from 0: int64 [N]."""
+    starts = row_starts(size_R)
+    return np.arange(starts[-1]) - np.repeat(starts[:-1], size_R)
+
+
+def interleave(
+    head_H: NDArray[Any], head_size_R: NDArray[np.int32], tail_C: NDArray[Any], tail_size_R: NDArray[np.int32]
+) -> NDArray[Any]:
+    """Return the entries of all rows, each row's head before its tail: [H + C], in the type of the heads."""
+    entries = np.empty(len(head_H) + len(tail_C), head_H.dtype)
+    entries[np.arange(len(head_H)) + np.repeat(row_starts(tail_size_R)[:-1], head_size_R)] = head_H
+    entries[np.arange(len(tail_C)) + np.repeat(row_starts(head_size_R)[1:], tail_size_R)] = tail_C
+    return entries
 
 
 def merge_draws(

@@ -23,6 +23,7 @@ from stages.losses import FusedLinearKDLoss, SparseTargets, TeacherHead
 from stages.student.model import Student
 from stages.student.source import StudentSource, build_student
 from storage.reader import StoreReader
+from storage.segments import row_starts
 
 LAYERS = 6
 WARM_UP_STEPS = 48
@@ -96,9 +97,9 @@ def _with_teacher(
 ) -> Iterator[tuple[MicroBatch, TeacherHead, None]]:
     """The same micro-batches with the teacher's own hidden states, from which the rows were made."""
     rows_S = np.concatenate([np.diff(batch.row_offset) for batch in material.kinds["topk 64"].batches])
-    start_S = np.cumsum(rows_S) - rows_S
+    start_S = row_starts(rows_S)
     hidden_ND = material.hidden_ND[
-        torch.from_numpy(np.concatenate([np.arange(start_S[i], start_S[i] + rows_S[i]) for i in chosen]))
+        torch.from_numpy(np.concatenate([np.arange(start_S[i], start_S[i + 1]) for i in chosen]))
     ].float()
     weight_VD, first = material.teacher.head.weight_VD, 0
     for part in parts:

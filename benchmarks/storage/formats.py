@@ -33,9 +33,8 @@ def table(batch: SequenceBatch, first_sequence: int = 0) -> pa.Table:
     def lists(values: np.ndarray, size: np.ndarray) -> pa.ListArray:
         return pa.ListArray.from_arrays(pa.array(row_starts(size).astype(np.int32)), pa.array(values))
 
-    sequence = np.repeat(np.arange(len(batch)), np.diff(batch.row_offset)) + first_sequence
     columns = {
-        "sequence": sequence.astype(np.int32),
+        "sequence": (batch.sequence_of_row + first_sequence).astype(np.int32),
         "token": batch.tokens[np.flatnonzero(batch.has_row)],
         "ids": lists(batch.head_ids, batch.head_size),
         "logprob": lists(batch.logprob.astype(np.float16), batch.head_size),

@@ -17,8 +17,7 @@ from pipeline.config.extract import ExtractConfig
 from pipeline.demo.teacher import convert
 from pipeline.extraction.planning import Extraction, build_plan
 from pipeline.extraction.work import load_teacher
-from stages.corpus.tokenize import Sequence as Tokens
-from stages.corpus.tokenize import render
+from stages.corpus.tokenize import TokenWindow, render
 from stages.targets import KINDS, TargetRows, assemble
 from stages.targets.positions import document_order, wanted_mask, wanted_positions
 from stages.teacher.batching import pad
@@ -140,7 +139,7 @@ def _writer(kind: Kind) -> StoreWriter:
 
 
 def _extract(
-    kinds: dict[str, Kind], teacher: HFTeacher, sequences: Sequence[Tokens], spent: dict[str, float]
+    kinds: dict[str, Kind], teacher: HFTeacher, sequences: Sequence[TokenWindow], spent: dict[str, float]
 ) -> Tensor:
     """Append a shard's batch to every kind; return the hidden states of its rows, document order."""
     batching = kinds[MAIN].planned.batching

@@ -26,6 +26,7 @@ from storage.exchange.arrow import shard_rows, to_parquet
 from storage.plan import HeldoutRule, Plan
 from storage.reader import StoreReader
 from storage.rows import SequenceBatch
+from storage.segments import row_starts
 
 SEQUENCES_PER_READ = 64  # about what a training step reads
 Rows = tuple[np.ndarray, ...]  # of one sequence: head ids, log-probabilities, tail ids, counts
@@ -171,7 +172,7 @@ def random_sequences(store: Path, parquet: Path, rounds: Rounds, k: int) -> tupl
     reader, zarr = StoreReader(store, cache_bytes=0), Zarr(store)
     file = pq.ParquetFile(parquet)
     groups = np.cumsum([0, *(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))])
-    rows = np.concatenate([[0], np.cumsum(_rows_of_sequences(store))])
+    rows = row_starts(_rows_of_sequences(store))
 
     def from_parquet(number: int) -> Iterator[Rows]:
         first, last = np.searchsorted(groups, [rows[number], rows[number + 1] - 1], side="right") - 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from storage.plan import ShardSpec, Split
 from storage.rows import SequenceBatch
 
 if TYPE_CHECKING:  # imports the model libraries
-    from stages.corpus.tokenize import Sequence
+    from stages.corpus.tokenize import TokenWindow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ class Meter:
         self.rows_total = rows_total
         self.work_began = time.perf_counter()
 
-    def count(self, sequences: Items[Sequence]) -> None:
+    def count(self, sequences: Sequence[TokenWindow]) -> None:
         """Count sequences that the teacher has read."""
         self.rows += sum(int(sequence.has_row.sum()) for sequence in sequences)
         self.tokens += sum(len(sequence) for sequence in sequences)

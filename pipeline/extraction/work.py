@@ -7,8 +7,7 @@ Axis legend: B sequences of a batch, T tokens of its longest one, D hidden width
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 
@@ -18,7 +17,7 @@ import torch
 from pipeline.extraction.events import FirstRow, Meter, Progress
 from pipeline.extraction.planning import Extraction, bytes_per_row
 from pipeline.reading import BACKEND
-from stages.corpus.tokenize import Sequence, render
+from stages.corpus.tokenize import TokenWindow, render
 from stages.input_files import unchanged
 from stages.out_of_memory import is_out_of_memory
 from stages.targets import KINDS, TargetRows, assemble
@@ -77,7 +76,7 @@ def extract_shard(
 
 
 @torch.inference_mode()
-def target_rows(planned: Extraction, teacher: Teacher, sequences: Items[Sequence]) -> list[TargetRows]:
+def target_rows(planned: Extraction, teacher: Teacher, sequences: Sequence[TokenWindow]) -> list[TargetRows]:
     """Return the rows of one batch of sequences, in their order, chunk by chunk."""
     target, step = planned.plan.target, planned.batching.chunk_size
     at = wanted_positions(sequences)
@@ -91,7 +90,7 @@ def target_rows(planned: Extraction, teacher: Teacher, sequences: Items[Sequence
 
 
 @torch.inference_mode()
-def first_row(planned: Extraction, teacher: Teacher, shards: Items[ShardSpec], meter: Meter) -> Iterator[FirstRow]:
+def first_row(planned: Extraction, teacher: Teacher, shards: Sequence[ShardSpec], meter: Meter) -> Iterator[FirstRow]:
     """Show what the teacher makes of the first words to come: one short forward, nothing of it is stored."""
     numbers = (number for shard in shards for number in planned.plan.documents_of(shard))
     # One document at a time, so that long ones do not delay it.
@@ -126,7 +125,7 @@ def _head_mass(prob_V: torch.Tensor, target: TargetSpec) -> float | None:
     return float(mass_K[min(reaches_p, target.k - 1)])
 
 
-def expected_rows(planned: Extraction, shards: Items[ShardSpec]) -> int:
+def expected_rows(planned: Extraction, shards: Sequence[ShardSpec]) -> int:
     """Estimate the rows of some shards from the sample."""
     sample = planned.sample
     documents = sum(len(planned.plan.documents_of(shard)) for shard in shards)

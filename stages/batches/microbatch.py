@@ -17,6 +17,7 @@ from torch import Tensor
 from stages.batches.sequences import lengths
 from stages.losses.targets import SparseTargets
 from storage.rows import SequenceBatch
+from storage.segments import interleave, rank_in_row
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,15 +74,14 @@ def to_microbatch(batch: SequenceBatch, *, with_targets: bool, ignore_index: int
         with_targets: False leaves the teacher's rows unread; labels are the same either way.
         ignore_index: label of positions without a target row.
     """
-    length_S = lengths(batch)
-    position_T = np.arange(len(batch.tokens)) - np.repeat(batch.token_offset[:-1], length_S)
+    position_T = rank_in_row(lengths(batch))
     token_T = batch.tokens.astype(np.int64)
     # The shift: position i predicts token i+1. The last token of a sequence never has a row (storage/rows.py), so
     # what `roll` brings there from the next sequence is never used.
     label_T = np.where(batch.has_row, np.roll(token_T, -1), ignore_index)
     return MicroBatch(
         tokens_1T=torch.from_numpy(token_T).unsqueeze(0),
-        positions_1T=torch.from_numpy(position_T.astype(np.int64)).unsqueeze(0),
+        positions_1T=torch.from_numpy(position_T).unsqueeze(0),
         labels_T=torch.from_numpy(label_T),
         rows_N=torch.from_numpy(np.flatnonzero(batch.has_row).astype(np.int64)),
         targets=to_targets(batch) if with_targets else None,
@@ -90,10 +90,9 @@ def to_microbatch(batch: SequenceBatch, *, with_targets: bool, ignore_index: int
 
 def to_targets(batch: SequenceBatch) -> SparseTargets:
     """Return the teacher's rows of a batch as the losses take them."""
-    row_offset, ids = _interleave(batch)
     return SparseTargets.from_ragged(
-        ids=ids,
-        row_offset=row_offset,
+        ids=interleave(batch.head_ids, batch.head_size, batch.tail_ids, batch.tail_size),
+        row_entries=batch.head_size + batch.tail_size,
         head_size=batch.head_size,
         logprob=batch.logprob,
         count=batch.count,
@@ -109,19 +108,3 @@ def to_targets(batch: SequenceBatch) -> SparseTargets:
 def _by_temperature(batch: SequenceBatch, values_RP: NDArray[np.float32] | None) -> dict[float, NDArray[np.float32]]:
     """Return columns of an array over rows and temperatures, by temperature."""
     return {} if values_RP is None else dict(zip(batch.temperatures, values_RP.T, strict=True))
-
-
-def _interleave(batch: SequenceBatch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Row offsets [R+1] on the entry axis, and the ids of all entries, each row's head before its samples."""
-    head_R, tail_R = batch.head_size.astype(np.int64), batch.tail_size.astype(np.int64)
-    row_offset = np.concatenate([[0], np.cumsum(head_R + tail_R)])
-    ids = np.empty(row_offset[-1], dtype=np.int64)
-    ids[_ranges(row_offset[:-1], head_R)] = batch.head_ids
-    ids[_ranges(row_offset[:-1] + head_R, tail_R)] = batch.tail_ids
-    return row_offset, ids
-
-
-def _ranges(start_R: NDArray[np.int64], size_R: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Concatenation of start[r], start[r] + 1, ..., start[r] + size[r] - 1 over r."""
-    before_R = np.cumsum(size_R) - size_R
-    return np.repeat(start_R - before_R, size_R) + np.arange(size_R.sum())

@@ -1,6 +1,6 @@
 """The corpus: sources of documents, and documents rendered as token windows.
 
-Data path: configuration -> **Source -> Document -> Sequence** -> teacher.
+Data path: configuration -> **Source -> Document -> TokenWindow** -> teacher.
 
 To add a source: write a file with a class that satisfies `Source` and a function that opens it and checks all of it,
 and list it in `SOURCES`. The tests run over the table.

@@ -1,6 +1,6 @@
 """What a corpus source is, and the corpus: its sources one after the other, numbered through.
 
-Data path: configuration -> **sources -> Document** -> Sequence -> teacher. A document's number is its index in the
+Data path: configuration -> **sources -> Document** -> TokenWindow -> teacher. A document's number is its index in the
 concatenated sources before any filter; it never changes, and draws, held-out rule and shards depend on it.
 """
 

@@ -1,6 +1,6 @@
 """Documents become token windows: the sequences that the teacher sees.
 
-Data path: Document -> **Sequence** -> teacher. Every function here is a pure function of document and rendering.
+Data path: Document -> **TokenWindow** -> teacher. Every function here is a pure function of document and rendering.
 
 Axis legend: T tokens of a document or of one window, C characters of a text.
 """
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stages.corpus.source import Document
 from storage.errors import UsageError
+from storage.segments import row_starts
 from storage.values import Json
 
 DOCUMENTS_PER_CALL = 64  # the tokenizer works on lists in parallel
@@ -52,7 +53,7 @@ class Rendering:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sequence:
+class TokenWindow:
     """One token window of a document.
 
     Attributes:
@@ -95,7 +96,7 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def render(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, rendering: Rendering
-) -> Iterator[Sequence]:
+) -> Iterator[TokenWindow]:
     """Yield the windows of each document in order; documents and windows below `min_tokens` are left out.
 
     Raises:
@@ -114,7 +115,7 @@ def render(
             has_row_T = np.zeros(end - start, dtype=np.bool_)
             has_row_T[max(first_row, prompt - 1) - start : -1] = True
             if end - start >= rendering.min_tokens and has_row_T.any():
-                yield Sequence(
+                yield TokenWindow(
                     document=document.number,
                     window_start=start,
                     tokens=tokens_T[start:end],
@@ -174,7 +175,7 @@ def character_bytes(text: str) -> NDArray[np.int64]:
     """Return where each character begins in the text's UTF-8 form, int64 [C+1]; the last value is its length."""
     points_C = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     sizes_C = 1 + (points_C >= 0x80).astype(np.int64) + (points_C >= 0x800) + (points_C >= 0x10000)
-    return np.concatenate([[0], np.cumsum(sizes_C)])
+    return row_starts(sizes_C)
 
 
 def end_bytes(offsets_T2: NDArray[np.int64], byte_of_C: NDArray[np.int64]) -> NDArray[np.int64]:

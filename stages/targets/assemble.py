@@ -7,20 +7,20 @@ Axis legend: N rows, K candidates of the head, M draws, T tokens and S sequences
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from stages.corpus.tokenize import Sequence
+from stages.corpus.tokenize import TokenWindow
 from stages.targets.rows import TargetRows
 from storage.plan import TargetSpec
-from storage.rows import SequenceBatch
-from storage.segments import merge_draws
+from storage.rows import NUMBERS, SequenceBatch
+from storage.segments import merge_draws, row_starts
 
 
-def assemble(sequences: Items[Sequence], rows: TargetRows, target: TargetSpec) -> SequenceBatch:
+def assemble(sequences: Sequence[TokenWindow], rows: TargetRows, target: TargetSpec) -> SequenceBatch:
     """Join sequences with their rows, which come in the order of the sequences and of their positions.
 
     Args:
@@ -30,14 +30,14 @@ def assemble(sequences: Items[Sequence], rows: TargetRows, target: TargetSpec) -
     rows_S = np.array([int(sequence.has_row.sum()) for sequence in sequences], dtype=np.int64)
     assert int(rows_S.sum()) == len(rows), "one row per wanted position"
     tail_ids_C, count_C, tail_size_N = merge_draws(rows.drawn, empty_R=np.isneginf(rows.tail_logit))
-    row_offset = _offsets(rows_S)
+    row_offset = row_starts(rows_S)
     head_NK = np.arange(rows.head_ids.shape[1]) < rows.head_size[:, None]
     return SequenceBatch(
         tokens=_joined([sequence.tokens for sequence in sequences], np.uint32),
-        token_offset=_offsets(np.array([len(sequence) for sequence in sequences], dtype=np.int64)),
+        token_offset=row_starts(np.array([len(sequence) for sequence in sequences], dtype=np.int64)),
         row_offset=row_offset,
-        head_offset=_offsets(rows.head_size)[row_offset],
-        tail_offset=_offsets(tail_size_N)[row_offset],
+        head_offset=row_starts(rows.head_size)[row_offset],
+        tail_offset=row_starts(tail_size_N)[row_offset],
         document=np.array([sequence.document for sequence in sequences], dtype=np.int64),
         window_start=np.array([sequence.window_start for sequence in sequences], dtype=np.int64),
         token_end_byte=_joined([sequence.token_end_byte for sequence in sequences], np.uint32),
@@ -48,19 +48,10 @@ def assemble(sequences: Items[Sequence], rows: TargetRows, target: TargetSpec) -
         logprob=rows.logprob[head_NK],
         tail_ids=tail_ids_C,
         count=count_C,
-        tail_logit=rows.tail_logit,
-        logsumexp=rows.logsumexp,
-        entropy=rows.entropy,
-        next_logprob=rows.next_logprob,
         draws=target.draws,
         temperatures=target.temperatures,
-        tail_logit_T=rows.tail_logit_T if target.temperatures else None,
-        entropy_T=rows.entropy_T if target.temperatures else None,
+        **{item.name: getattr(rows, item.name) for item in NUMBERS if target.temperatures or not item.by_temperature},
     )
-
-
-def _offsets(sizes: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
 
 def _joined(parts: list[NDArray[Any]], dtype: DTypeLike) -> NDArray[Any]:

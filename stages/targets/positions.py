@@ -5,7 +5,7 @@ Axis legend: N rows, B sequences of a batch, T tokens of its longest one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stages.corpus.tokenize import Sequence
+from stages.corpus.tokenize import TokenWindow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Positions:
         return Positions(document=self.document[rows], position=self.position[rows], next_token=self.next_token[rows])
 
 
-def wanted_positions(sequences: Items[Sequence]) -> Positions:
+def wanted_positions(sequences: Sequence[TokenWindow]) -> Positions:
     """Say where the rows of these sequences belong, sequence by sequence."""
     wanted = [(sequence, np.flatnonzero(sequence.has_row)) for sequence in sequences]
     return Positions(
@@ -47,7 +47,7 @@ def wanted_positions(sequences: Items[Sequence]) -> Positions:
     )
 
 
-def wanted_mask(sequences: Items[Sequence]) -> Tensor:
+def wanted_mask(sequences: Sequence[TokenWindow]) -> Tensor:
     """Return mask_BT, bool: positions with a row; False in the padding."""
     mask_BT = np.zeros((len(sequences), max(len(sequence) for sequence in sequences)), dtype=np.bool_)
     for row, sequence in enumerate(sequences):
@@ -55,7 +55,7 @@ def wanted_mask(sequences: Items[Sequence]) -> Tensor:
     return torch.from_numpy(mask_BT)
 
 
-def document_order(sequences: Items[Sequence], computed: Items[int]) -> NDArray[np.int64]:
+def document_order(sequences: Sequence[TokenWindow], computed: Sequence[int]) -> NDArray[np.int64]:
     """Return the order that brings rows, computed sequence by sequence as `computed` says, back to document order."""
     rows = [int(sequences[index].has_row.sum()) for index in computed]
     return np.argsort(np.repeat(np.array(computed, dtype=np.int64), rows), kind="stable")

@@ -21,6 +21,7 @@ from stages.targets.randomness import uniforms
 from stages.targets.tail import draw, tail_blocks
 from storage.errors import NumericsError, UsageError
 from storage.plan import TargetSpec
+from storage.rows import NUMBERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +59,13 @@ class TargetRows:
     @classmethod
     def empty(cls, target: TargetSpec) -> TargetRows:
         """Return no rows, in the right shapes."""
-        scalars = {name: np.zeros(0, np.float32) for name in ("tail_logit", "logsumexp", "entropy", "next_logprob")}
-        by_temperature = np.zeros((0, len(target.temperatures)), np.float32)
+        no_number, none_by_temperature = np.zeros(0, np.float32), np.zeros((0, len(target.temperatures)), np.float32)
         return cls(
             head_ids=np.zeros((0, target.k), np.uint32),
             logprob=np.zeros((0, target.k), np.float32),
             head_size=np.zeros(0, np.int32),
             drawn=np.zeros((0, target.draws), np.uint32),
-            tail_logit_T=by_temperature,
-            entropy_T=by_temperature,
-            **scalars,
+            **{item.name: none_by_temperature if item.by_temperature else no_number for item in NUMBERS},
         )
 
     @classmethod

@@ -1,6 +1,6 @@
 """Teachers: backends that turn token ids into logits.
 
-Data path: Sequence batch -> **hidden states -> logits** -> target rows.
+Data path: batch of TokenWindows -> **hidden states -> logits** -> target rows.
 
 To add a backend: write a file with a class that satisfies `Teacher` and list its `load` in `BACKENDS`. The tests run
 over the table and compare each backend with `hf`.

@@ -7,15 +7,14 @@ Axis legend: B sequences of a batch, T tokens of its longest one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Sequence as Items
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stages.corpus.tokenize import Sequence
+from stages.corpus.tokenize import TokenWindow
 from storage.values import Json
 
 TOKENS_PER_BATCH = {"cpu": 4096}
@@ -41,7 +40,7 @@ class Batching:
         """Return the `batching` field of a plan."""
         return {"order": "length falling, then document and window", **asdict(self)}
 
-    def batches(self, sequences: Items[Sequence]) -> Iterator[list[int]]:
+    def batches(self, sequences: Sequence[TokenWindow]) -> Iterator[list[int]]:
         """Yield the indices of the sequences of each batch."""
         order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))  # stable: ties keep their order
         batch: list[int] = []
@@ -70,7 +69,7 @@ def resolve_batching(
     )
 
 
-def pad(sequences: Items[Sequence], device: torch.device) -> Tensor:
+def pad(sequences: Sequence[TokenWindow], device: torch.device) -> Tensor:
     """Return ids_BT, int64, padded on the right with id 0: no position before the padding sees it."""
     ids_BT = np.zeros((len(sequences), max(len(sequence) for sequence in sequences)), dtype=np.int64)
     for row, sequence in enumerate(sequences):

@@ -1,6 +1,6 @@
 """Backend `hf`: a Hugging Face causal language model, the reference every other backend is compared with.
 
-Data path: Sequence batch -> **hidden states -> logits** -> target rows.
+Data path: batch of TokenWindows -> **hidden states -> logits** -> target rows.
 
 Axis legend: B sequences, T tokens, D hidden width, N positions, V real tokens.
 """

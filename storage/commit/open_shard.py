@@ -5,7 +5,6 @@ Data path: commit record, files -> **open shard** -> slices of stored values -> 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,16 +13,16 @@ from numpy.typing import NDArray
 from storage.cache import BoundedCache
 from storage.commit.records import CommitRecord
 from storage.files.local import LocalFiles
-from storage.format.arrays import OFFSETS, ArraySpec, array_specs, is_even
+from storage.format.arrays import ArraySpec, array_specs, is_even
 from storage.format.chunks import ArrayLayout, decode_index, decode_inner
 from storage.format.encode import GROUP, axis_lengths, read_group
 from storage.plan import Plan
+from storage.rows import OFFSETS
 from storage.values import sha256
 
 ChunkCache = BoundedCache[Any]  # decoded chunks (arrays), and checked files (memoryviews)
 LARGE_CHUNK = 1 << 16  # bytes
 FILE_BYTES = 1000  # of memory that an open shard takes for each of its files, measured
-_AXIS_EDGES = {"row": "row_offset", "head": "head_offset", "tail": "tail_offset", "token": "token_offset"}
 
 
 class DamageError(ValueError):
@@ -148,7 +147,7 @@ class OpenShard:
         except ValueError as error:
             raise DamageError(str(error), GROUP) from error
         self.layouts = {name: self._layout(spec, lengths[spec.axis]) for name, spec in self.specs.items()}
-        self._edges = {name: self._offsets(name, lengths) for name in OFFSETS if name in self.specs}
+        self._edges = {name: self._offsets(name, lengths[axis]) for axis, name in OFFSETS.items() if name in self.specs}
         indices = sum(layout.index_bytes for layout in self.layouts.values())  # each is kept from its first use on
         edges = sum(values.nbytes for values in self._edges.values())
         self.nbytes = FILE_BYTES * len(record.objects) + indices + edges
@@ -172,11 +171,10 @@ class OpenShard:
             raise DamageError(f"it states {layout.length} values; the commit record says {length}", name)
         return layout
 
-    def _offsets(self, name: str, lengths: Mapping[str, int]) -> NDArray[np.int64]:
+    def _offsets(self, name: str, length: int) -> NDArray[np.int64]:
         values = np.concatenate(self.values(name, 0, self.layouts[name].length), dtype=np.int64, casting="unsafe")
-        axis = name.removesuffix("_offset")
-        if values[0] != 0 or values[-1] != lengths[axis] or np.any(np.diff(values) < 0):
-            raise DamageError(f"offsets do not rise from 0 to {lengths[axis]}", name)
+        if values[0] != 0 or values[-1] != length or np.any(np.diff(values) < 0):
+            raise DamageError(f"offsets do not rise from 0 to {length}", name)
         return values
 
     def values(self, name: str, start: int, end: int) -> list[NDArray[Any]]:
@@ -236,7 +234,7 @@ class OpenShard:
         Without targets nothing is read on the row, head and tail axes: every row is there, but empty.
         """
         spec = self.specs[name]
-        if not targets and (spec.axis in ("row", "head", "tail") or name in ("head_offset", "tail_offset")):
+        if not targets and (spec.axis in ("row", "head", "tail") or name in (OFFSETS["head"], OFFSETS["tail"])):
             return [np.zeros(self._length_without_targets(spec, first, end), spec.dtype)]
         if name in self._edges:
             return [self._edges[name][first : end + 1]]
@@ -244,7 +242,7 @@ class OpenShard:
             return self.values(name, first, end)
         if spec.axis == "token_byte":
             return [self._bits(name, *self._span("token_offset", first, end))]
-        return self.values(name, *self._span(_AXIS_EDGES[spec.axis], first, end))
+        return self.values(name, *self._span(OFFSETS[spec.axis], first, end))
 
     def _length_without_targets(self, spec: ArraySpec, first: int, end: int) -> int:
         if spec.axis == "sequence_edge":

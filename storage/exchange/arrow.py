@@ -21,7 +21,7 @@ from storage.files.local import whole_file
 from storage.plan import COLUMN_AXES
 from storage.reader import StoreReader
 from storage.rows import SequenceBatch
-from storage.segments import row_starts, sigmoid
+from storage.segments import interleave, row_starts, sigmoid
 
 SEQUENCES_PER_BATCH = 64
 
@@ -194,7 +194,10 @@ def _record_batch(batch: SequenceBatch, number_S: NDArray[np.int64]) -> pa.Recor
         position_R.astype(np.int32),
         batch.tokens[token_R],
         batch.tokens[token_R + 1],
-        _joined_ids(batch),
+        _lists(
+            interleave(batch.head_ids, batch.head_size, batch.tail_ids, batch.tail_size),
+            batch.head_size + batch.tail_size,
+        ),
         _lists(batch.logprob, batch.head_size),
         batch.head_size,
         _lists(batch.count, batch.tail_size),
@@ -236,12 +239,3 @@ def _by_temperature(batch: SequenceBatch) -> list[pa.ListArray]:
 
 def _lists(values: NDArray[np.generic], size_R: NDArray[np.int32]) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(row_starts(size_R).astype(np.int32)), pa.array(values))
-
-
-def _joined_ids(batch: SequenceBatch) -> pa.ListArray:
-    """Lists of each row's head ids, then its tail ids."""
-    head_start, tail_start = row_starts(batch.head_size), row_starts(batch.tail_size)
-    ids = np.empty(len(batch.head_ids) + len(batch.tail_ids), dtype=np.uint32)
-    ids[np.arange(len(batch.head_ids)) + np.repeat(tail_start[:-1], batch.head_size)] = batch.head_ids
-    ids[np.arange(len(batch.tail_ids)) + np.repeat(head_start[1:], batch.tail_size)] = batch.tail_ids
-    return _lists(ids, batch.head_size + batch.tail_size)

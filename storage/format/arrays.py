@@ -1,12 +1,12 @@
-"""The table of arrays that make up a shard: name, axis and type of each, as a function of the plan.
+"""The arrays that make up a shard: name, axis and stored type of each, as a function of the plan.
 
-FORMAT.md tells the same in prose. Axis legend as in `rows.py`: token, sequence, row, head, tail.
+What they hold is stated field by field in `rows.py`; FORMAT.md tells the same in prose.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,9 @@ import numpy as np
 from storage.codecs import logprob_codec
 from storage.format.chunks import DTYPES, ArrayLayout
 from storage.plan import Plan
+from storage.rows import ARRAYS
 
 CHUNK_UNITS = 4096  # tokens or rows per chunk, about
-
-OFFSETS = ("token_offset", "row_offset", "head_offset", "tail_offset")
-NUMBERS = ("tail_logit", "logsumexp", "entropy", "next_logprob")  # a row has one of each
-BY_TEMPERATURE = ("tail_logit_T", "entropy_T")  # a row has one of each for each temperature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,45 +83,38 @@ def array_specs(plan: Plan, *, end_bytes: bool, even: bool) -> Mapping[str, Arra
         end_bytes: whether the shard has `token_end_byte` (it has not when its input was token ids).
         even: whether every head has k entries.
     """
-    rank, edge = smallest_uint(plan.vocab_size - 1), np.dtype("<u8")
-    codec = logprob_codec(plan.codecs["logprob"])
-    rows: list[tuple[str, str, np.dtype[Any]]] = [
-        ("tokens", "token", rank),
-        ("has_row", "token_byte", np.dtype("u1")),
-        ("token_offset", "sequence_edge", edge),
-        ("row_offset", "sequence_edge", edge),
-        ("document", "sequence", edge),
-        ("window_start", "sequence", np.dtype("<u4")),
-        ("logsumexp", "row", codec.row_dtype),
-        ("entropy", "row", codec.row_dtype),
-        ("next_logprob", "row", codec.row_dtype),
-    ]
-    if end_bytes:
-        rows.append(("token_end_byte", "token", np.dtype("<u4")))
-    if plan.target.k > 0:
-        rows += [
-            ("head_offset", "sequence_edge", edge),
-            ("head_size", "row", smallest_uint(plan.target.k)),
-            ("tail_logit", "row", codec.row_dtype),
-        ]
-    if plan.target.draws > 0:
-        rows += [
-            ("tail_offset", "sequence_edge", edge),
-            ("tail_size", "row", smallest_uint(plan.target.draws)),
-            ("tail_ids", "tail", rank),
-            ("count", "tail", smallest_uint(plan.target.draws)),
-        ]
-    specs = {name: ArraySpec(name=name, axis=axis, dtype=dtype) for name, axis, dtype in rows}
-    if plan.target.k > 0:
-        head_axis, ranks = ("row", plan.target.k) if even else ("head", None)
-        specs["head_ids"] = ArraySpec(name="head_ids", axis=head_axis, dtype=rank, ranks=ranks)
-        specs["logprob"] = ArraySpec(name="logprob", axis=head_axis, dtype=codec.dtype, ranks=ranks, by_rank=even)
-    if plan.target.temperatures:
-        for name in BY_TEMPERATURE:
-            ranks = len(plan.target.temperatures)
-            specs[name] = ArraySpec(
-                name=name, axis="row", dtype=codec.row_dtype, ranks=ranks, by_rank=True, second="temperature"
-            )
+    target, codec = plan.target, logprob_codec(plan.codecs["logprob"])
+    temperatures = len(target.temperatures)
+    amounts: Mapping[str | None, int] = {
+        None: 1,
+        "end_bytes": end_bytes,
+        "k": target.k,
+        "draws": target.draws,
+        "temperatures": temperatures,
+    }
+    dtypes: Mapping[str, np.dtype[Any]] = {
+        "id": smallest_uint(plan.vocab_size - 1),
+        "real": codec.row_dtype,
+        "logprob": codec.dtype,
+        "bits": np.dtype("u1"),
+        "uint32": np.dtype("<u4"),
+        "uint64": np.dtype("<u8"),
+    }
+    specs = {}
+    for item in ARRAYS:
+        amount = amounts[item.only_with]
+        if not amount:
+            continue
+        spec = ArraySpec(
+            name=item.name,
+            axis="token_byte" if item.stored == "bits" else item.axis,
+            dtype=smallest_uint(amount) if item.stored == "uint" else dtypes[item.stored],
+        )
+        if item.axis == "head" and even:
+            spec = replace(spec, axis="row", ranks=target.k, by_rank=item.stored == "logprob")
+        elif item.by_temperature:
+            spec = replace(spec, ranks=temperatures, by_rank=True, second="temperature")
+        specs[item.name] = spec
     for name, about in plan.columns.items():
         array = column_array(name)
         specs[array] = ArraySpec(name=array, axis=about["axis"], dtype=DTYPES[about["dtype"]])

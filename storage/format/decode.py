@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.codecs import LogprobCodec, logprob_codec
-from storage.format.arrays import OFFSETS, column_array
+from storage.format.arrays import column_array
 from storage.plan import Plan
-from storage.rows import SequenceBatch
+from storage.rows import ARRAYS, OFFSETS, ArrayField, SequenceBatch
 from storage.segments import cumsum_rows, row_starts
 from storage.threads import Each
 
@@ -43,44 +43,26 @@ def decode_batch(
     Raises:
         ValueError: sizes contradict each other or a rank is outside the vocabulary.
     """
-    edges = {name: _joined_offsets(_pieces(runs, name)) for name in OFFSETS}
-    entropy = _joined(runs, "entropy", np.float32)
-    head_size = _joined(runs, "head_size", np.int32, rows=len(entropy))
-    tail_size = _joined(runs, "tail_size", np.int32, rows=len(entropy))
-    _check_sizes(edges, head_size, tail_size)
-    # Rows of samples alone have no head: everything is outside of it.
-    tail_logit = _joined(runs, "tail_logit", np.float32, rows=len(entropy), absent=np.inf)
+    found = _offsets(runs)
+    for item in ARRAYS:
+        if item.name not in found and item.stored not in ("id", "logprob"):
+            found[item.name] = _plain(item, runs, rows=int(found["row_offset"][-1]))
+    _check_sizes(found)
     codec, work = logprob_codec(plan.codecs["logprob"]), Work()
-    scale_to = tail_logit if scaled and codec.renormalises else None
-    logprob = _logprob(codec, _pieces(runs, "logprob"), head_size, scale_to, work=work)
-    tail_ids = _tail_ids(remap, _joined(runs, "tail_ids", None), tail_size, work=work)
-    head_ids = _ids(remap, _pieces(runs, "head_ids"), work=work)
-    tokens = _ids(remap, _pieces(runs, "tokens"), work=work)
+    scale_to = found["tail_logit"] if scaled and codec.renormalises else None
+    for item in reversed(ARRAYS):  # threads begin with what takes longest: the log-probabilities
+        pieces = _pieces(runs, item.name)
+        if item.stored == "logprob":
+            found[item.name] = _logprob(codec, pieces, found["head_size"], scale_to, work=work)
+        elif item.stored == "id" and item.axis == "tail":
+            found[item.name] = _tail_ids(remap, pieces, found["tail_size"], work=work)
+        elif item.stored == "id":
+            found[item.name] = _ids(remap, pieces, work=work)
     list(each(_do, work))
     return SequenceBatch(
-        tokens=tokens,
-        token_offset=edges["token_offset"],
-        row_offset=edges["row_offset"],
-        head_offset=edges["head_offset"] if plan.target.k else np.zeros_like(edges["row_offset"]),
-        tail_offset=edges["tail_offset"] if plan.target.draws else np.zeros_like(edges["row_offset"]),
-        document=_joined(runs, "document", np.int64),
-        window_start=_joined(runs, "window_start", np.int64),
-        token_end_byte=_end_bytes(runs),
-        has_row=_joined(runs, "has_row", np.bool_),
-        head_size=head_size,
-        tail_size=tail_size,
-        head_ids=head_ids,
-        logprob=logprob,
-        tail_ids=tail_ids,
-        count=_joined(runs, "count", np.uint16),
-        tail_logit=tail_logit,
-        logsumexp=_joined(runs, "logsumexp", np.float32),
-        entropy=entropy,
-        next_logprob=_joined(runs, "next_logprob", np.float32),
+        **found,
         draws=plan.target.draws,
         temperatures=plan.target.temperatures,
-        tail_logit_T=_by_temperature(plan, runs, "tail_logit_T", len(entropy)),
-        entropy_T=_by_temperature(plan, runs, "entropy_T", len(entropy)),
         row_columns=_columns(plan, runs, "row"),
         sequence_columns=_columns(plan, runs, "sequence"),
     )
@@ -89,7 +71,7 @@ def decode_batch(
 def _columns(plan: Plan, runs: Sequence[Slices], axis: str) -> dict[str, NDArray[Any]] | None:
     """Return the added columns of an axis by name; None without any."""
     columns = {
-        name: _joined(runs, column_array(name), np.dtype(about["dtype"]))
+        name: _joined(_pieces(runs, column_array(name)), np.dtype(about["dtype"]))
         for name, about in plan.columns.items()
         if about["axis"] == axis
     }
@@ -101,32 +83,39 @@ def _pieces(runs: Sequence[Slices], name: str) -> list[NDArray[Any]]:
     return [piece for run in runs for piece in run.get(name, ())]
 
 
-def _joined(runs: Sequence[Slices], name: str, dtype: Any, *, rows: int = 0, absent: float = 0) -> NDArray[Any]:
-    """Concatenate an array over the runs, flat; `absent` [rows] if the plan has no such array.
+def _joined(pieces: Sequence[NDArray[Any]], dtype: Any) -> NDArray[Any]:
+    """Concatenate the pieces of an array, flat. The result is never a view of the reader's cache."""
+    return np.concatenate([piece.reshape(-1) for piece in pieces], dtype=dtype, casting="unsafe")
 
-    Without a dtype the result may be a view of the reader's cache; with one it never is.
-    """
-    pieces = [piece.reshape(-1) for piece in _pieces(runs, name)]
+
+def _offsets(runs: Sequence[Slices]) -> dict[str, Any]:
+    """Return all offsets from 0 over all runs, by name; 0 everywhere if there are no heads, or no samples."""
+    sizes = {
+        name: [np.diff(piece.astype(np.int64, copy=False)) for piece in _pieces(runs, name)]
+        for name in OFFSETS.values()
+    }
+    sequences = sum(len(size) for size in sizes["row_offset"])
+    return {name: row_starts(np.concatenate(each or [np.zeros(sequences, np.int64)])) for name, each in sizes.items()}
+
+
+def _plain(item: ArrayField, runs: Sequence[Slices], *, rows: int) -> NDArray[Any] | None:
+    """Return the values of an array that need no decoding; those that stand for it if there is none."""
+    pieces = _pieces(runs, item.name)
+    if item.absent is None and not all(item.name in run for run in runs):
+        return None
     if not pieces:
-        return np.full(rows, absent, dtype)
-    if dtype is None and len(pieces) == 1:
-        return pieces[0]
-    return np.concatenate(pieces, dtype=dtype, casting="unsafe")
+        return np.full(rows if item.axis == "row" else 0, item.absent, item.dtype)
+    if item.by_temperature:
+        # [P, N] each; if the rows were not read, nothing.
+        values = np.concatenate([piece.T for piece in pieces]).astype(item.dtype)
+        return values if values.ndim == 2 and len(values) == rows else None
+    return _joined(pieces, item.dtype)
 
 
-def _joined_offsets(pieces: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
-    """Return offsets from 0 over all runs, each of which has one piece."""
-    sizes = [np.diff(piece.astype(np.int64, copy=False)) for piece in pieces]
-    return row_starts(np.concatenate(sizes)) if sizes else np.zeros(1, np.int64)
-
-
-def _check_sizes(
-    edges: Mapping[str, NDArray[np.int64]], head_size: NDArray[np.int32], tail_size: NDArray[np.int32]
-) -> None:
-    for name, sizes in (("head_offset", head_size), ("tail_offset", tail_size)):
-        starts = row_starts(sizes)[edges["row_offset"]]
-        if len(edges[name]) > 1 and not np.array_equal(starts, edges[name]):
-            raise ValueError(f"the row sizes do not add up to {name}")
+def _check_sizes(found: Mapping[str, NDArray[Any]]) -> None:
+    for part in ("head", "tail"):
+        if not np.array_equal(row_starts(found[f"{part}_size"])[found["row_offset"]], found[f"{part}_offset"]):
+            raise ValueError(f"the row sizes do not add up to {part}_offset")
 
 
 def _do(task: Task) -> None:
@@ -145,9 +134,10 @@ def _ids(remap: NDArray[np.uint32], pieces: Sequence[NDArray[Any]], *, work: Wor
 
 
 def _tail_ids(
-    remap: NDArray[np.uint32], deltas_C: NDArray[Any], tail_size_R: NDArray[np.int32], *, work: Work
+    remap: NDArray[np.uint32], pieces: Sequence[NDArray[Any]], tail_size_R: NDArray[np.int32], *, work: Work
 ) -> NDArray[np.uint32]:
     """Return the token ids of differences of ranks, [C]; they are there once the work is done."""
+    deltas_C = pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.uint16), *pieces])
     ids_C = np.empty(len(deltas_C), np.uint32)
     work.append(lambda: _take(remap, cumsum_rows(deltas_C, tail_size_R), ids_C))
     return ids_C
@@ -172,18 +162,6 @@ def _merged(pieces: Sequence[NDArray[Any]], *, axis: int) -> list[NDArray[Any]]:
 
 def _edges(sizes: Sequence[int]) -> list[int]:
     return list(accumulate(sizes, initial=0))
-
-
-def _end_bytes(runs: Sequence[Slices]) -> NDArray[np.uint32] | None:
-    return _joined(runs, "token_end_byte", np.uint32) if all("token_end_byte" in run for run in runs) else None
-
-
-def _by_temperature(plan: Plan, runs: Sequence[Slices], name: str, rows: int) -> NDArray[np.float32] | None:
-    """Return an array [rows, temperatures]; None without temperatures, or if the rows were not read."""
-    if not plan.target.temperatures:
-        return None
-    values = np.concatenate([piece.T for piece in _pieces(runs, name)]).astype(np.float32)
-    return values if values.ndim == 2 and len(values) == rows else None
 
 
 def _logprob(

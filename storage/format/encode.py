@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from storage.codecs import logprob_codec
 from storage.faults import fault_point
-from storage.format.arrays import BY_TEMPERATURE, NUMBERS, array_lengths, array_specs, column_array, is_even
+from storage.format.arrays import array_lengths, array_specs, column_array, is_even
 from storage.format.chunks import encode_array
 from storage.plan import FORMAT_VERSION, Plan, ShardSpec
-from storage.rows import Counts, SequenceBatch
+from storage.rows import ARRAYS, ArrayField, Counts, SequenceBatch
 from storage.segments import diff_rows, sigmoid
 from storage.values import Json, canonical_json
 
@@ -93,37 +93,34 @@ def axis_lengths(counts: Counts) -> dict[str, int]:
 
 def _stored_values(plan: Plan, batch: SequenceBatch, rank: NDArray[np.uint32]) -> dict[str, NDArray[Any]]:
     codec = logprob_codec(plan.codecs["logprob"])
-    tail_rank, count = _sorted_tails(rank[batch.tail_ids], batch.count, batch.tail_size)
-    values: dict[str, Any] = {
-        "tokens": rank[batch.tokens],
-        "has_row": np.packbits(batch.has_row),
-        "token_offset": batch.token_offset,
-        "row_offset": batch.row_offset,
-        "head_offset": batch.head_offset,
-        "tail_offset": batch.tail_offset,
-        "document": batch.document,
-        "window_start": batch.window_start,
-        "head_size": batch.head_size,
-        "tail_size": batch.tail_size,
-        "head_ids": rank[batch.head_ids],
-        "logprob": codec.encode(batch.logprob, batch.head_size),
-        "tail_ids": diff_rows(tail_rank, batch.tail_size),
-        "count": count,
-        "token_end_byte": batch.token_end_byte,
-    }
-    numbers = (*NUMBERS, *(BY_TEMPERATURE if batch.temperatures else ()))
-    values |= {name: codec.round_numbers(getattr(batch, name)) for name in numbers}
+    order_C = _tail_order(rank[batch.tail_ids], batch.tail_size)
+
+    def stored(item: ArrayField, values: NDArray[Any]) -> NDArray[Any]:
+        if item.axis == "tail":
+            values = values[order_C]
+        match item.stored:
+            case "id":
+                return rank[values] if item.axis != "tail" else diff_rows(rank[values], batch.tail_size)
+            case "logprob":
+                return codec.encode(values, batch.head_size)
+            case "real":
+                return codec.round_numbers(values)
+            case "bits":
+                return np.packbits(values)
+        return values
+
+    arrays = [(item, getattr(batch, item.name)) for item in ARRAYS]
     columns = {**(batch.row_columns or {}), **(batch.sequence_columns or {})}
-    return values | {column_array(name): column for name, column in columns.items()}
+    return {
+        **{item.name: stored(item, values) for item, values in arrays if values is not None},
+        **{column_array(name): column for name, column in columns.items()},
+    }
 
 
-def _sorted_tails(
-    rank_C: NDArray[np.uint32], count_C: NDArray[np.uint16], size_R: NDArray[np.int32]
-) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
-    """Sort the tail of each row by rank: the order of samples carries nothing, and differences are small."""
+def _tail_order(rank_C: NDArray[np.uint32], size_R: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Return the order [C] in which ranks rise in each row: that of draws says nothing, and differences are small."""
     row_C = np.repeat(np.arange(len(size_R), dtype=np.int64), size_R)
-    order = np.argsort((row_C << 32) | rank_C, kind="stable")
-    return rank_C[order], count_C[order]
+    return np.argsort((row_C << 32) | rank_C, kind="stable")
 
 
 def read_group(data: bytes, plan: Plan, spec: ShardSpec) -> None:

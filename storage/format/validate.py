@@ -15,24 +15,15 @@ from numpy.typing import NDArray
 
 from storage.codecs import logprob_codec
 from storage.errors import NumericsError
-from storage.format.arrays import BY_TEMPERATURE
+from storage.format.arrays import array_lengths
 from storage.plan import Plan, ShardSpec
-from storage.rows import SequenceBatch
+from storage.rows import ARRAYS, NUMBERS, OFFSETS, SequenceBatch
 from storage.segments import row_starts, sigmoid
 
 LARGEST_HALF = 65504.0
 ROUNDING = 1e-3  # nats by which a log-probability or entropy may pass its limit through rounding
 MASS_TOLERANCE = 5e-3  # float16 tail mass, teachers in low precision
 _BLOCK_VALUES = 1 << 22  # ids compared at once
-
-_AXES = {
-    "T": ("tokens", "has_row"),
-    "S": ("document", "window_start"),
-    "S+1": ("token_offset", "row_offset", "head_offset", "tail_offset"),
-    "R": ("head_size", "tail_size", "tail_logit", "logsumexp", "entropy", "next_logprob"),
-    "H": ("head_ids", "logprob"),
-    "C": ("tail_ids", "count"),
-}
 
 
 def check_batch(plan: Plan, spec: ShardSpec, batch: SequenceBatch) -> None:
@@ -52,27 +43,29 @@ def check_batch(plan: Plan, spec: ShardSpec, batch: SequenceBatch) -> None:
     _check_ids(plan, batch)
 
 
+def _lengths(batch: SequenceBatch) -> dict[str, int]:
+    return array_lengths(
+        sequences=len(batch),
+        tokens=len(batch.tokens),
+        rows=batch.rows,
+        head=len(batch.head_ids),
+        tail=len(batch.tail_ids),
+    )
+
+
 def _check_shapes(batch: SequenceBatch) -> None:
-    lengths = {
-        "T": len(batch.tokens),
-        "S": len(batch.document),
-        "S+1": len(batch.document) + 1,
-        "R": len(batch.head_size),
-        "H": len(batch.head_ids),
-        "C": len(batch.tail_ids),
-    }
-    for axis, names in _AXES.items():
-        for name in names:
-            shape = np.shape(getattr(batch, name))
-            if shape != (lengths[axis],):
-                raise ValueError(f"{name} has shape {shape}; axis {axis} has length {lengths[axis]}")
-    if batch.token_end_byte is not None and batch.token_end_byte.shape != batch.tokens.shape:
-        raise ValueError(f"token_end_byte has shape {batch.token_end_byte.shape}, tokens {batch.tokens.shape}")
-    for name in BY_TEMPERATURE:
-        wanted = (batch.rows, len(batch.temperatures)) if batch.temperatures else ()
-        found = np.shape(getattr(batch, name))
-        if found != wanted:
-            raise ValueError(f"{name} has shape {found}; expected {wanted} for temperatures {batch.temperatures}")
+    """Every array has the length of its axis. The field of one that the batch lacks is None."""
+    lengths = _lengths(batch)
+    for item in ARRAYS:
+        wanted: tuple[int, ...] = (lengths[item.axis],)
+        if item.by_temperature:
+            wanted = (*wanted, len(batch.temperatures)) if batch.temperatures else ()
+        elif item.absent is None and getattr(batch, item.name) is None:
+            wanted = ()
+        shape = np.shape(getattr(batch, item.name))  # of None: ()
+        if shape != wanted:
+            many = f" and {len(batch.temperatures)} temperatures" if item.by_temperature else ""
+            raise ValueError(f"{item.name} has shape {shape}, not {wanted}: axis {item.axis}{many}")
 
 
 def _check_columns(plan: Plan, batch: SequenceBatch) -> None:
@@ -91,13 +84,9 @@ def _check_columns(plan: Plan, batch: SequenceBatch) -> None:
 
 
 def _check_offsets(batch: SequenceBatch) -> None:
-    ends = (
-        ("token_offset", batch.token_offset, len(batch.tokens)),
-        ("row_offset", batch.row_offset, batch.rows),
-        ("head_offset", batch.head_offset, len(batch.head_ids)),
-        ("tail_offset", batch.tail_offset, len(batch.tail_ids)),
-    )
-    for name, offset, length in ends:
+    lengths = _lengths(batch)
+    for axis, name in OFFSETS.items():
+        offset, length = getattr(batch, name), lengths[axis]
         if offset[0] != 0 or offset[-1] != length or np.any(np.diff(offset) < 0):
             raise ValueError(f"{name} must rise from 0 to {length}; it goes from {offset[0]} to {offset[-1]}")
     for name, size, offset in (
@@ -131,7 +120,7 @@ def _check_documents(plan: Plan, spec: ShardSpec, batch: SequenceBatch) -> None:
 
 def _check_rows(plan: Plan, batch: SequenceBatch) -> None:
     """Check that rows are where has_row says, sizes obey the plan, and draws add up."""
-    marked = np.concatenate([[0], np.cumsum(batch.has_row)])[batch.token_offset]
+    marked = row_starts(batch.has_row)[batch.token_offset]
     wrong = np.flatnonzero(marked != batch.row_offset)
     if len(wrong):
         raise ValueError(f"has_row and row_offset disagree{_of_sequence(batch, int(wrong[0]) - 1)}")
@@ -159,17 +148,18 @@ def _check_rows(plan: Plan, batch: SequenceBatch) -> None:
 
 
 def _check_numbers(batch: SequenceBatch) -> None:
-    for name in ("tail_logit", "logsumexp", "entropy", "next_logprob"):
-        values = getattr(batch, name)
-        _refuse(batch, np.isnan(values), f"{name} is NaN", NumericsError)
+    for item in NUMBERS:
+        places = [f" at temperature {at}" for at in batch.temperatures] if item.by_temperature else [""]
+        columns = np.atleast_2d(getattr(batch, item.name).T) if places else ()
+        for where, values_R in zip(places, columns, strict=True):
+            _refuse(batch, np.isnan(values_R), f"{item.name} is NaN{where}", NumericsError)
     for name in ("logsumexp", "entropy"):
         too_large = ~(np.abs(getattr(batch, name)) <= LARGEST_HALF)
         _refuse(batch, too_large, f"{name} is beyond {LARGEST_HALF:.0f}", NumericsError)
     _refuse(batch, batch.next_logprob > ROUNDING, "next_logprob is positive", NumericsError)
     _refuse(batch, batch.entropy < -ROUNDING, "entropy is negative", NumericsError)
-    if batch.tail_logit_T is not None and batch.entropy_T is not None:
-        for at, tail_logit, entropy in zip(batch.temperatures, batch.tail_logit_T.T, batch.entropy_T.T, strict=True):
-            _refuse(batch, np.isnan(tail_logit), f"tail_logit_T is NaN at temperature {at}", NumericsError)
+    if batch.entropy_T is not None:
+        for at, entropy in zip(batch.temperatures, batch.entropy_T.T, strict=True):
             legal = (entropy >= -ROUNDING) & (entropy <= LARGEST_HALF)
             _refuse(batch, ~legal, f"entropy_T is negative or not a number at temperature {at}", NumericsError)
     _refuse_entry(batch, ~np.isfinite(batch.logprob), batch.head_size, "logprob is not finite", NumericsError)
@@ -206,7 +196,7 @@ def _check_reach(plan: Plan, batch: SequenceBatch) -> None:
 
 
 def _check_ids(plan: Plan, batch: SequenceBatch) -> None:
-    for name in ("tokens", "head_ids", "tail_ids"):
+    for name in (item.name for item in ARRAYS if item.stored == "id"):
         ids = getattr(batch, name)
         for extreme in (int(ids.min()), int(ids.max())) if len(ids) else ():
             if not 0 <= extreme < plan.vocab_size:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from storage.plan import SPLITS, Split, difference
 from storage.reader import StoreReader
-from storage.rows import SequenceBatch
+from storage.rows import NUMBERS, SequenceBatch
 
 SEQUENCES_PER_BLOCK = 64
 EXAMPLES = 10
@@ -230,10 +230,14 @@ class _Rows:
         self.head_size, self.tail_size = batch.head_size[chosen], batch.tail_size[chosen]
         self.head_ids, self.logprob = batch.head_ids[head_H], batch.logprob[head_H]
         self.samples = _in_order(batch.tail_ids[tail_C], batch.count[tail_C], self.tail_size)
-        values = [batch.tail_logit, batch.logsumexp, batch.entropy, batch.next_logprob]
-        if batch.tail_logit_T is not None and batch.entropy_T is not None:
-            places = [batch.temperatures.index(value) for value in temperatures]
-            values += [*batch.tail_logit_T.T[places], *batch.entropy_T.T[places]]
+        places = [batch.temperatures.index(value) for value in temperatures]
+        values: list[NDArray[Any]] = []
+        for item in NUMBERS:
+            numbers = getattr(batch, item.name)
+            if not item.by_temperature:
+                values.append(numbers)
+            elif numbers is not None:
+                values.extend(numbers.T[places])
         self.numbers = np.stack([value[chosen] for value in values], axis=1)
         self.columns = {name: value[chosen] for name, value in (batch.row_columns or {}).items()}
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from storage.permutation import mix64
 from storage.plan import TargetSpec
 from storage.rows import SequenceBatch
-from storage.segments import merge_draws, row_starts, sigmoid
+from storage.segments import merge_draws, rank_in_row, row_starts, sigmoid
 
 _ROWS_AT_ONCE = 1 << 22  # divided by entries x draws, so that memory stays bounded
 
@@ -35,7 +35,7 @@ def smaller_head(batch: SequenceBatch, target: TargetSpec, *, origin: str) -> Se
             must be given new random numbers, or those that decided which draws were kept decide again.
     """
     size_R = np.minimum(batch.head_size, target.k).astype(np.int32)
-    kept_H = _rank_in_row(batch.head_size) < target.k
+    kept_H = rank_in_row(batch.head_size) < target.k
     logprob_RK = _padded(batch.logprob, batch.head_size, -np.inf, target.k)
     tail_logit, left_R = _tail(logprob_RK, batch.tail_logit, target.k)
     smaller = replace(
@@ -48,11 +48,6 @@ def smaller_head(batch: SequenceBatch, target: TargetSpec, *, origin: str) -> Se
         tail_logit_T=_tail_by_temperature(logprob_RK, batch, target.k),
     )
     return _with_samples(smaller, batch, left_R, k=target.k, key=_key(target.seed, origin)) if batch.draws else smaller
-
-
-def _rank_in_row(size_R: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Return the rank of each entry in its row [H]."""
-    return np.arange(int(size_R.sum())) - np.repeat(row_starts(size_R)[:-1], size_R)
 
 
 def _padded(values_H: NDArray[Any], size_R: NDArray[np.int32], filler: float, k: int) -> NDArray[np.float64]:

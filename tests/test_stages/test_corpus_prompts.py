@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pipeline.config.extract import SourceConfig
 from stages.corpus import SourceSpec, open_corpus
 from stages.corpus.source import Document, Prompted
-from stages.corpus.tokenize import Rendering, Sequence, render
+from stages.corpus.tokenize import Rendering, TokenWindow, render
 from stages.corpus.tokenizer import load_tokenizer
 from storage.errors import UsageError
 
@@ -31,7 +31,7 @@ def corpus_file(tmp_path: Path) -> Path:
     return path
 
 
-def windows_of(prompt: str, answer: str, directory: Path, **changes: int | None) -> list[Sequence]:
+def windows_of(prompt: str, answer: str, directory: Path, **changes: int | None) -> list[TokenWindow]:
     rendering = Rendering(
         **{"window": 512, "overlap": 0, "min_tokens": 1, "bos": None, "eos": None, "vocab_size": 512, **changes}  # type: ignore[arg-type]
     )

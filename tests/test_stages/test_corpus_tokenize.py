@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.corpus.source import Document
-from stages.corpus.tokenize import Rendering, Sequence, character_bytes, end_bytes, render, resolve_special, windows
+from stages.corpus.tokenize import Rendering, TokenWindow, character_bytes, end_bytes, render, resolve_special, windows
 from stages.corpus.tokenizer import load_tokenizer
 from storage.errors import UsageError
 
@@ -23,7 +23,7 @@ def rendering(**changes: int | None) -> Rendering:
     return Rendering(**{"vocab_size": 512, **values, **changes})  # type: ignore[arg-type]
 
 
-def sequences_of(text: str, directory: Path, **changes: int | None) -> list[Sequence]:
+def sequences_of(text: str, directory: Path, **changes: int | None) -> list[TokenWindow]:
     return list(render([Document(number=7, text=text)], load_tokenizer(directory), rendering(**changes)))
 
 

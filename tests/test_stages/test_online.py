@@ -14,7 +14,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, Granite
 from stages.batches.corpus import TokenizedCorpus, split_corpus
 from stages.batches.microbatch import MicroBatch, to_microbatch
 from stages.batches.sequences import join, part
-from stages.corpus.tokenize import Sequence
+from stages.corpus.tokenize import TokenWindow
 from stages.models.files import find_model
 from stages.teacher.live import LiveTeacher
 from storage.plan import HeldoutRule
@@ -32,7 +32,7 @@ SHAPE = {
 }
 
 
-def sequences(count: int = 9) -> list[Sequence]:
+def sequences(count: int = 9) -> list[TokenWindow]:
     """Of 2 to 12 tokens, three windows to a document, rows behind a prompt of one token."""
     drawn = np.random.default_rng(0)
     made = []
@@ -43,7 +43,7 @@ def sequences(count: int = 9) -> list[Sequence]:
         tokens = drawn.integers(0, REAL_TOKENS, length).astype(np.uint32)
         end_byte = np.zeros(length, np.uint32)
         made.append(
-            Sequence(
+            TokenWindow(
                 document=index // 3, window_start=index % 3, tokens=tokens, token_end_byte=end_byte, has_row=has_row
             )
         )
@@ -70,7 +70,7 @@ def test_a_corpus_gives_back_its_sequences_in_any_order() -> None:
         corpus.read([0])
 
 
-def split(given: list[Sequence], rule: HeldoutRule) -> tuple[TokenizedCorpus, TokenizedCorpus]:
+def split(given: list[TokenWindow], rule: HeldoutRule) -> tuple[TokenizedCorpus, TokenizedCorpus]:
     reading = split_corpus(iter(given), rule, documents=given[-1].document + 1)
     while True:
         try:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.batches.microbatch import to_targets
-from stages.corpus.tokenize import Sequence
+from stages.corpus.tokenize import TokenWindow
 from stages.losses import KDLoss, SparseTargets
 from stages.targets import KINDS, assemble
 from stages.targets.positions import wanted_positions
@@ -46,8 +46,8 @@ def logits_of(rows: int, seed: int = 0) -> Tensor:
     return (zipf_NV + noise_NV).gather(1, order_NV)
 
 
-def sequence_of(rows: int) -> Sequence:
-    return Sequence(
+def sequence_of(rows: int) -> TokenWindow:
+    return TokenWindow(
         document=0,
         window_start=0,
         tokens=np.arange(rows + 1, dtype=np.uint32) % VOCABULARY,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.corpus.tokenize import Sequence
+from stages.corpus.tokenize import TokenWindow
 from stages.targets import TargetRows, assemble
 from stages.targets.positions import document_order, wanted_mask, wanted_positions
 from storage.plan import TargetSpec
@@ -19,9 +19,9 @@ K, M = 3, 4
 TARGET = TargetSpec(kind="hybrid", k=K, draws=M)
 
 
-def sequence(document: int, start: int, has_row: list[int]) -> Sequence:
+def sequence(document: int, start: int, has_row: list[int]) -> TokenWindow:
     length = len(has_row)
-    return Sequence(
+    return TokenWindow(
         document=document,
         window_start=start,
         tokens=np.arange(100 * document + start, 100 * document + start + length, dtype=np.uint32),
@@ -33,7 +33,7 @@ def sequence(document: int, start: int, has_row: list[int]) -> Sequence:
 SEQUENCES = [sequence(0, 0, [1, 1, 0]), sequence(0, 2, [0, 1, 1, 1, 0]), sequence(2, 0, [1, 0])]
 
 
-def rows_for(sequences: list[Sequence]) -> TargetRows:
+def rows_for(sequences: list[TokenWindow]) -> TargetRows:
     """Rows whose entropy tells where they belong: document * 100 + position."""
     at = wanted_positions(sequences)
     number = at.document * 100 + at.position

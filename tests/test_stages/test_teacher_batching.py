@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.corpus.tokenize import Sequence
+from stages.corpus.tokenize import TokenWindow
 from stages.teacher.batching import Batching, pad, resolve_batching
 
 
-def sequence(length: int, number: int = 0) -> Sequence:
-    return Sequence(
+def sequence(length: int, number: int = 0) -> TokenWindow:
+    return TokenWindow(
         document=number,
         window_start=0,
         tokens=np.arange(1, length + 1, dtype=np.uint32),
