@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install demo test torture lint format bench clean
+.PHONY: install demo test torture lint format api bench clean
 
 install: .venv/installed
 
@@ -35,6 +35,9 @@ lint: install
 format: install
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+api: install
+	@$(BIN)/python docs/make_api.py
 
 bench: install
 	@$(BIN)/python -m benchmarks.losses
