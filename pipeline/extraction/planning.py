@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 from pipeline.config.extract import ExtractConfig
 from pipeline.extraction.rates import RateKey, read_rate
 from pipeline.extraction.survey import Survey, survey
-from pipeline.reading import BACKEND
 from stages.corpus.tokenizer import tokenizer_files, tokenizer_identity
 from stages.devices import dtype_name
 from stages.input_files import FileState, file_sha256
 from stages.models.files import file_states
-from stages.teacher import teacher_identity
+from stages.teacher.backend import teacher_identity
 from stages.teacher.batching import Batching, resolve_batching
-from storage.codecs import default_codecs
+from storage.codecs import CODECS
 from storage.format.remap import build_remap, remap_sha256
 from storage.plan import HeldoutRule, Plan, TargetSpec
 from storage.values import Json
@@ -105,7 +104,7 @@ def build_plan(config: ExtractConfig) -> PlannedExtraction:
     teacher = teacher_identity(
         found.reading.model,
         found.reading.model_config,
-        backend=BACKEND,
+        backend=config.teacher.backend,
         dtype=found.dtype,
         attention=config.teacher.attention,
     )
@@ -137,7 +136,7 @@ def estimate(config: ExtractConfig, *, tokens_per_second: float | None = None) -
         contents=plan.target.describe(),
         bytes_per_row=per_row,
         bytes=round(rows * per_row),
-        at_most=plan.target.kind == "topp",
+        at_most=plan.target.p is not None,
         tokens_per_second=rate,
         rate_source=None if rate is None else source,
         seconds=None if rate is None else tokens / rate,
@@ -185,7 +184,7 @@ def _planned(config: ExtractConfig, found: Survey, teacher: dict[str, Json]) -> 
         heldout=HeldoutRule(fraction=config.heldout.fraction, seed=config.heldout.seed),
         documents_per_shard=_documents_per_shard(config, found),
         batching=batching.to_plan(),
-        codecs=default_codecs(),
+        codecs={"logprob": CODECS[config.codec]().parameters()},
         remap_sha256=remap_sha256(remap),
         recorded=_recorded(found),
     )

@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.extract import ExtractConfig
-from pipeline.reading import Reading, open_reading
+from pipeline.reading import Reading, open_reading, require_hidden_states
 from stages.corpus import Corpus
 from stages.corpus.tokenize import Rendering, render
 from stages.devices import resolve_device, resolve_dtype
+from stages.targets import KINDS
+from stages.targets.rows import require_k
 from storage.errors import UsageError
 
 SAMPLE_TOKENS = 200_000
@@ -69,15 +71,12 @@ def survey(config: ExtractConfig, *, weights: bool = False) -> Survey:
     Raises:
         UsageError: anything that the configuration names is missing or unfit, or no document gives a row.
     """
+    if not KINDS[config.target.kind].from_candidates:
+        otherwise = f", or target.kind: {' or '.join(name for name, kind in KINDS.items() if kind.from_candidates)}"
+        task = f"target.kind: {config.target.kind}"
+        require_hidden_states(config.teacher.backend, task, key="teacher.backend", otherwise=otherwise)
     reading = open_reading(config.corpus, config.rendering, config.teacher, weights=weights)
-    vocab_size = reading.vocab_size
-    k = config.target.spec().k
-    if k > vocab_size:
-        raise UsageError(
-            f"k = {k} is more than the vocabulary of {vocab_size} tokens",
-            where="target.k",
-            fix=f"set target.k to at most {vocab_size}",
-        )
+    require_k(config.target.spec().k, reading.vocab_size, key="target.k")
     device = resolve_device(config.device)
     return Survey(
         reading=reading,

@@ -17,12 +17,14 @@ import torch
 
 from pipeline.extraction.extract_events import FirstRow, Meter, Progress
 from pipeline.extraction.planning import PlannedExtraction, bytes_per_row
-from pipeline.reading import BACKEND
 from stages.corpus.tokenize import Sequence, render
 from stages.input_files import unchanged
-from stages.targets import KINDS, TargetRows, assemble
+from stages.targets import KINDS
+from stages.targets.assemble import assemble
 from stages.targets.positions import document_order, wanted_mask, wanted_positions
-from stages.teacher import BACKENDS, Teacher
+from stages.targets.rows import TargetRows
+from stages.teacher import BACKENDS
+from stages.teacher.backend import CandidateTeacher, Teacher
 from stages.teacher.batching import pad
 from storage.errors import OutOfSpaceError
 from storage.faults import fault_point
@@ -37,7 +39,7 @@ def load_teacher(planned: PlannedExtraction) -> Teacher:
     """Load the weights that the plan names. Raises as the backend, and IdentityError if they changed meanwhile."""
     found = planned.survey
     with unchanged(*planned.teacher_files):  # what is loaded is what was hashed
-        return BACKENDS[BACKEND](
+        return BACKENDS[str(planned.plan.teacher["backend"])].load()(
             found.reading.model,
             vocab_size=found.reading.vocab_size,
             device=found.device,
@@ -82,10 +84,13 @@ def target_rows(planned: PlannedExtraction, teacher: Teacher, sequences: Items[S
     target, step = planned.plan.target, planned.batching.chunk_size
     at = wanted_positions(sequences)
     with _memory_advice():
+        if isinstance(teacher, CandidateTeacher):
+            return [teacher.rows(sequences, target)]
         hidden_BTD = teacher.hidden(pad(sequences, teacher.device))
         hidden_ND = hidden_BTD[wanted_mask(sequences).to(hidden_BTD.device)]
+        rows = KINDS[target.kind].load()
         return [
-            KINDS[target.kind](teacher.logits(hidden_ND[first : first + step]), at[first : first + step], target)
+            rows(teacher.logits(hidden_ND[first : first + step]), at[first : first + step], target)
             for first in range(0, len(at), step)
         ]
 
@@ -95,6 +100,8 @@ def first_row(
     planned: PlannedExtraction, teacher: Teacher, shards: Items[ShardSpec], meter: Meter
 ) -> Iterator[FirstRow]:
     """Show what the teacher makes of the first words to come: one short forward, nothing of it is stored."""
+    if isinstance(teacher, CandidateTeacher):
+        return  # its logits are not ours to show
     found = planned.survey
     numbers = (number for shard in shards for number in planned.plan.documents_of(shard))
     # One document at a time, so that long ones do not delay it.
@@ -118,7 +125,7 @@ def first_row(
         ),
         head_mass=_head_mass(prob_V, planned.plan.target),
         bytes_per_row=bytes_per_row(planned.plan.target),
-        at_most=planned.plan.target.kind == "topp",
+        at_most=planned.plan.target.p is not None,
         seconds=meter.seconds,
     )
 

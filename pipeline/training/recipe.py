@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
+from pipeline.config.loss import loss_fields
 from pipeline.config.train import TrainConfig
 from pipeline.reading import position_limit
 from pipeline.training.data import TrainingData
@@ -108,13 +109,14 @@ def _live_teacher(
             device=device,
             dtype=resolve_dtype(config.teacher_model.dtype, device),
             attention=config.teacher_model.attention,
+            backend=config.teacher_model.backend,
         )
     return replace(teacher, files=data.teacher_files)
 
 
 def _loss(config: TrainConfig, student: Student, vocab_size: int) -> FusedLinearKDLoss:
     """The configured divergence in its fused form, mixed with cross-entropy, on this student's logits."""
-    chosen = KDLossConfig(**{key: value for key, value in config.loss.items() if key != "name"})
+    chosen = KDLossConfig(**loss_fields(config.loss))
     fused = chosen.fused(
         chunk_size=chunk_rows(config, student.device),
         kd_ratio=config.kd_ratio,
