@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from pipeline.config.base import section
 from pipeline.config.extract import RenderingConfig, SourceConfig, TeacherConfig
 from stages.corpus import Corpus, SourceSpec, open_corpus
 from stages.corpus.tokenize import Rendering, resolve_special
@@ -55,13 +56,15 @@ def open_reading(
     Raises:
         UsageError: anything that the configuration names is missing or unfit.
     """
-    corpus = open_corpus(SourceSpec(**source.model_dump()) for source in sources)
+    with section("corpus", SourceConfig):
+        corpus = open_corpus(SourceSpec(**source.model_dump()) for source in sources)
     model = find_model(teacher.path, teacher.revision, weights=weights, key=f"{key}.path")
     model_config = load_config(model)
     tokenizer = load_tokenizer(model.directory)
     vocab_size = min(real_tokens(tokenizer), model_config.get_text_config().vocab_size)
     check_window(rendering.window, model_config)
-    bos, eos = resolve_special(tokenizer, rendering.bos, eos=rendering.eos)
+    with section("rendering", RenderingConfig):
+        bos, eos = resolve_special(tokenizer, rendering.bos, eos=rendering.eos)
     return Reading(
         corpus=corpus,
         model=model,

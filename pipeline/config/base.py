@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 from pydantic_core import CoreSchema, core_schema
+
+from storage.errors import DistillError
 
 
 class Model(BaseModel):
@@ -27,6 +31,25 @@ class NameIn:
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
         """Return the schema that pydantic makes of a Literal."""
         return core_schema.literal_schema(list(self.table))
+
+
+@contextmanager
+def section(key: str, model: type[BaseModel]) -> Iterator[None]:
+    """Complete the place of what a stage raises: it names its own parameters, a configuration has them at `key`.
+
+    Args:
+        key: of the section; it is also the place of what has none.
+        model: of the section, whose fields are those parameters.
+    """
+    try:
+        yield
+    except DistillError as error:
+        named = re.match(r"(\w+)(?=$|[:,])", error.where or "")
+        if error.where is None:
+            error.where = key
+        elif named is not None and named[0] in model.model_fields:
+            error.where = f"{key}.{error.where}"
+        raise
 
 
 class Listed(Protocol):

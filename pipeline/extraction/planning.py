@@ -23,7 +23,7 @@ from stages.input_files import FileState, file_sha256
 from stages.models.files import file_states
 from stages.teacher.backend import teacher_identity
 from stages.teacher.batching import Batching, resolve_batching
-from storage.codecs import CODECS
+from storage.codecs import CODECS, DEFAULT_CODEC
 from storage.format.remap import build_remap, remap_sha256
 from storage.plan import HeldoutRule, Plan, TargetSpec
 from storage.values import Json
@@ -39,6 +39,7 @@ BYTES_PER_HEAD_ENTRY = 1.65
 BYTES_PER_TAIL_DRAW = 1.5
 BYTES_PER_DRAW = 0.47  # of the whole distribution: most repeat an id
 BYTES_PER_TEMPERATURE = 2.2
+NUMBERS_OF_ROW = 4  # tail_logit, logsumexp, entropy, next_logprob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ class Estimate:
         shards: units of work.
         contents: what a row holds, in words.
         bytes_per_row, bytes: of the store, from measured sizes per entry.
-        at_most: whether that is a bound: how long the heads of topp are, only the teacher can tell.
+        at_most: whether that is a bound, see `is_bound`.
         tokens_per_second: rate used, None if unknown.
         rate_source: `measured` by an earlier extraction with this teacher here, `given`, or None.
         seconds: None if the rate is unknown.
@@ -125,7 +126,7 @@ def estimate(config: ExtractConfig, *, tokens_per_second: float | None = None) -
     rate = tokens_per_second if tokens_per_second is not None else read_rate(rate_key(found))
     source = "given" if tokens_per_second is not None else "measured"
     tokens, rows = found.scaled(found.sample.tokens), found.scaled(found.sample.rows)
-    per_row = bytes_per_row(plan.target)
+    per_row = bytes_per_row(plan.target, config.codec)
     return Estimate(
         documents=plan.documents,
         heldout_documents=sum(plan.heldout.holds_out(number) for number in range(plan.documents)),
@@ -136,7 +137,7 @@ def estimate(config: ExtractConfig, *, tokens_per_second: float | None = None) -
         contents=plan.target.describe(),
         bytes_per_row=per_row,
         bytes=round(rows * per_row),
-        at_most=plan.target.p is not None,
+        at_most=is_bound(plan.target, config.codec),
         tokens_per_second=rate,
         rate_source=None if rate is None else source,
         seconds=None if rate is None else tokens / rate,
@@ -146,13 +147,22 @@ def estimate(config: ExtractConfig, *, tokens_per_second: float | None = None) -
     )
 
 
-def bytes_per_row(target: TargetSpec) -> float:
-    """Estimate the bytes that a stored row takes, everything included. Of topp: the most that it can take."""
+def bytes_per_row(target: TargetSpec, codec: str = DEFAULT_CODEC) -> float:
+    """Estimate the bytes that a stored row takes, everything included; the most that it can take if `is_bound`."""
+    plain = 0  # numbers of another codec than the measured one, as if they did not compress
+    if codec != DEFAULT_CODEC:
+        plain = NUMBERS_OF_ROW * CODECS[codec].row_dtype.itemsize + target.k * CODECS[codec].dtype.itemsize
     if target.k == 0:
-        return BYTES_PER_ROW + BYTES_PER_DRAW * target.draws
+        return BYTES_PER_ROW + BYTES_PER_DRAW * target.draws + plain
     head = BYTES_PER_HEAD + BYTES_PER_HEAD_ENTRY * target.k
     others = BYTES_PER_TAIL_DRAW * target.draws + BYTES_PER_TEMPERATURE * len(target.temperatures)
-    return BYTES_PER_ROW + head + others
+    return BYTES_PER_ROW + head + others + plain
+
+
+def is_bound(target: TargetSpec, codec: str = DEFAULT_CODEC) -> bool:
+    """Tell whether `bytes_per_row` is a bound: only the teacher tells where heads end that end at a mass, and only the
+    numbers how well another codec's compress."""
+    return target.p is not None or codec != DEFAULT_CODEC
 
 
 def rate_key(found: Survey) -> RateKey:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from pipeline.extraction.extract_events import FirstRow, Meter, Progress
-from pipeline.extraction.planning import PlannedExtraction, bytes_per_row
+from pipeline.extraction.planning import PlannedExtraction, bytes_per_row, is_bound
 from stages.corpus.tokenize import Sequence, render
 from stages.input_files import unchanged
 from stages.targets import KINDS
@@ -117,6 +117,7 @@ def first_row(
     prob_V = torch.softmax(teacher.logits(teacher.hidden(ids_1T)[0, -1:])[0], dim=-1)
     top = prob_V.topk(min(CANDIDATES, len(prob_V)))
     decode = found.reading.tokenizer.decode
+    codec = str(planned.plan.codecs["logprob"]["id"])
     yield FirstRow(
         context=str(decode(sequence.tokens[:length].tolist(), skip_special_tokens=True)),
         following=str(decode([int(sequence.tokens[length])])),
@@ -124,8 +125,8 @@ def first_row(
             (str(decode([token])), prob) for token, prob in zip(top.indices.tolist(), top.values.tolist(), strict=True)
         ),
         head_mass=_head_mass(prob_V, planned.plan.target),
-        bytes_per_row=bytes_per_row(planned.plan.target),
-        at_most=planned.plan.target.p is not None,
+        bytes_per_row=bytes_per_row(planned.plan.target, codec),
+        at_most=is_bound(planned.plan.target, codec),
         seconds=meter.seconds,
     )
 

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
+from pipeline.config.base import section
 from pipeline.config.loss import loss_fields
-from pipeline.config.train import TrainConfig
+from pipeline.config.train import StudentConfig, TrainConfig
 from pipeline.reading import position_limit
 from pipeline.training.data import TrainingData
 from stages.batches.microbatch import MicroBatch
@@ -59,9 +60,10 @@ def build_learner(config: TrainConfig, data: TrainingData, processes: Processes 
             "float16 has too little range for gradients", where="dtype", fix="set dtype: bfloat16, float32 or auto"
         )
     source = StudentSource(**config.student.model_dump())
-    same = check_tokenizer(source, data.tokenizer_files)
-    model = build_student(source, seed=config.seed)
-    check_vocabulary(model, data.vocab_size, same_tokenizer=same)
+    with section("student", StudentConfig):
+        same = check_tokenizer(source, data.tokenizer_files)
+        model = build_student(source, seed=config.seed)
+        check_vocabulary(model, data.vocab_size, same_tokenizer=same)
     _check_positions(data, model.config)
     model.to(device)  # type: ignore[arg-type]  # transformers types this method for its own decorator
     use_packed_attention(model, config.attention)

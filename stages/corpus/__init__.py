@@ -65,7 +65,7 @@ def open_corpus(specs: Iterable[SourceSpec]) -> Corpus:
     sources = []
     for spec in specs:
         if spec.source not in SOURCES:
-            raise UsageError(f"unknown source {spec.source!r}", where="corpus.source", fix=f"use {', '.join(SOURCES)}")
+            raise UsageError(f"unknown source {spec.source!r}", where="source", fix=f"use {', '.join(SOURCES)}")
         source = SOURCES[spec.source].open(spec)
         if spec.prompt_field is not None:
             prompts = SOURCES[spec.source].open(replace(spec, field=spec.prompt_field))

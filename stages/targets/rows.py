@@ -199,7 +199,7 @@ def _refuse_nan(log_sum_N: Tensor, at: Positions) -> None:
         raise NumericsError(
             "the teacher's logits hold NaN or infinity",
             where=f"document {at.document[row]}, position {at.position[row]}",
-            fix="try teacher.dtype: float32; if it persists, the weights themselves are broken",
+            fix="try dtype: float32; if it persists, the weights themselves are broken",
         )
 
 

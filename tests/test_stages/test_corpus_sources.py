@@ -304,7 +304,7 @@ def test_an_edit_during_the_read_outranks_what_the_read_says(tmp_path: Path) -> 
 def test_paths_that_cannot_be(kind: str, path: str, what: str) -> None:
     with pytest.raises(UsageError, match=what) as caught:
         open_one(SourceSpec(source=kind, path=path))
-    assert caught.value.where == "corpus.path"
+    assert caught.value.where == "path"
 
 
 def test_a_single_saved_dataset_has_one_split(tmp_path: Path) -> None:
