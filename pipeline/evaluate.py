@@ -21,13 +21,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.reading import require_hidden_states
 from pipeline.runs import warn_if_trained_on
 from stages.batches.sequences import lengths, part
 from stages.devices import resolve_device, resolve_dtype
 from stages.models.files import ModelDirectory, file_hashes, find_model, load_config
 from stages.models.head import Head
 from stages.student.identity import compare_tokenizers
-from stages.teacher.hf import HFTeacher
+from stages.teacher import BACKENDS, REFERENCE
+from stages.teacher.backend import CandidateTeacher
 from storage.errors import IdentityError, UsageError
 from storage.plan import Plan
 from storage.reader import StoreReader
@@ -152,6 +154,8 @@ def evaluate(
     slim = dtype == "auto" and torch_device.type == "cpu"
     student_dtype = torch.float32 if slim else teacher_dtype
 
+    backend = str(plan.teacher.get("backend", REFERENCE))
+    require_hidden_states(backend, "evaluation", key="plan.json: teacher.backend")
     teacher_files = _check_teacher(plan, teacher)
     student_files = {name: find_model(str(model_directory(Path(path)))) for name, path in models.items()}
     for files in student_files.values():
@@ -161,9 +165,9 @@ def evaluate(
     warnings = tuple(line for line in told if line is not None)
     for line in warnings:
         logger.warning("%s", line)
-    reads = {"": _read(teacher_files, heldout, plan, torch_device, teacher_dtype)}
+    reads = {"": _read(teacher_files, heldout, plan, torch_device, teacher_dtype, backend=backend)}
     for name, files in student_files.items():
-        reads[name] = _read(files, heldout, plan, torch_device, student_dtype)
+        reads[name] = _read(files, heldout, plan, torch_device, student_dtype, backend=REFERENCE)
 
     document_N = np.repeat(heldout.document, lengths(heldout))[heldout.has_row]
     marks = _score(list(reads.values()), _following(heldout, torch_device))
@@ -243,13 +247,17 @@ def _of_teacher(plan: Plan, key: str) -> Any:
     return plan.teacher[key]
 
 
-def _read(files: ModelDirectory, heldout: SequenceBatch, plan: Plan, device: torch.device, dtype: torch.dtype) -> _Read:
+def _read(
+    files: ModelDirectory, heldout: SequenceBatch, plan: Plan, device: torch.device, dtype: torch.dtype, *, backend: str
+) -> _Read:
     """Run a model over all sequences and keep the hidden states at positions with a row, in order."""
     began = time.perf_counter()
     load_config(files)
     # A store of eager attention may be of an architecture that knows no other.
     attention = "eager" if plan.teacher.get("attention") == "eager" else "sdpa"
-    model = HFTeacher.load(files, vocab_size=plan.vocab_size, device=device, dtype=dtype, attention=attention, key=None)
+    load = BACKENDS[backend].load()
+    model = load(files, vocab_size=plan.vocab_size, device=device, dtype=dtype, attention=attention, key=None)
+    assert not isinstance(model, CandidateTeacher), "evaluate asks for a backend that gives hidden states"
     kept: list[Tensor] = []
     for first, end in _forwards(lengths(heldout)):
         batch = part(heldout, first, end)

@@ -91,8 +91,8 @@ def _parts(sequences: Sequence[int]) -> Iterator[Sequence[int]]:
 
 def _write_sequences(reader: StoreReader, numbers: Sequence[int], file: BinaryIO) -> int:
     batch = reader.read(numbers)
-    same_size = reader.plan.target.kind in ("topk", "hybrid")
-    file.writelines(sequence_lines(batch, numbers=numbers, padding=reader.plan.target.k if same_size else 0))
+    target = reader.plan.target  # heads that end at a mass p differ in length
+    file.writelines(sequence_lines(batch, numbers=numbers, padding=target.k if target.p is None else 0))
     return batch.rows
 
 

@@ -20,7 +20,7 @@ from pipeline.extraction.rates import write_rate
 from pipeline.extraction.work import expected_rows, extract_shard, first_row, load_teacher
 from pipeline.launchers import place_among_processes
 from stages.input_files import unchanged
-from stages.teacher import Teacher
+from stages.teacher.backend import Teacher
 from storage.commit.claims import Claims
 from storage.commit.records import PLAN
 from storage.plan import ShardSpec

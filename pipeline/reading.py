@@ -10,15 +10,14 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from pipeline.config.base import section
 from pipeline.config.extract import RenderingConfig, SourceConfig, TeacherConfig
 from stages.corpus import Corpus, SourceSpec, open_corpus
 from stages.corpus.tokenize import Rendering, resolve_special
 from stages.corpus.tokenizer import load_tokenizer, real_tokens
-from stages.models.files import position_limit
-from stages.teacher import ModelDirectory, find_model, load_config
+from stages.models.files import ModelDirectory, find_model, load_config, position_limit
+from stages.teacher import BACKENDS
 from storage.errors import UsageError
-
-BACKEND = "hf"  # of stages.teacher.BACKENDS: the one that both phases use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +56,15 @@ def open_reading(
     Raises:
         UsageError: anything that the configuration names is missing or unfit.
     """
-    corpus = open_corpus(SourceSpec(**source.model_dump()) for source in sources)
+    with section("corpus", SourceConfig):
+        corpus = open_corpus(SourceSpec(**source.model_dump()) for source in sources)
     model = find_model(teacher.path, teacher.revision, weights=weights, key=f"{key}.path")
     model_config = load_config(model)
     tokenizer = load_tokenizer(model.directory)
     vocab_size = min(real_tokens(tokenizer), model_config.get_text_config().vocab_size)
     check_window(rendering.window, model_config)
-    bos, eos = resolve_special(tokenizer, rendering.bos, eos=rendering.eos)
+    with section("rendering", RenderingConfig):
+        bos, eos = resolve_special(tokenizer, rendering.bos, eos=rendering.eos)
     return Reading(
         corpus=corpus,
         model=model,
@@ -79,6 +80,32 @@ def open_reading(
             vocab_size=vocab_size,
         ),
     )
+
+
+def require_hidden_states(backend: str, task: str, *, key: str, otherwise: str = "") -> None:
+    """Refuse a backend that gives less than a task asks for.
+
+    Args:
+        backend: its name in the table.
+        task: for messages: what asks for hidden states and a head.
+        key: the configuration's, that names the backend.
+        otherwise: what else would help.
+
+    Raises:
+        UsageError: it gives finished candidates alone, or is not in the table, as in the plan of a newer version.
+    """
+    able = [name for name, known in BACKENDS.items() if known.hidden_states]
+    fix = f"use a backend that gives them: {', '.join(able)}{otherwise}"
+    if backend not in BACKENDS:
+        raise UsageError(
+            f"unknown teacher backend {backend!r}", where=key, fix=f"this version has {', '.join(BACKENDS)}"
+        )
+    if not BACKENDS[backend].hidden_states:
+        raise UsageError(
+            f"teacher backend {backend!r} gives finished candidates alone; {task} needs hidden states and a head",
+            where=key,
+            fix=fix,
+        )
 
 
 def check_window(window: int, model_config: PretrainedConfig) -> None:

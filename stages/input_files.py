@@ -103,16 +103,16 @@ def find_files(pattern: str) -> list[Path]:
     Raises:
         UsageError: nothing matches, the path is a directory, or it is not a path.
     """
-    path = user_path(pattern, key="corpus.path")
+    path = user_path(pattern, key="path")
     if path.is_dir():
-        raise UsageError(f"{path} is a directory, not a file", where="corpus.path", fix=f"use {path}/*.EXTENSION")
+        raise UsageError(f"{path} is a directory, not a file", where="path", fix=f"use {path}/*.EXTENSION")
     found = [path] if path.is_file() else sorted(Path(name) for name in glob.glob(str(path), recursive=True))
     files = [name for name in found if name.is_file()]
     if not files:
         what = "no file matches the pattern" if glob.has_magic(pattern) else "no such file:"
         raise UsageError(
             f"{what} {pattern}",
-            where=f"corpus.path, relative to {Path.cwd()}",
+            where=f"path, relative to {Path.cwd()}",
             fix="check the path; relative paths start from the working directory",
         )
     return files

@@ -5,17 +5,36 @@ Data path: config -> **target** -> plan -> rows.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, get_args
 
 from storage.values import as_float, require_number, require_whole, short
 
-Kind = Literal["topk", "topp", "sampled", "hybrid"]
 LARGEST_DRAWS = 65_535  # a shard holds counts of draws as uint16
 LARGEST_VOCABULARY = 2**32 - 1  # ids are uint32, and all ones stands for no id
 LARGEST_SEED = 2**64 - 1  # random numbers take it as one uint64
 LEAST_TEMPERATURE, LARGEST_TEMPERATURE = 0.01, 100.0  # beyond, a row is its greatest logit, or flat
+
+
+@dataclass(frozen=True)
+class Holds:
+    """What rows of a kind hold: an exact head of most k entries, which ends at the mass p, and samples."""
+
+    head: bool
+    mass: bool
+    draws: bool
+
+
+KINDS: Mapping[str, Holds] = {
+    "topk": Holds(head=True, mass=False, draws=False),
+    "topp": Holds(head=True, mass=True, draws=False),
+    "sampled": Holds(head=False, mass=False, draws=True),
+    "hybrid": Holds(head=True, mass=False, draws=True),
+}
+"""The kinds that the format names. Of any other, k, p and draws alone say what its rows hold."""
+_NAME = re.compile("[a-z][a-z0-9_]{0,62}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +43,7 @@ class TargetSpec:
 
     Attributes:
         kind: `topk` (exact head of k), `topp` (exact head of mass p, at most k), `sampled` (samples only) or `hybrid`
-            (exact head of k, and samples of the tail).
+            (exact head of k, and samples of the tail); or another name.
         k: most entries of an exact head; 0 for `sampled`.
         p: mass that the head of `topp` reaches unless k ends it first; None for other kinds.
         draws: samples per row, drawn with replacement from what is outside of the head; 0 for exact kinds.
@@ -33,7 +52,7 @@ class TargetSpec:
             too.
     """
 
-    kind: Kind
+    kind: str
     k: int
     p: float | None = None
     draws: int = 0
@@ -48,36 +67,40 @@ class TargetSpec:
     def check(self) -> None:
         """Check that the fields have the right types and fit the kind. Raises ValueError."""
         self._check_types()
-        if self.kind == "sampled" and self.k != 0:
-            raise ValueError(f"kind sampled has no exact head, found k: {self.k}; kind hybrid has both")
-        if self.kind != "sampled" and self.k < 1:
+        holds = KINDS.get(self.kind, Holds(head=self.k > 0, mass=self.p is not None, draws=self.draws > 0))
+        if not holds.head and (not holds.draws or holds.mass):
+            raise ValueError(f"kind {self.kind} needs k > 0, or k: 0 without p and draws > 0")
+        if not holds.head and self.k != 0:
+            raise ValueError(f"kind {self.kind} has no exact head, found k: {self.k}; kind hybrid has both")
+        if holds.head and self.k < 1:
             raise ValueError(f"kind {self.kind} needs k > 0, found k: {self.k}; kind sampled stores no head")
-        if self.kind == "topp" and self.p is None:
-            raise ValueError("kind topp needs p, the mass that its head reaches, such as p: 0.95")
-        if self.kind != "topp" and self.p is not None:
+        if holds.mass and self.p is None:
+            raise ValueError(f"kind {self.kind} needs p, the mass that its head reaches, such as p: 0.95")
+        if not holds.mass and self.p is not None:
             raise ValueError(f"p belongs to kind topp, found p: {self.p} with kind {self.kind}")
         if self.p is not None and not 0.0 < self.p <= 1.0:
             raise ValueError(f"p must be above 0 and at most 1, found p: {self.p}")
-        if self.kind in ("topk", "topp") and self.draws != 0:
+        if not holds.draws and self.draws != 0:
             raise ValueError(f"kind {self.kind} draws no samples, found draws: {self.draws}; kind hybrid has both")
-        if self.kind in ("sampled", "hybrid") and not 0 < self.draws <= LARGEST_DRAWS:
+        if holds.draws and not 0 < self.draws <= LARGEST_DRAWS:
             raise ValueError(f"kind {self.kind} needs draws from 1 to {LARGEST_DRAWS}, found draws: {self.draws}")
         self._check_temperatures()
 
     def describe(self) -> str:
         """Say in words what a row holds."""
-        head = {
-            "topk": f"{self.k} exact entries",
-            "topp": f"exact entries up to mass {self.p}, at most {self.k}",
-            "sampled": f"{self.draws} draws of the whole distribution",
-            "hybrid": f"{self.k} exact entries, {self.draws} tail draws",
-        }[self.kind]
+        if self.k == 0:
+            held = f"{self.draws} draws of the whole distribution"
+        else:
+            head = (
+                f"{self.k} exact entries" if self.p is None else f"exact entries up to mass {self.p}, at most {self.k}"
+            )
+            held = head + (f", {self.draws} tail draws" if self.draws else "")
         stored = ", ".join(f"{value:g}" for value in (1.0, *self.temperatures))
-        return f"{self.kind}: {head}" + (f"; temperatures {stored}" if self.temperatures else "")
+        return f"{self.kind}: {held}" + (f"; temperatures {stored}" if self.temperatures else "")
 
     def _check_types(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, found {short(self.kind)}")
+        if not isinstance(self.kind, str) or not _NAME.fullmatch(self.kind):
+            raise ValueError(f"kind must be a name, such as {', '.join(KINDS)}, found {short(self.kind)}")
         require_whole("k", self.k, least=0, most=LARGEST_VOCABULARY)
         require_whole("draws", self.draws, least=0, most=LARGEST_DRAWS)
         require_whole("seed", self.seed, least=0, most=LARGEST_SEED)
@@ -88,8 +111,10 @@ class TargetSpec:
 
     def _check_temperatures(self) -> None:
         values = self.temperatures
-        if self.kind == "sampled" and values:
-            raise ValueError("temperatures say how an exact head and its tail share the mass; kind sampled has no head")
+        if self.k == 0 and values:
+            raise ValueError(
+                f"temperatures say how an exact head and its tail share the mass; kind {self.kind} has no head"
+            )
         if not all(LEAST_TEMPERATURE <= value <= LARGEST_TEMPERATURE and value != 1.0 for value in values):
             raise ValueError(
                 f"temperatures must lie from {LEAST_TEMPERATURE:g} to {LARGEST_TEMPERATURE:g} and be other than 1"

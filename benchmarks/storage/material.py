@@ -18,8 +18,10 @@ from pipeline.demo.teacher import convert
 from pipeline.extraction.planning import Extraction, build_plan
 from pipeline.extraction.work import load_teacher
 from stages.corpus.tokenize import TokenWindow, render
-from stages.targets import KINDS, TargetRows, assemble
+from stages.targets import KINDS
+from stages.targets.assemble import assemble
 from stages.targets.positions import document_order, wanted_mask, wanted_positions
+from stages.targets.rows import TargetRows
 from stages.teacher.batching import pad
 from stages.teacher.hf import HFTeacher
 from storage.plan import HeldoutRule
@@ -159,7 +161,7 @@ def _extract(
             for name, kind in kinds.items():
                 target, own_NV = kind.planned.plan.target, logits_NV.clone()
                 began = time.perf_counter()
-                blocks[name].append(KINDS[target.kind](own_NV, at[chunk], target))
+                blocks[name].append(KINDS[target.kind].load()(own_NV, at[chunk], target))
                 spent["teacher"] += (time.perf_counter() - began) * (name == MAIN)
         hidden.append(hidden_ND)
         computed += indices

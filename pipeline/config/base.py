@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
 from pydantic import BaseModel, ConfigDict
+from pydantic_core import CoreSchema, core_schema
+
+from storage.errors import DistillError
 
 
 class Model(BaseModel):
@@ -11,6 +20,50 @@ class Model(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+
+@dataclass(frozen=True)
+class NameIn:
+    """Annotation of a field that holds a name of a literal table: what `Literal` of these names would be."""
+
+    table: Mapping[str, object]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        """Return the schema that pydantic makes of a Literal."""
+        return core_schema.literal_schema(list(self.table))
+
+
+@contextmanager
+def section(key: str, model: type[BaseModel]) -> Iterator[None]:
+    """Complete the place of what a stage raises: it names its own parameters, a configuration has them at `key`.
+
+    Args:
+        key: of the section; it is also the place of what has none.
+        model: of the section, whose fields are those parameters.
+    """
+    try:
+        yield
+    except DistillError as error:
+        named = re.match(r"(\w+)(?=$|[:,])", error.where or "")
+        if error.where is None:
+            error.where = key
+        elif named is not None and named[0] in model.model_fields:
+            error.where = f"{key}.{error.where}"
+        raise
+
+
+class Listed(Protocol):
+    """A line of a literal table that says what it is."""
+
+    @property
+    def about(self) -> str:
+        """What its name stands for, without a full stop."""
+        ...
+
+
+def described(table: Mapping[str, Listed]) -> str:
+    """Return the documentation of a field that holds a name of `table`."""
+    return " ".join(f"{name}: {line.about}." for name, line in table.items())
 
 
 class FieldError(ValueError):

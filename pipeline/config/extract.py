@@ -7,7 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Model
+from pipeline.config.base import Model, NameIn, described
+from stages.corpus import SOURCES
+from stages.targets import KINDS
+from stages.teacher import BACKENDS
+from storage.codecs import CODECS, DEFAULT_CODEC
 from storage.target import LARGEST_DRAWS, TargetSpec
 
 Auto = Literal["auto"]
@@ -18,8 +22,6 @@ Positive = Annotated[int, Field(gt=0, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**64, strict=True)]  # the draws take it as one uint64
 Real = Annotated[float, Field(strict=True)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-DEFAULT_K = 32
-DEFAULT_DRAWS = {"hybrid": 8, "sampled": 50}
 
 
 class TeacherConfig(Model):
@@ -29,6 +31,7 @@ class TeacherConfig(Model):
     """Directory or hub name of the model."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
+    backend: Annotated[str, NameIn(BACKENDS)] = Field("hf", description=described(BACKENDS))
     dtype: Dtype = "auto"
     """Dtype of the forward pass; the head is always computed in float32. auto: bfloat16 where that is fast."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -38,9 +41,7 @@ class TeacherConfig(Model):
 class SourceConfig(Model):
     """One corpus source. Sources are concatenated in the order given."""
 
-    source: Literal["text", "jsonl", "parquet", "dataset", "topics"]
-    """text: one document per file. jsonl, parquet: one per row. dataset: a Hugging Face dataset by name or local
-    directory. topics: the Python documentation topics that every Python installation carries."""
+    source: Annotated[str, NameIn(SOURCES)] = Field(description=described(SOURCES))
     path: str | None = None
     """File, glob pattern, dataset name or dataset directory (not for topics)."""
     field: str = "text"
@@ -57,9 +58,10 @@ class SourceConfig(Model):
 
     @model_validator(mode="after")
     def _path_given(self) -> SourceConfig:
-        if (self.path is None) != (self.source == "topics"):
-            raise ValueError(f"source {self.source!r} {'takes no' if self.source == 'topics' else 'needs a'} path")
-        if self.prompt_field is not None and self.source in ("text", "topics"):
+        kind = SOURCES[self.source]
+        if (self.path is not None) != kind.path:
+            raise ValueError(f"source {self.source!r} {'needs a' if kind.path else 'takes no'} path")
+        if self.prompt_field is not None and not kind.fields:
             raise ValueError(f"source {self.source!r} has no fields, so it takes no prompt_field")
         return self
 
@@ -88,10 +90,7 @@ class RenderingConfig(Model):
 class TargetConfig(Model):
     """What is kept of the teacher's distribution at each position."""
 
-    kind: Literal["hybrid", "sampled", "topk", "topp"] = "hybrid"
-    """hybrid: exact head of k entries plus samples of the tail, an unbiased target. sampled: samples of the whole
-    distribution, unbiased and lean, for forward KL at temperature 1. topk: exact head of k entries only. topp: exact
-    head of the fewest entries that reach probability p, at most k."""
+    kind: Annotated[str, NameIn(KINDS)] = Field("hybrid", description=described(KINDS))
     k: Positive | None = None
     """Entries of the exact head (topp: at most). Default: 32; sampled has none."""
     p: Real | None = None
@@ -111,12 +110,12 @@ class TargetConfig(Model):
 
     def spec(self) -> TargetSpec:
         """Return the same for a plan, with the defaults filled in."""
-        default_k = 0 if self.kind == "sampled" else DEFAULT_K
+        default = KINDS[self.kind]
         return TargetSpec(
             kind=self.kind,
-            k=default_k if self.k is None else self.k,
+            k=default.k if self.k is None else self.k,
             p=self.p,
-            draws=DEFAULT_DRAWS.get(self.kind, 0) if self.draws is None else self.draws,
+            draws=default.draws if self.draws is None else self.draws,
             seed=self.seed,
             temperatures=self.temperatures,
         )
@@ -146,6 +145,9 @@ class ExtractConfig(Model):
     """What is kept per position."""
     heldout: HeldoutConfig = HeldoutConfig()
     """What is set aside."""
+    codec: Annotated[str, NameIn(CODECS)] = Field(
+        DEFAULT_CODEC, description=f"How the numbers of a row are stored. {described(CODECS)}"
+    )
     documents_per_shard: Positive | Auto = "auto"
     """Documents per shard, the unit of work that an interruption can lose. auto: about 32,000 target rows."""
     batch_size: Positive | Auto = "auto"

@@ -19,7 +19,7 @@ from pipeline.config.extract import (
     SourceConfig,
     TeacherConfig,
 )
-from pipeline.config.loss import check_loss, loss_spelled_out
+from pipeline.config.loss import check_loss, loss_schema, loss_spelled_out
 
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -167,7 +167,7 @@ class TrainConfig(Model):
     """Run directory: config.yaml, metrics.jsonl, checkpoints/, model/."""
     student: StudentConfig
     """The model that learns."""
-    loss: dict[str, Any] = Field(default_factory=lambda: {"name": "KDLoss"})
+    loss: dict[str, Any] = Field(default_factory=lambda: {"name": "KDLoss"}, json_schema_extra=loss_schema)
     """How teacher and student are compared: KDLoss and its fields, for example {name: KDLoss, divergence: jsd}."""
     kd_ratio: Unit = 0.7
     """loss = (1 - kd_ratio) * cross-entropy + kd_ratio * KD. 0 reads no targets, 1 computes no cross-entropy."""

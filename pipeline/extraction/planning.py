@@ -18,17 +18,18 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.config.extract import ExtractConfig
 from pipeline.extraction.rates import RateKey, read_rate
 from pipeline.extraction.survey import Sample, take_sample
-from pipeline.reading import BACKEND, Reading, open_reading
+from pipeline.reading import Reading, open_reading, require_hidden_states
 from stages.corpus import Corpus
 from stages.corpus.tokenize import Rendering
 from stages.corpus.tokenizer import tokenizer_files, tokenizer_identity
 from stages.devices import dtype_name, resolve_device, resolve_dtype
 from stages.input_files import FileState, file_sha256
 from stages.models.files import ModelDirectory, file_states
-from stages.teacher import teacher_identity
+from stages.targets import KINDS
+from stages.targets.rows import require_k
+from stages.teacher.backend import teacher_identity
 from stages.teacher.batching import Batching, resolve_batching
-from storage.codecs import default_codecs
-from storage.errors import UsageError
+from storage.codecs import CODECS, DEFAULT_CODEC
 from storage.format.remap import build_remap, remap_sha256
 from storage.plan import HeldoutRule, Plan, TargetSpec
 from storage.values import Json
@@ -44,6 +45,7 @@ BYTES_PER_HEAD_ENTRY = 1.65
 BYTES_PER_TAIL_DRAW = 1.5
 BYTES_PER_DRAW = 0.47  # of the whole distribution: most repeat an id
 BYTES_PER_TEMPERATURE = 2.2
+NUMBERS_OF_ROW = 4  # tail_logit, logsumexp, entropy, next_logprob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,7 @@ class Estimate:
         shards: units of work.
         contents: what a row holds, in words.
         bytes_per_row, bytes: of the store, from measured sizes per entry.
-        at_most: whether that is a bound: how long the heads of topp are, only the teacher can tell.
+        at_most: whether that is a bound, see `is_bound`.
         tokens_per_second: rate used, None if unknown.
         rate_source: `measured` by an earlier extraction with this teacher here, `given`, or None.
         seconds: None if the rate is unknown.
@@ -151,7 +153,7 @@ def estimate(config: ExtractConfig, *, tokens_per_second: float | None = None) -
     rate = tokens_per_second if tokens_per_second is not None else read_rate(planned.rate_key)
     source = "given" if tokens_per_second is not None else "measured"
     tokens, rows = planned.scaled(sample.tokens), planned.scaled(sample.rows)
-    per_row = bytes_per_row(plan.target)
+    per_row = bytes_per_row(plan.target, config.codec)
     return Estimate(
         documents=plan.documents,
         heldout_documents=sum(plan.heldout.holds_out(number) for number in range(plan.documents)),
@@ -162,7 +164,7 @@ def estimate(config: ExtractConfig, *, tokens_per_second: float | None = None) -
         contents=plan.target.describe(),
         bytes_per_row=per_row,
         bytes=round(rows * per_row),
-        at_most=plan.target.kind == "topp",
+        at_most=is_bound(plan.target, config.codec),
         tokens_per_second=rate,
         rate_source=None if rate is None else source,
         seconds=None if rate is None else tokens / rate,
@@ -172,20 +174,33 @@ def estimate(config: ExtractConfig, *, tokens_per_second: float | None = None) -
     )
 
 
-def bytes_per_row(target: TargetSpec) -> float:
-    """Estimate the bytes that a stored row takes, everything included. Of topp: the most that it can take."""
+def bytes_per_row(target: TargetSpec, codec: str = DEFAULT_CODEC) -> float:
+    """Estimate the bytes that a stored row takes, everything included; the most that it can take if `is_bound`."""
+    plain = 0  # numbers of another codec than the measured one, as if they did not compress
+    if codec != DEFAULT_CODEC:
+        plain = NUMBERS_OF_ROW * CODECS[codec].row_dtype.itemsize + target.k * CODECS[codec].dtype.itemsize
     if target.k == 0:
-        return BYTES_PER_ROW + BYTES_PER_DRAW * target.draws
+        return BYTES_PER_ROW + BYTES_PER_DRAW * target.draws + plain
     head = BYTES_PER_HEAD + BYTES_PER_HEAD_ENTRY * target.k
     others = BYTES_PER_TAIL_DRAW * target.draws + BYTES_PER_TEMPERATURE * len(target.temperatures)
-    return BYTES_PER_ROW + head + others
+    return BYTES_PER_ROW + head + others + plain
+
+
+def is_bound(target: TargetSpec, codec: str = DEFAULT_CODEC) -> bool:
+    """Tell whether `bytes_per_row` is a bound: only the teacher tells where heads end that end at a mass, and only the
+    numbers how well another codec's compress."""
+    return target.p is not None or codec != DEFAULT_CODEC
 
 
 def _planned(config: ExtractConfig, *, weights: bool) -> Extraction:
     """Open, check and sample what the configuration names; `weights`: hash them too, for a plan that is kept."""
+    if not KINDS[config.target.kind].from_candidates:
+        otherwise = f", or target.kind: {' or '.join(name for name, kind in KINDS.items() if kind.from_candidates)}"
+        task = f"target.kind: {config.target.kind}"
+        require_hidden_states(config.teacher.backend, task, key="teacher.backend", otherwise=otherwise)
     reading = open_reading(config.corpus, config.rendering, config.teacher, weights=weights)
     model, vocab_size, target = reading.model, reading.vocab_size, config.target.spec()
-    _check_head(target, vocab_size)
+    require_k(target.k, vocab_size, key="target.k")
     sample = take_sample(reading.corpus, reading.tokenizer, reading.rendering)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.teacher.dtype, device)
@@ -193,8 +208,13 @@ def _planned(config: ExtractConfig, *, weights: bool) -> Extraction:
     teacher: dict[str, Json] = {}
     if weights:
         states = file_states(model)  # before they are hashed: what changes later is not what was hashed
-        attention = config.teacher.attention
-        teacher = teacher_identity(model, reading.model_config, backend=BACKEND, dtype=dtype, attention=attention)
+        teacher = teacher_identity(
+            model,
+            reading.model_config,
+            backend=config.teacher.backend,
+            dtype=dtype,
+            attention=config.teacher.attention,
+        )
     files = tokenizer_files(model.directory)
     remap = build_remap(sample.counts)
     batching = resolve_batching(
@@ -212,7 +232,7 @@ def _planned(config: ExtractConfig, *, weights: bool) -> Extraction:
         documents_per_shard=_number(config.documents_per_shard)
         or _documents_per_shard(sample, config.heldout.fraction),
         batching=batching.to_plan(),
-        codecs=default_codecs(),
+        codecs={"logprob": CODECS[config.codec]().parameters()},
         remap_sha256=remap_sha256(remap),
         recorded=_recorded(reading, device),
     )
@@ -230,15 +250,6 @@ def _planned(config: ExtractConfig, *, weights: bool) -> Extraction:
         tokenizer_files=files,
         teacher_files=states,
     )
-
-
-def _check_head(target: TargetSpec, vocab_size: int) -> None:
-    if target.k > vocab_size:
-        raise UsageError(
-            f"k = {target.k} is more than the vocabulary of {vocab_size} tokens",
-            where="target.k",
-            fix=f"set target.k to at most {vocab_size}",
-        )
 
 
 def _documents_per_shard(sample: Sample, heldout_fraction: float) -> int:

@@ -15,14 +15,16 @@ import numpy as np
 import torch
 
 from pipeline.extraction.events import FirstRow, Meter, Progress
-from pipeline.extraction.planning import Extraction, bytes_per_row
-from pipeline.reading import BACKEND
+from pipeline.extraction.planning import Extraction, bytes_per_row, is_bound
 from stages.corpus.tokenize import TokenWindow, render
 from stages.input_files import unchanged
 from stages.out_of_memory import is_out_of_memory
-from stages.targets import KINDS, TargetRows, assemble
+from stages.targets import KINDS
+from stages.targets.assemble import assemble
 from stages.targets.positions import document_order, wanted_mask, wanted_positions
-from stages.teacher import BACKENDS, Teacher
+from stages.targets.rows import TargetRows
+from stages.teacher import BACKENDS
+from stages.teacher.backend import CandidateTeacher, Teacher
 from stages.teacher.batching import pad
 from storage.errors import OutOfSpaceError
 from storage.faults import fault_point
@@ -36,7 +38,7 @@ CANDIDATES = 5
 def load_teacher(planned: Extraction) -> Teacher:
     """Load the weights that the plan names. Raises as the backend, and IdentityError if they changed meanwhile."""
     with unchanged(*planned.teacher_files):  # what is loaded is what was hashed
-        return BACKENDS[BACKEND](
+        return BACKENDS[str(planned.plan.teacher["backend"])].load()(
             planned.model,
             vocab_size=planned.plan.vocab_size,
             device=planned.device,
@@ -81,10 +83,13 @@ def target_rows(planned: Extraction, teacher: Teacher, sequences: Sequence[Token
     target, step = planned.plan.target, planned.batching.chunk_size
     at = wanted_positions(sequences)
     with _memory_advice():
+        if isinstance(teacher, CandidateTeacher):
+            return [teacher.rows(sequences, target)]
         hidden_BTD = teacher.hidden(pad(sequences, teacher.device))
         hidden_ND = hidden_BTD[wanted_mask(sequences).to(hidden_BTD.device)]
+        rows = KINDS[target.kind].load()
         return [
-            KINDS[target.kind](teacher.logits(hidden_ND[first : first + step]), at[first : first + step], target)
+            rows(teacher.logits(hidden_ND[first : first + step]), at[first : first + step], target)
             for first in range(0, len(at), step)
         ]
 
@@ -92,6 +97,8 @@ def target_rows(planned: Extraction, teacher: Teacher, sequences: Sequence[Token
 @torch.inference_mode()
 def first_row(planned: Extraction, teacher: Teacher, shards: Sequence[ShardSpec], meter: Meter) -> Iterator[FirstRow]:
     """Show what the teacher makes of the first words to come: one short forward, nothing of it is stored."""
+    if isinstance(teacher, CandidateTeacher):
+        return  # its logits are not ours to show
     numbers = (number for shard in shards for number in planned.plan.documents_of(shard))
     # One document at a time, so that long ones do not delay it.
     sequences = (render(planned.corpus.documents([number]), planned.tokenizer, planned.rendering) for number in numbers)
@@ -103,6 +110,7 @@ def first_row(planned: Extraction, teacher: Teacher, shards: Sequence[ShardSpec]
     prob_V = torch.softmax(teacher.logits(teacher.hidden(ids_1T)[0, -1:])[0], dim=-1)
     top = prob_V.topk(min(CANDIDATES, len(prob_V)))
     decode = planned.tokenizer.decode
+    codec = str(planned.plan.codecs["logprob"]["id"])
     yield FirstRow(
         context=str(decode(sequence.tokens[:length].tolist(), skip_special_tokens=True)),
         following=str(decode([int(sequence.tokens[length])])),
@@ -110,8 +118,8 @@ def first_row(planned: Extraction, teacher: Teacher, shards: Sequence[ShardSpec]
             (str(decode([token])), prob) for token, prob in zip(top.indices.tolist(), top.values.tolist(), strict=True)
         ),
         head_mass=_head_mass(prob_V, planned.plan.target),
-        bytes_per_row=bytes_per_row(planned.plan.target),
-        at_most=planned.plan.target.kind == "topp",
+        bytes_per_row=bytes_per_row(planned.plan.target, codec),
+        at_most=is_bound(planned.plan.target, codec),
         seconds=meter.seconds,
     )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.config.extract import HeldoutConfig, RenderingConfig
 from pipeline.config.train import TrainConfig
-from pipeline.reading import BACKEND, Reading, open_reading
+from pipeline.reading import Reading, open_reading, require_hidden_states
 from stages.batches.corpus import Tokenized, split_corpus
 from stages.batches.steps import Source
 from stages.corpus.tokenize import render
@@ -20,7 +20,7 @@ from stages.corpus.tokenizer import tokenizer_files, tokenizer_identity
 from stages.devices import resolve_device, resolve_dtype
 from stages.input_files import FileState
 from stages.models.files import ModelDirectory, file_states
-from stages.teacher import teacher_identity
+from stages.teacher.backend import teacher_identity
 from storage.errors import UsageError
 from storage.plan import HeldoutRule
 from storage.reader import StoreReader
@@ -124,6 +124,8 @@ def _online(config: TrainConfig) -> Generator[Tokenized, None, TrainingData]:
     assert config.teacher_model is not None, "the configuration has one of store and teacher_model"
     assert config.corpus is not None, "the configuration has a corpus beside teacher_model"
     with_teacher = config.kd_ratio > 0.0
+    if with_teacher:
+        require_hidden_states(config.teacher_model.backend, "a live teacher", key=f"{TEACHER_KEY}.backend")
     rendering = config.rendering or RenderingConfig()
     reading = open_reading(config.corpus, rendering, config.teacher_model, weights=with_teacher, key=TEACHER_KEY)
     rule = HeldoutRule(**(config.heldout or HeldoutConfig()).model_dump())
@@ -175,7 +177,7 @@ def _teacher_identity(config: TrainConfig, reading: Reading) -> dict[str, Json]:
     return teacher_identity(
         reading.model,
         reading.model_config,
-        backend=BACKEND,
+        backend=config.teacher_model.backend,
         dtype=resolve_dtype(config.teacher_model.dtype, device),
         attention=config.teacher_model.attention,
     )

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config.train import TrainConfig
+from pipeline.config.base import section
+from pipeline.config.loss import loss_fields
+from pipeline.config.train import StudentConfig, TrainConfig
 from pipeline.training.data import TrainingData
 from stages.batches.order import Order
 from stages.batches.steps import StepShape, steps_of_epochs
@@ -120,10 +122,11 @@ def build_learner(config: TrainConfig, data: TrainingData, recipe: Recipe, proce
         NumericsError, OutOfSpaceError: the live teacher's logits are not finite, or it does not fit into memory.
     """
     source = StudentSource(**config.student.model_dump())
-    same = check_tokenizer(source, data.tokenizer_files)
-    model = build_student(source, seed=config.seed)
-    check_vocabulary(model, data.vocab_size, same_tokenizer=same)
-    check_positions(model.config, data.window, lambda: data.longest)
+    with section("student", StudentConfig):
+        same = check_tokenizer(source, data.tokenizer_files)
+        model = build_student(source, seed=config.seed)
+        check_vocabulary(model, data.vocab_size, same_tokenizer=same)
+        check_positions(model.config, data.window, lambda: data.longest)
     model.to(recipe.device)  # type: ignore[arg-type]  # transformers types this method for its own decorator
     use_packed_attention(model, config.attention)
     if processes.tp is not None:
@@ -157,13 +160,14 @@ def _live_teacher(
             device=device,
             dtype=resolve_dtype(config.teacher_model.dtype, device),
             attention=config.teacher_model.attention,
+            backend=config.teacher_model.backend,
         )
     return replace(teacher, files=data.teacher_files)
 
 
 def _loss(config: TrainConfig, student: Student, vocab_size: int, chunk_size: int) -> FusedLinearKDLoss:
     """Build the configured divergence in its fused form, mixed with cross-entropy, on this student's logits."""
-    chosen = KDLossConfig(**{key: value for key, value in config.loss.items() if key != "name"})
+    chosen = KDLossConfig(**loss_fields(config.loss))
     fused = chosen.fused(
         chunk_size=chunk_size,
         kd_ratio=config.kd_ratio,

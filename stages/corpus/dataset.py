@@ -55,7 +55,7 @@ def open_dataset(spec: SourceSpec) -> DatasetRows:
         raise UsageError(
             f"no column {spec.field!r}; the columns are {', '.join(map(repr, rows.column_names))}",
             where=where,
-            fix="set corpus.field to the column that holds the text",
+            fix="set field to the column that holds the text",
         )
     rows = rows.select_columns([spec.field])
     kind = rows.features[spec.field]
@@ -81,7 +81,7 @@ def _load(spec: SourceSpec) -> Any:
 
     datasets.disable_progress_bars()
     path = str(spec.path)
-    local = user_path(path, key="corpus.path")
+    local = user_path(path, key="path")
     try:
         if (local / "dataset_dict.json").is_file():
             return datasets.load_from_disk(str(local))[spec.split]
@@ -93,7 +93,7 @@ def _load(spec: SourceSpec) -> Any:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
             f"cannot load dataset {path!r}: {reason}",
-            where=f"corpus: name {spec.name!r}, split {spec.split!r}, revision {spec.revision!r}",
+            where=f"name: {spec.name!r}, split: {spec.split!r}, revision: {spec.revision!r}",
             fix="check name, configuration and split; offline, it must be in the cache; `hf auth login` for gated ones",
         ) from error
 
@@ -105,7 +105,7 @@ def _with_split(rows: Any, spec: SourceSpec) -> Any:
         raise UsageError(
             f"the saved dataset is split {found!r}, asked for is split {spec.split!r}",
             where=f"dataset {spec.path}",
-            fix=f"set corpus.split: {found!r}, or name the directory of the other split",
+            fix=f"set split: {found!r}, or name the directory of the other split",
         )
     return rows
 

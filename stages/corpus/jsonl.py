@@ -119,7 +119,7 @@ def _text_of(line: bytes, field: str, where: str) -> str:
         raise UsageError(
             f"no field {field!r}; the fields are {', '.join(map(repr, row)) or 'none'}",
             where=where,
-            fix="set corpus.field to the field that holds the text",
+            fix="set field to the field that holds the text",
         )
     text = row[field]
     if not isinstance(text, str):

@@ -97,7 +97,7 @@ def _check(state: FileState, field: str) -> Iterator[RowGroup]:
         raise UsageError(
             f"no column {field!r}; the columns are {', '.join(map(repr, schema.names))}",
             where=str(path),
-            fix="set corpus.field to the column that holds the text",
+            fix="set field to the column that holds the text",
         )
     if not _is_text(schema.field(field).type):
         raise UsageError(f"column {field!r} holds {schema.field(field).type}, not text", where=str(path))

@@ -112,7 +112,7 @@ class Corpus:
             named = "; ".join(
                 ", ".join(source.recorded.get("paths", ())) or str(source.identity["kind"]) for source in self.sources
             )
-            raise UsageError("the corpus is empty: no documents", where=named, fix="point corpus at files with text")
+            raise UsageError("the corpus is empty: no documents", where=named, fix="name files with text")
 
     def __len__(self) -> int:
         return self._ends[-1]

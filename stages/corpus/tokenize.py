@@ -83,9 +83,9 @@ def resolve_special(tokenizer: PreTrainedTokenizerBase, bos: str, *, eos: bool) 
     """
     wants_bos = bos == "always" or (bos == "auto" and _adds_bos(tokenizer))
     if wants_bos and tokenizer.bos_token_id is None:
-        raise UsageError("the tokenizer has no begin token", where="rendering.bos: always", fix="set bos: never")
+        raise UsageError("the tokenizer has no begin token", where="bos: always", fix="set bos: never")
     if eos and tokenizer.eos_token_id is None:
-        raise UsageError("the tokenizer has no end token", where="rendering.eos: true", fix="set eos: false")
+        raise UsageError("the tokenizer has no end token", where="eos: true", fix="set eos: false")
     return (tokenizer.bos_token_id if wants_bos else None), (tokenizer.eos_token_id if eos else None)
 
 

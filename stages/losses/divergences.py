@@ -10,7 +10,8 @@ which stays finite where Q_b underflows although dd/dQ does not. This is the cha
 times Q in h changes nothing, because the Q_b sum to one. It is chosen such that h vanishes with P: where student and
 teacher are far apart, most outcomes then add nothing, instead of terms that cancel.
 
-To add one: write a frozen dataclass below and one line in DIVERGENCES.
+To add one: write a frozen dataclass below and one line in DIVERGENCES. Its fields are its parameters, numbers with a
+default; a recipe spells them behind the name, or as keys beside it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import difflib
 import math
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -204,41 +206,77 @@ DIVERGENCES: dict[str, type[Divergence]] = {
 
 
 def make_divergence(divergence: str | Divergence) -> Divergence:
-    """Return the divergence of that name, with its parameter if one is written behind it: "jsd", "jsd(0.9)".
+    """Return the divergence of that name, with its parameters if they are written behind it: "jsd", "jsd(0.9)".
 
-    The parameter is beta of `jsd`, alpha of the skewed KLs, weight of `mixed`. A ready object is returned as it is.
+    The parameters are the fields of its class, in their order: beta of `jsd`, alpha of the skewed KLs, weight of
+    `mixed`. Those left out take their defaults. A ready object is returned as it is.
 
     Raises:
-        ValueError: unknown name, a value that is not a number or out of range, or one where none is taken.
+        ValueError: unknown name, a value that is not a number or out of range, or more of them than it takes.
     """
     if isinstance(divergence, Divergence):
         return divergence
+    name, written = _split(divergence)
+    texts = [] if written is None else written.split(",")
+    names = list(parameters(divergence))
+    if len(texts) > len(names):
+        takes = f"takes {', '.join(names)}" if names else "takes no parameter"
+        raise ValueError(f"divergence {divergence!r}: {name} {takes}")
+    values = {}
+    for key, text in zip(names, texts, strict=False):
+        try:
+            values[key] = float(text)
+        except ValueError:
+            raise ValueError(f"divergence {divergence!r}: {key} must be a number, found {text.strip()!r}") from None
+    return DIVERGENCES[name](**values)
+
+
+def with_parameters(divergence: str, values: Mapping[str, object]) -> Divergence:
+    """The divergence of that name, with parameters by name.
+
+    Raises:
+        ValueError: unknown name or parameter, one in parentheses too, a value that is no number or out of range.
+    """
+    name, written = _split(divergence)
+    for key, value in values.items():
+        if key not in parameters(divergence):
+            raise ValueError(f"{name} takes no parameter {key}")
+        if written is not None:
+            raise ValueError(f"{key} is given beside {divergence}: write all of its parameters in one way")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{key} must be a number, found {value!r}")
+    return DIVERGENCES[name](**{key: float(value) for key, value in values.items()})  # type: ignore[arg-type]
+
+
+def parameters(divergence: str) -> dict[str, float]:
+    """The parameters that a divergence of the table takes, in order, with their defaults.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    name, _ = _split(divergence)
+    return vars(DIVERGENCES[name]())
+
+
+def _split(divergence: str) -> tuple[str, str | None]:
+    """A name of the table, and what is written in parentheses behind it."""
     parts = re.fullmatch(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*", divergence)
     name = parts[1] if parts else divergence
-    if name not in DIVERGENCES:
+    if parts is None or name not in DIVERGENCES:
         near = difflib.get_close_matches(name, DIVERGENCES, n=1)
         raise ValueError(
             f"divergence {divergence!r} is unknown{f', did you mean {near[0]!r}?' if near else ''}; "
             f"known are {', '.join(DIVERGENCES)}"
         )
-    kind = DIVERGENCES[name]
-    if parts is None or parts[2] is None:
-        return kind()
-    parameters = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # the table holds dataclasses only
-    if not parameters:
-        raise ValueError(f"divergence {divergence!r}: {name} takes no parameter")
-    try:
-        value = float(parts[2])
-    except ValueError:
-        raise ValueError(f"divergence {divergence!r}: {parameters[0]} must be a number, found {parts[2]!r}") from None
-    return kind(**{parameters[0]: value})
+    return name, parts[2]
 
 
 def spelled_out(divergence: str | Divergence) -> str:
-    """Return the name under which a recipe selects it, with its parameter: "jsd" is "jsd(0.5)"."""
+    """Return the name under which a recipe selects it, with its parameters: "jsd" is "jsd(0.5)"."""
     made = make_divergence(divergence)
     name = next((name for name, kind in DIVERGENCES.items() if type(made) is kind), type(made).__name__)
-    return name + "".join(f"({value})" for value in vars(made).values())
+    values = ", ".join(str(value) for value in vars(made).values())
+    return f"{name}({values})" if values else name
 
 
 def _check_skew(name: str, alpha: float) -> None:

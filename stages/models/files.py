@@ -41,9 +41,7 @@ class ModelDirectory:
         return {"name": self.name, "commit": self.commit, "directory": str(self.directory)}
 
 
-def find_model(
-    name: str, revision: str | None = None, *, weights: bool = True, key: str = "teacher.path"
-) -> ModelDirectory:
+def find_model(name: str, revision: str | None = None, *, weights: bool = True, key: str = "path") -> ModelDirectory:
     """Return the directory of a model: `name` itself, or the hub's copy in the local cache, downloaded if need be.
 
     Args:

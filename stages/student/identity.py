@@ -40,7 +40,7 @@ def check_tokenizer(source: StudentSource, teacher_files: Mapping[str, bytes]) -
     directory = _tokenizer_directory(source)
     if directory is None:
         return False
-    compare_tokenizers(directory, teacher_files, where=f"student.path: {source.path}")
+    compare_tokenizers(directory, teacher_files, where=f"path: {source.path}")
     return True
 
 
@@ -82,8 +82,7 @@ def check_vocabulary(model: PreTrainedModel, vocab_size: int, *, same_tokenizer:
     if rows < vocab_size or (not same_tokenizer and rows > vocab_size * (1.0 + _PADDING_SHARE)):
         raise UsageError(
             f"the student's vocabulary has {rows} rows, the teacher's {vocab_size} tokens",
-            where="student",
-            fix=f"choose a student of this vocabulary, or set student.overrides.vocab_size={vocab_size} (from_config)",
+            fix=f"choose a student of this vocabulary, or set overrides.vocab_size={vocab_size} (from_config)",
         )
     if rows > vocab_size:
         logger.info("rows %d to %d of the student's head stand for no token and are masked", vocab_size, rows - 1)
@@ -121,6 +120,6 @@ def check_positions(student: PretrainedConfig, window: int, longest: Callable[[]
     if limit is not None and window > limit and (tokens := longest()) > limit:
         raise UsageError(
             f"the longest sequence has {tokens} tokens, the student knows {limit} positions",
-            where="student.path",
+            where="path",
             fix=f"choose a student with at least {tokens} positions, or learn from windows of at most {limit} tokens",
         )

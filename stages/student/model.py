@@ -26,7 +26,6 @@ def head_layer(model: PreTrainedModel) -> nn.Linear:
     if not isinstance(layer, nn.Linear):
         raise UsageError(
             f"the head of {type(model).__name__} is not a linear layer",
-            where="student",
             fix="choose a student whose output embedding is one",
         )
     return layer

@@ -73,7 +73,7 @@ def _random_model(source: StudentSource) -> PreTrainedModel:
     except Exception as error:  # an architecture's own checks raise whatever they like
         raise UsageError(
             f"no student can be made from this configuration: {type(error).__name__}: {' '.join(str(error).split())}",
-            where="student.overrides",
+            where="overrides",
             fix="change fields together that depend on each other, such as hidden_size and num_attention_heads",
         ) from error
 
@@ -102,7 +102,7 @@ def model_directory(source: StudentSource, *, weights: bool) -> Path:
     try:
         return find_model(source.path, source.revision, weights=weights).directory
     except UsageError as error:
-        raise UsageError(error.what, where=f"student.path: {source.path}", fix=error.fix) from error
+        raise UsageError(error.what, where=f"path: {source.path}", fix=error.fix) from error
 
 
 def overridden(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
@@ -117,7 +117,7 @@ def overridden(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTra
             near = difflib.get_close_matches(key, values, n=1)
             raise UsageError(
                 f"{type(config).__name__} has no field {key!r}",
-                where="student.overrides",
+                where="overrides",
                 fix=f"did you mean {near[0]!r}?" if near else f"its fields are {', '.join(sorted(values))}",
             )
     layers = overrides.get("num_hidden_layers", config.num_hidden_layers)
@@ -150,7 +150,7 @@ def chosen_layers(layers: int | Sequence[int] | None, available: int) -> tuple[i
     if not chosen or len(set(chosen)) != len(chosen) or not allowed.issuperset(chosen):
         raise UsageError(
             f"layers: {layers} cannot be taken from a model of {available} layers",
-            where="student.layers",
+            where="layers",
             fix=f"give a number from 1 to {available}, or different indices from 0 to {available - 1}",
         )
     return chosen
@@ -209,7 +209,7 @@ def _layer_prefix(model: PreTrainedModel) -> str:
     if len(outermost) != 1:
         raise UsageError(
             f"{type(model).__name__} has no single list of {wanted} layers, found {outermost or 'none'}",
-            where="student.init: layers_of_teacher",
+            where="init: layers_of_teacher",
             fix="use init: pretrained or from_config for this architecture",
         )
     name: str = outermost[0]
@@ -229,6 +229,6 @@ def _not_loadable(source: StudentSource, error: Exception) -> UsageError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return UsageError(
         f"the student's model cannot be loaded: {reason}",
-        where=f"student.path: {source.path}",
+        where=f"path: {source.path}",
         fix="name a directory of a causal language model that transformers can load without remote code",
     )

@@ -104,6 +104,16 @@ def mass_rows(logits_NV: Tensor, at: Positions, target: TargetSpec) -> TargetRow
     return _rows(logits_NV, at, target, size)
 
 
+def require_k(k: int, vocab_size: int, *, key: str = "k") -> None:
+    """Refuse heads longer than the vocabulary. Raises UsageError naming `key`."""
+    if k > vocab_size:
+        raise UsageError(
+            f"k = {k} is more than the vocabulary of {vocab_size} tokens",
+            where=key,
+            fix=f"set {key} to at most {vocab_size}",
+        )
+
+
 def _rows(
     logits_NV: Tensor, at: Positions, target: TargetSpec, head_size: Callable[[Tensor, Tensor], Tensor]
 ) -> TargetRows:
@@ -112,12 +122,7 @@ def _rows(
     It is given the k greatest probabilities of each row, [N, K], and the sum of all others, [N], both float64.
     """
     vocab_size = logits_NV.shape[1]
-    if target.k > vocab_size:
-        raise UsageError(
-            f"k = {target.k} is more than the vocabulary of {vocab_size} tokens",
-            where="target.k",
-            fix=f"set target.k to at most {vocab_size}",
-        )
+    require_k(target.k, vocab_size)
     next_N1 = torch.from_numpy(at.next_token).to(logits_NV.device)[:, None]
     next_logit_N = logits_NV.gather(1, next_N1)[:, 0]
     logit_NK, ids_NK = top_entries(logits_NV, max(target.k, 1))
@@ -192,7 +197,7 @@ def _refuse_nan(log_sum_N: Tensor, at: Positions) -> None:
         raise NumericsError(
             "the teacher's logits hold NaN or infinity",
             where=f"document {at.document[row]}, position {at.position[row]}",
-            fix="try teacher.dtype: float32; if it persists, the weights themselves are broken",
+            fix="try dtype: float32; if it persists, the weights themselves are broken",
         )
 
 

@@ -1,68 +1,48 @@
-"""Teachers: backends that turn token ids into logits.
+"""Teachers: backends that turn token ids into hidden states and logits, or into finished rows.
 
 Data path: batch of TokenWindows -> **hidden states -> logits** -> target rows.
 
-To add a backend: write a file with a class that satisfies `Teacher` and list its `load` in `BACKENDS`. The tests run
-over the table and compare each backend with `hf`.
+To add a backend: write a file with a class that satisfies `HiddenStateTeacher` or `CandidateTeacher` of backend.py, and
+list its `load` in `BACKENDS`. Configuration, schema and tests read the table. It is here without a model library, which
+a configuration must not load.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, cast
 
-import torch
-from torch import Tensor
-from transformers import PretrainedConfig
-
-from stages.devices import dtype_name
-from stages.models.files import ModelDirectory, file_hashes, find_model, load_config
-from stages.models.head import HeadRule
-from stages.teacher.hf import HFTeacher
-from storage.values import Json
-
-__all__ = ["BACKENDS", "ModelDirectory", "Teacher", "find_model", "load_config", "teacher_identity"]
+if TYPE_CHECKING:
+    from stages.teacher.backend import Loader
 
 
-class Teacher(Protocol):
-    """A loaded teacher. Axis legend: B sequences, T tokens, D hidden width, N positions, V real tokens."""
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """One way to run a teacher.
 
-    device: torch.device
+    Attributes:
+        about: what it runs, for the documentation of `teacher.backend`.
+        loader: `module:function` that loads a model.
+        hidden_states: whether it gives hidden states and a head, which serve every kind of target, live teachers and
+            evaluation. Else it gives finished rows of its most probable tokens, for kinds that ask for no more.
+    """
 
-    def hidden(self, ids_BT: Tensor) -> Tensor:
-        """Return hidden_BTD for right-padded token ids, int64."""
-        ...
+    about: str
+    loader: str
+    hidden_states: bool
 
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Return logits_NV, float32: bias, scale and softcap applied, padded vocabulary cut off."""
-        ...
-
-
-class Loader(Protocol):
-    """How a backend loads a model."""
-
-    def __call__(
-        self, files: ModelDirectory, *, vocab_size: int, device: torch.device, dtype: torch.dtype, attention: str
-    ) -> Teacher:
-        """Load the weights; errors are those of `storage.errors`."""
-        ...
+    def load(self) -> Loader:
+        """Return the function that `loader` names."""
+        return cast("Loader", resolve_name(self.loader))
 
 
-BACKENDS: Mapping[str, Loader] = {
-    "hf": HFTeacher.load,
+BACKENDS: Mapping[str, Backend] = {
+    "hf": Backend(
+        about="a Hugging Face causal language model, for every kind of target, live and evaluated",
+        loader="stages.teacher.hf:HFTeacher.load",
+        hidden_states=True,
+    ),
 }
-
-
-def teacher_identity(
-    files: ModelDirectory, config: PretrainedConfig, *, backend: str, dtype: torch.dtype, attention: str
-) -> dict[str, Json]:
-    """Return the `teacher` field of a plan, without loading a weight: file hashes and how the logits are computed."""
-    rule = HeadRule.of(config)
-    return {
-        "backend": backend,
-        "files": file_hashes(files),
-        "dtype": dtype_name(dtype),
-        "attention": attention,
-        "logit_scale": rule.logit_multiplier,
-        "softcap": rule.softcap,
-    }
+REFERENCE = "hf"  # what students run with, and what every other backend is compared with

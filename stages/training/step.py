@@ -174,6 +174,6 @@ def _numerics(what: str, where: str) -> NumericsError:
     return NumericsError(
         what,
         where=where,
-        fix="lower optimizer.lr, add schedule.warmup_steps, or set dtype: float32: in a new run directory if this one "
+        fix="lower the learning rate, warm up longer, or set dtype: float32: in a new run directory if this one "
         "has a checkpoint, which belongs to the settings it was made with",
     )

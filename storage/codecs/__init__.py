@@ -28,11 +28,13 @@ class LogprobCodec(Protocol):
         id: the name written into the plan.
         dtype: type of the stored numbers.
         row_dtype: type in which the numbers that a row has one of are stored.
+        about: what it does to the numbers, for the documentation of configurations.
         renormalises: whether a reader scales each decoded head to the mass 1 - r that `tail_logit` states. True for
             codecs that round; the error bound below holds before that step.
     """
 
     id: ClassVar[str]
+    about: ClassVar[str]
     dtype: ClassVar[np.dtype[np.generic]]
     row_dtype: ClassVar[np.dtype[np.generic]]
     renormalises: ClassVar[bool]
@@ -66,6 +68,7 @@ CODECS: Mapping[str, type[LogprobCodec]] = {
     SqrtDelta.id: SqrtDelta,
     Exact.id: Exact,
 }
+DEFAULT_CODEC = SqrtDelta.id  # of a new plan: the measured best, the same for every target kind so far
 
 
 def logprob_codec(parameters: Mapping[str, Json]) -> LogprobCodec:
@@ -89,5 +92,5 @@ def logprob_codec(parameters: Mapping[str, Json]) -> LogprobCodec:
 
 
 def default_codecs() -> dict[str, dict[str, Json]]:
-    """Return the `codecs` field of a new plan: the measured best, the same for every target kind so far."""
-    return {"logprob": SqrtDelta().parameters()}
+    """Return the `codecs` field of a new plan."""
+    return {"logprob": CODECS[DEFAULT_CODEC]().parameters()}

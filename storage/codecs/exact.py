@@ -19,6 +19,7 @@ class Exact:
     """
 
     id: ClassVar[str] = "exact"
+    about: ClassVar[str] = "log-probabilities and all other numbers of a row as float32, unchanged"
     dtype: ClassVar[np.dtype[np.generic]] = np.dtype("<f4")
     row_dtype: ClassVar[np.dtype[np.generic]] = np.dtype("<f4")
     renormalises: ClassVar[bool] = False

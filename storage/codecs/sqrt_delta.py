@@ -52,6 +52,7 @@ class SqrtDelta:
     row_step: float = 1.0 / 64.0
 
     id: ClassVar[str] = "sqrt-delta"
+    about: ClassVar[str] = "log-probabilities rounded in the square root of p, within stated bounds"
     dtype: ClassVar[np.dtype[np.generic]] = np.dtype("<u2")
     row_dtype: ClassVar[np.dtype[np.generic]] = np.dtype("<f2")
     renormalises: ClassVar[bool] = True

@@ -218,7 +218,7 @@ def _check_values(
 
 
 def _check_k(plan: Plan, k: int) -> None:
-    if plan.target.kind == "sampled":
+    if plan.target.k == 0:
         raise UsageError("rows of samples alone have no head", where="k", fix="leave k out")
     if not 0 < k < plan.target.k:
         raise UsageError(

@@ -8,6 +8,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from pipeline.config.base import section
+from pipeline.config.extract import SourceConfig
 from pipeline.config.loading import load_extract, load_train
 from pipeline.config.loss import SET_ELSEWHERE
 from pipeline.config.train import TrainConfig
@@ -16,6 +18,24 @@ from storage.errors import StorageUnavailableError, UsageError
 
 EXTRACT = "store: s\nteacher:\n  path: x\ncorpus:\n  - source: topics\n"
 TRAIN = "store: s\nrun: r\nstudent:\n  init: pretrained\n  path: x\nsteps: 10\n"
+
+
+@pytest.mark.parametrize(
+    ("named", "where"),
+    [
+        (None, "corpus"),
+        ("path", "corpus.path"),
+        ("path, relative to /x", "corpus.path, relative to /x"),
+        ("split: train", "corpus.split: train"),
+        ("/x/path", "/x/path"),
+        ("path.jsonl, line 3", "path.jsonl, line 3"),
+        ("device", "device"),
+    ],
+)
+def test_a_section_completes_the_key_that_a_stage_names(named: str | None, where: str) -> None:
+    with pytest.raises(UsageError) as caught, section("corpus", SourceConfig):
+        raise UsageError("what", where=named)
+    assert caught.value.where == where
 
 
 def error_of(tmp_path: Path, text: str, *overrides: str, phase: str = "extract") -> UsageError:

@@ -16,6 +16,7 @@ from pipeline.extraction import planning, survey
 from pipeline.extraction.events import ExtractSummary
 from pipeline.extraction.planning import build_plan, bytes_per_row, estimate
 from pipeline.extraction.survey import sample_rounds
+from storage.errors import UsageError
 from storage.reader import StoreReader
 
 
@@ -35,6 +36,17 @@ def test_plan_is_a_pure_function(config: dict[str, Any]) -> None:
     counts = first.sample.counts
     assert np.all(np.diff(counts[first.remap]) <= 0)
     assert first.sample.documents == first.plan.documents
+
+
+def test_what_a_stage_refuses_is_told_with_the_configurations_key(config: dict[str, Any], tmp_path: Path) -> None:
+    for changes, where in (
+        ({"corpus": [{"source": "jsonl", "path": str(tmp_path / "absent")}]}, "corpus.path, relative to "),
+        ({"corpus": [{"source": "dataset", "path": str(tmp_path), "split": "x"}]}, "corpus.name: None, split: 'x'"),
+        ({"target": {"k": 600}}, "target.k"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            estimate(ExtractConfig.model_validate({**config, **changes}))
+        assert str(caught.value.where).startswith(where)
 
 
 def test_documents_per_shard_auto(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,6 @@ from pipeline.training.data import TrainingData, open_training_data
 from pipeline.training.recipe import Recipe, build_learner
 from stages.batches.steps import evenly_spaced, microbatches
 from stages.training.step import Learner, Losses, validate
-from storage.codecs.exact import Exact
 from storage.reader import StoreReader
 
 REAL_TOKENS = 512
@@ -56,12 +55,11 @@ def store(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, read
         "store": path,
         "teacher": {"path": str(tiny_teacher_dir), "dtype": "float32"},
         "target": {"kind": "topk", "k": REAL_TOKENS, "temperatures": TEMPERATURES},
+        "codec": "exact",
         "documents_per_shard": 8,
         "device": "cpu",
     }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.extraction.planning.default_codecs", lambda: {"logprob": Exact().parameters()})
-        list(extract(ExtractConfig.model_validate(content)))
+    list(extract(ExtractConfig.model_validate(content)))
     plan = StoreReader(path).plan
     assert (plan.target.k, plan.codecs["logprob"]["id"]) == (plan.vocab_size, "exact")
     return path

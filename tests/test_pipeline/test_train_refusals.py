@@ -92,6 +92,23 @@ def test_a_student_with_too_few_positions_is_refused(configure: MakeConfig, tiny
     assert caught.value.where == "student.path"
 
 
+@pytest.mark.parametrize(
+    ("student", "where"),
+    [
+        ({"init": "from_config", "overrides": {"width": 16}}, "student.overrides"),
+        ({"init": "from_config", "overrides": {"vocab_size": 16}}, "student"),
+        ({"init": "layers_of_teacher", "layers": 99}, "student.layers"),
+        ({"init": "pretrained", "path": "/no/such/model"}, "student.path: /no/such/model"),
+    ],
+)
+def test_a_student_that_cannot_be_is_told_with_its_key(
+    student: dict[str, Any], where: str, configure: MakeConfig, tiny_teacher_dir: Path
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        list(train(configure(student={"path": str(tiny_teacher_dir), **student})))
+    assert caught.value.where == where
+
+
 def test_samples_that_the_store_does_not_hold_are_refused(exact_store: Path, configure: MakeConfig) -> None:
     with pytest.raises(UsageError, match="no tail samples") as caught:
         list(train(configure(store=exact_store, loss={"tail": "sampled"})))

@@ -68,7 +68,7 @@ def _quiet() -> None:
 
 @pytest.mark.parametrize("kind", SOURCES)
 def test_source_reads_any_range(kind: str, tmp_path: Path, topic_texts: list[str]) -> None:
-    source = SOURCES[kind](WRITERS[kind](tmp_path, TEXTS))
+    source = SOURCES[kind].open(WRITERS[kind](tmp_path, TEXTS))
     expected = topic_texts if kind == "topics" else TEXTS
     assert len(source) == len(expected)
     for first, end in ((0, len(expected)), (0, 1), (len(expected) - 1, len(expected)), (37, 83), (5, 5)):
@@ -80,23 +80,23 @@ def test_identity_follows_content_not_place(kind: str, tmp_path: Path) -> None:
     here, there, other = tmp_path / "here", tmp_path / "there", tmp_path / "other"
     for directory in (here, there, other):
         directory.mkdir()
-    identity = SOURCES[kind](WRITERS[kind](here, TEXTS)).identity
-    assert canonical_json(identity) == canonical_json(SOURCES[kind](WRITERS[kind](there, TEXTS)).identity)
+    identity = SOURCES[kind].open(WRITERS[kind](here, TEXTS)).identity
+    assert canonical_json(identity) == canonical_json(SOURCES[kind].open(WRITERS[kind](there, TEXTS)).identity)
     assert str(tmp_path) not in json.dumps(identity)
     if kind != "topics":
-        assert identity != SOURCES[kind](WRITERS[kind](other, [*TEXTS[:-1], "else"])).identity
+        assert identity != SOURCES[kind].open(WRITERS[kind](other, [*TEXTS[:-1], "else"])).identity
 
 
 def test_dataset_from_a_directory_of_files(tmp_path: Path) -> None:
     write_jsonl(tmp_path, TEXTS)
-    source = SOURCES["dataset"](SourceSpec(source="dataset", path=str(tmp_path), field="body"))
+    source = SOURCES["dataset"].open(SourceSpec(source="dataset", path=str(tmp_path), field="body"))
     assert source.read(0, len(TEXTS)) == TEXTS
 
 
 def test_dataset_dict_on_disk_takes_the_split(tmp_path: Path) -> None:
     parts = {"train": datasets.Dataset.from_dict({"text": ["a"]}), "test": datasets.Dataset.from_dict({"text": ["b"]})}
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
-    source = SOURCES["dataset"](SourceSpec(source="dataset", path=str(tmp_path / "saved"), split="test"))
+    source = SOURCES["dataset"].open(SourceSpec(source="dataset", path=str(tmp_path / "saved"), split="test"))
     assert source.read(0, 1) == ["b"]
 
 
@@ -229,7 +229,7 @@ def touch(path: Path) -> None:
 @pytest.mark.parametrize("read_before", [False, True])
 def test_a_file_edited_after_the_scan_is_refused(kind: str, read_before: bool, tmp_path: Path) -> None:
     """Same length or not: offsets and hash belong to the file that was scanned."""
-    source = SOURCES[kind](WRITERS[kind](tmp_path, TEXTS))
+    source = SOURCES[kind].open(WRITERS[kind](tmp_path, TEXTS))
     if read_before:
         assert source.read(0, 2) == TEXTS[:2]
     WRITERS[kind](tmp_path, [text.replace("text", "TEXT") for text in TEXTS])
@@ -244,7 +244,7 @@ def test_a_file_edited_after_the_scan_is_refused(kind: str, read_before: bool, t
 @pytest.mark.parametrize("kind", FILE_KINDS)
 def test_a_file_replaced_after_the_scan_is_refused(kind: str, tmp_path: Path) -> None:
     """By another inode of the same size and time, as `cp -p` and `mv` leave it."""
-    source = SOURCES[kind](WRITERS[kind](tmp_path, TEXTS))
+    source = SOURCES[kind].open(WRITERS[kind](tmp_path, TEXTS))
     edited = min(path for path in tmp_path.iterdir())
     shutil.copy2(edited, tmp_path / "copy")
     (tmp_path / "copy").replace(edited)
@@ -255,7 +255,7 @@ def test_a_file_replaced_after_the_scan_is_refused(kind: str, tmp_path: Path) ->
 @pytest.mark.parametrize("kind", FILE_KINDS)
 def test_a_file_edited_with_its_time_of_modification_set_back_is_refused(kind: str, tmp_path: Path) -> None:
     """In place and of the same size, as a repair by `rsync --inplace --times` leaves it."""
-    source = SOURCES[kind](WRITERS[kind](tmp_path, TEXTS))
+    source = SOURCES[kind].open(WRITERS[kind](tmp_path, TEXTS))
     edited = min(path for path in tmp_path.iterdir())
     before, content = edited.stat(), edited.read_bytes()
     edited.write_bytes(content.replace(b"text", b"TEXT"))
@@ -268,7 +268,7 @@ def test_a_file_edited_with_its_time_of_modification_set_back_is_refused(kind: s
 
 @pytest.mark.parametrize("kind", FILE_KINDS)
 def test_a_file_that_vanishes_after_the_scan(kind: str, tmp_path: Path) -> None:
-    source = SOURCES[kind](WRITERS[kind](tmp_path, TEXTS))
+    source = SOURCES[kind].open(WRITERS[kind](tmp_path, TEXTS))
     gone = min(path for path in tmp_path.iterdir())
     gone.unlink()
     with pytest.raises(StorageUnavailableError, match="No such file") as caught:
@@ -304,7 +304,7 @@ def test_an_edit_during_the_read_outranks_what_the_read_says(tmp_path: Path) -> 
 def test_paths_that_cannot_be(kind: str, path: str, what: str) -> None:
     with pytest.raises(UsageError, match=what) as caught:
         open_one(SourceSpec(source=kind, path=path))
-    assert caught.value.where == "corpus.path"
+    assert caught.value.where == "path"
 
 
 def test_a_single_saved_dataset_has_one_split(tmp_path: Path) -> None:
@@ -331,7 +331,7 @@ def test_a_changed_file_is_another_identity(tmp_path: Path) -> None:
     spec = write_text(tmp_path, ["a", "b"])
 
     def identity() -> Source:
-        return SOURCES["text"](spec)
+        return SOURCES["text"].open(spec)
 
     before = identity().identity
     shutil.copy(tmp_path / "001.txt", tmp_path / "002.txt")

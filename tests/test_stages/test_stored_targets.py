@@ -13,7 +13,8 @@ from torch import Tensor
 from stages.batches.microbatch import to_targets
 from stages.corpus.tokenize import TokenWindow
 from stages.losses import KDLoss, SparseTargets
-from stages.targets import KINDS, assemble
+from stages.targets import KINDS
+from stages.targets.assemble import assemble
 from stages.targets.positions import wanted_positions
 from storage.codecs import CODECS
 from storage.format.remap import build_remap, remap_sha256
@@ -59,7 +60,7 @@ def sequence_of(rows: int) -> TokenWindow:
 def stored(path: Path, logits_NV: Tensor, target: TargetSpec, codec: str) -> SequenceBatch:
     """What a reader gives back of these rows."""
     sequence = sequence_of(len(logits_NV))
-    rows = KINDS[target.kind](logits_NV.clone(), wanted_positions([sequence]), target)
+    rows = KINDS[target.kind].load()(logits_NV.clone(), wanted_positions([sequence]), target)
     remap = build_remap(np.ones(VOCABULARY, np.int64))
     plan = Plan(
         teacher={},

@@ -156,7 +156,7 @@ def test_an_unknown_field_names_the_nearest(tiny_teacher_dir: Path) -> None:
 def test_a_configuration_that_makes_no_model_is_told(overrides: dict[str, object], tiny_teacher_dir: Path) -> None:
     with pytest.raises(UsageError, match="no student can be made") as caught:
         build_student(StudentSource(init="from_config", path=str(tiny_teacher_dir), overrides=overrides), seed=0)
-    assert caught.value.where == "student.overrides"
+    assert caught.value.where == "overrides"
 
 
 def test_a_broken_weight_file_is_told(tiny_teacher_dir: Path, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_broken_weight_file_is_told(tiny_teacher_dir: Path, tmp_path: Path) ->
 def test_a_missing_model_is_told_by_its_path(init: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         build_student(StudentSource(init=init, path=str(tmp_path / "nothing")), seed=0)
-    assert caught.value.where == f"student.path: {tmp_path / 'nothing'}"
+    assert caught.value.where == f"path: {tmp_path / 'nothing'}"
 
 
 def test_another_tokenizer_is_refused_with_the_first_differing_id(tiny_teacher_dir: Path, tmp_path: Path) -> None:

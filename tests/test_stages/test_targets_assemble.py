@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.corpus.tokenize import TokenWindow
-from stages.targets import TargetRows, assemble
+from stages.targets.assemble import assemble
 from stages.targets.positions import document_order, wanted_mask, wanted_positions
+from stages.targets.rows import TargetRows
 from storage.plan import TargetSpec
 from storage.segments import merge_draws
 

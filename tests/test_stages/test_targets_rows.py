@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stages.targets import KINDS, Positions, TargetRows
+from stages.targets import KINDS
 from stages.targets.head import BLOCK, top_entries
+from stages.targets.positions import Positions
 from stages.targets.randomness import uniforms
+from stages.targets.rows import TargetRows
 from stages.targets.tail import draw, tail_blocks
 from storage.errors import NumericsError, UsageError
 from storage.plan import TargetSpec
@@ -61,7 +63,7 @@ def heads_of(probability: NDArray[np.float64], target: TargetSpec) -> NDArray[np
 
 def rows_of(logits_NV: Tensor, target: TargetSpec, at: Positions | None = None) -> TargetRows:
     at = positions(*logits_NV.shape) if at is None else at
-    return KINDS[target.kind](logits_NV.clone(), at, target)
+    return KINDS[target.kind].load()(logits_NV.clone(), at, target)
 
 
 def reference(logits_NV: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -24,8 +25,10 @@ from transformers import (
 )
 
 from stages.devices import has_native_bfloat16, resolve_device, resolve_dtype
+from stages.models.files import find_model, load_config
 from stages.models.head import SCALES, Head, HeadRule
-from stages.teacher import BACKENDS, Teacher, find_model, load_config, teacher_identity
+from stages.teacher import BACKENDS
+from stages.teacher.backend import HiddenStateTeacher, teacher_identity
 from storage.errors import OutOfSpaceError, UsageError
 
 SIZES = {
@@ -71,11 +74,13 @@ def save(config: PretrainedConfig, directory: Path) -> Path:
 
 def load(
     directory: Path, *, vocab_size: int = REAL, dtype: torch.dtype = torch.float32, attention: str | None = None
-) -> Teacher:
+) -> HiddenStateTeacher:
     files = find_model(str(directory))
     if attention is None:
         attention = "eager" if load_config(files).model_type == "gemma2" else "sdpa"
-    return BACKENDS["hf"](files, vocab_size=vocab_size, device=torch.device("cpu"), dtype=dtype, attention=attention)
+    load_hf = BACKENDS["hf"].load()
+    teacher = load_hf(files, vocab_size=vocab_size, device=torch.device("cpu"), dtype=dtype, attention=attention)
+    return cast("HiddenStateTeacher", teacher)
 
 
 def token_ids(*shape: int) -> torch.Tensor:
