@@ -38,7 +38,7 @@ MODULES = (
 )
 HEAD = """# Public interface
 
-Made by `python docs/make_api.py` from the docstrings; a test keeps it current. Each docstring has shapes, units, errors.
+Made by `python docs/make_api.py`; a test keeps it current. Each docstring tells shapes, units and errors.
 Configurations are documented by `pipeline schema extract` and `pipeline schema train`, the store by
 [storage/FORMAT.md](../storage/FORMAT.md).
 """

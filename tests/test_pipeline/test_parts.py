@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from pipeline.training.train_events import Finished, StepDone
 
 from pipeline.config.extract import ExtractConfig, SourceConfig, TargetConfig, TeacherConfig
 from pipeline.config.loading import load_extract, load_train
@@ -22,6 +21,7 @@ from pipeline.evaluate import evaluate
 from pipeline.extract import extract
 from pipeline.extraction.planning import estimate
 from pipeline.train import train
+from pipeline.training.events import Finished, StepDone
 from stages.corpus import SOURCES, SourceKind
 from stages.losses.divergences import DIVERGENCES, make_divergence, parameters
 from stages.targets import KINDS, Kind
