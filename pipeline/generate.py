@@ -19,8 +19,7 @@ from pipeline.evaluate import model_directory
 from pipeline.runs import find_record
 from stages.corpus.tokenizer import load_tokenizer
 from stages.devices import resolve_device, resolve_dtype
-from stages.models.files import find_model
-from stages.models.quiet import quiet
+from stages.models.files import find_model, quiet
 from stages.training.run import read_record
 from storage.errors import UsageError
 

@@ -1,4 +1,4 @@
-"""The process around a command: signals, environment of the libraries, log messages, and which rank speaks.
+"""The process around a command: signals, environment of the libraries, log messages, caches, and which rank speaks.
 
 Nothing here imports a model library: it runs before any of them is loaded, because they read their settings then.
 """
@@ -13,6 +13,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
@@ -98,3 +99,9 @@ def signals_end_process() -> Iterator[None]:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+def cache_directory() -> Path:
+    """Return the user's cache directory of this product (below XDG_CACHE_HOME or ~/.cache); it need not exist."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "topk_distill"

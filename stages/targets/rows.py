@@ -15,10 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stages.targets.head import top_entries
+from stages.targets.entries import draw, tail_blocks, top_entries, uniforms
 from stages.targets.positions import Positions
-from stages.targets.randomness import uniforms
-from stages.targets.tail import draw, tail_blocks
 from storage.errors import NumericsError, UsageError
 from storage.plan import TargetSpec
 from storage.rows import NUMBERS

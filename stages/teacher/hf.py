@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from stages.models.files import ModelDirectory, first_line
+from stages.models.files import ModelDirectory, first_line, quiet
 from stages.models.head import Head, HeadRule
-from stages.models.quiet import quiet
 from stages.out_of_memory import is_out_of_memory
 from storage.errors import NumericsError, OutOfSpaceError, UsageError
 

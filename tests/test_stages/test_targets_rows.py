@@ -14,11 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.targets import KINDS
-from stages.targets.head import BLOCK, top_entries
+from stages.targets.entries import BLOCK, draw, tail_blocks, top_entries, uniforms
 from stages.targets.positions import Positions
-from stages.targets.randomness import uniforms
 from stages.targets.rows import TargetRows
-from stages.targets.tail import draw, tail_blocks
 from storage.errors import NumericsError, UsageError
 from storage.plan import TargetSpec
 
@@ -292,5 +290,5 @@ def test_draws_do_not_depend_on_how_many_are_gathered_at_once(monkeypatch: pytes
     blocks = tail_blocks(torch.rand(5, 700))
     uniform_NM = torch.rand(5, 40, dtype=torch.float64)
     at_once = draw(*blocks, uniform_NM)
-    monkeypatch.setattr("stages.targets.tail._LARGEST_GATHER", 5 * 64 * 3)
+    monkeypatch.setattr("stages.targets.entries._LARGEST_GATHER", 5 * 64 * 3)
     assert torch.equal(draw(*blocks, uniform_NM), at_once)
