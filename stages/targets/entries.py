@@ -6,8 +6,8 @@ Samples come by inverse transform in a fixed order, so that one uniform number g
 the cumulative mass passes the number, then the token within the block. No pass over the whole vocabulary is needed per
 draw.
 
-Axis legend: N rows, V tokens of the vocabulary, K head entries, M draws, G blocks of BLOCK neighbouring tokens, B tokens
-of a block.
+Axis legend: N rows, V tokens of the vocabulary, K head entries, M draws, G blocks of BLOCK neighbouring tokens, B the
+tokens of a block.
 """
 
 from __future__ import annotations
