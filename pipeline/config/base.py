@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+from storage.errors import UsageError
+from storage.files import open_files
 
 
 class Model(BaseModel):
@@ -27,3 +33,14 @@ class FieldError(ValueError):
         self.what = what
         self.path = path
         self.fix = fix
+
+
+def _place_of_a_store(path: Path) -> Path:
+    try:
+        open_files(path)
+    except UsageError as error:
+        raise FieldError(f"store: {error.what}", path=(), fix=error.fix) from error
+    return path
+
+
+StoreDirectory = Annotated[Path, AfterValidator(_place_of_a_store)]

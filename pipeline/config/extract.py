@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Model
+from pipeline.config.base import Model, StoreDirectory
 from storage.target import LARGEST_DRAWS, TargetSpec
 
 Auto = Literal["auto"]
@@ -134,7 +133,7 @@ class HeldoutConfig(Model):
 class ExtractConfig(Model):
     """`pipeline extract`: read a corpus once with a teacher and store its sparse next-token distributions."""
 
-    store: Path
+    store: StoreDirectory
     """Directory of the store. Relative paths are relative to the working directory."""
     teacher: TeacherConfig
     """The model that is read."""

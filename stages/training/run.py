@@ -20,8 +20,7 @@ from typing import Any, TextIO
 import yaml
 
 from stages.durable import remove_leftovers, replace_file
-from storage.errors import IdentityError, UsageError
-from storage.files.local import storage_errors
+from storage.errors import IdentityError, UsageError, storage_errors
 
 # What may change between two commands of one run: where things lie, how the work is cut and saved, on which machine it
 # is done. None of it changes which sequences a step holds or what it computes (beyond rounding). `steps` and `epochs`

@@ -74,6 +74,7 @@ def error_of(tmp_path: Path, text: str, *overrides: str, phase: str = "extract")
         (EXTRACT.replace("  - source: topics", "  source: topics"), 4, "corpus: expected a list", ""),
         (EXTRACT.replace("\n  - source: topics", " []"), 4, "corpus: expected at least 1 item", ""),
         (EXTRACT.replace("store: s", "store: 3"), 1, "store: expected a path, found 3", ""),
+        (EXTRACT.replace("store: s", "store: s3://b/c"), 1, "store: a store is a directory so far", "a directory of"),
     ],
 )
 def test_extract_problems_name_line_key_and_remedy(text: str, line: int, what: str, fix: str, tmp_path: Path) -> None:
@@ -99,6 +100,7 @@ def test_extract_problems_name_line_key_and_remedy(text: str, line: int, what: s
         (TRAIN + f"seed: {2**63}", "seed: expected a number below", "2**63 - 1"),
         (TRAIN + "schedule: {warmup_steps: 11}", "schedule.warmup_steps 11 must not exceed steps 10", ""),
         (TRAIN + "kd_ratio: 1.5", "kd_ratio: expected a number of at most 1, found 1.5", ""),
+        (TRAIN.replace("store: s", "store: gs://b/c"), "store: a store is a directory so far", "a directory of"),
         (TRAIN.replace("pretrained", "layers_of_teacher"), "layers belongs to init: layers_of_teacher", ""),
     ],
 )
