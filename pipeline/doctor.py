@@ -24,6 +24,8 @@ from packaging.requirements import Requirement
 
 from pipeline.terminal.application import DISTRIBUTION
 from storage.errors import StorageUnavailableError, UsageError
+from storage.files import open_files
+from storage.threads import usable_cores
 
 Level = Literal["ok", "warn", "fail"]
 LOW_MEMORY = 4 * 2**30  # bytes; a 135M teacher with its logits needs about half of it
@@ -50,7 +52,12 @@ class Check:
 
 
 def examine(path: Path) -> Iterator[Check]:
-    """Look at this machine, and at `path` as the place of a store (it need not exist)."""
+    """Look at this machine, and at `path` as the place of a store (it need not exist).
+
+    Raises:
+        UsageError: no store can be there.
+    """
+    open_files(path)
     yield _python()
     yield from _libraries()
     if find_spec("torch") is not None:
@@ -118,7 +125,7 @@ def _libraries() -> Iterator[Check]:
 def _processor() -> Iterator[Check]:
     import torch
 
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = usable_cores()
     threads = torch.get_num_threads()
     found = f"{usable} usable cores, {threads} threads, {torch.backends.cpu.get_cpu_capability()}"
     if threads > usable:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from storage.errors import UsageError
 from storage.exchange.arrow import SEQUENCES_PER_BATCH, record_batches, to_parquet
 from storage.exchange.jsonl import sequence_lines
-from storage.files.local import whole_file
+from storage.files import whole_file
 from storage.reader import StoreReader
 
 FileFormat = Literal["parquet", "arrow", "jsonl", "row-jsonl"]

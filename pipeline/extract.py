@@ -23,6 +23,7 @@ from stages.input_files import unchanged
 from stages.teacher.backend import Teacher
 from storage.commit.claims import Claims
 from storage.commit.records import PLAN
+from storage.files import open_files
 from storage.plan import ShardSpec
 from storage.tools.verify import require_whole
 from storage.writer import StoreWriter
@@ -40,32 +41,30 @@ def extract(config: ExtractConfig, *, limit: int | None = None) -> Iterator[Even
         NumericsError: the teacher gives NaN or infinity; names document and position.
         OutOfSpaceError, StorageUnavailableError: memory or disk; what is committed stays valid.
     """
+    files = open_files(config.store)
     meter = Meter()
     planned = build_plan(config)
     # A new store is not begun for a teacher that does not load: its plan could never be carried out.
-    teacher = None if (config.store / PLAN).exists() else load_teacher(planned)
-    writer = StoreWriter.create(
-        config.store, planned.plan, remap=planned.remap, tokenizer_files=planned.tokenizer_files
-    )
+    teacher = None if files.exists(PLAN) else load_teacher(planned)
+    writer = StoreWriter.create(files, planned.plan, remap=planned.remap, tokenizer_files=planned.tokenizer_files)
     todo = from_own_place(writer.missing())
     chosen = todo[:limit]
     shards = len(planned.plan.shards())
-    yield Started(store=config.store, shards=shards, missing=len(todo), rows=expected_rows(planned, todo))
+    yield Started(store=str(files), shards=shards, missing=len(todo), rows=expected_rows(planned, todo))
     if chosen:
         teacher = teacher or load_teacher(planned)
         yield from first_row(planned, teacher, chosen, meter)
         meter.begin_work(expected_rows(planned, chosen))
-        with closing(Claims(config.store).turns(todo, writer.is_committed)) as turns:
+        with closing(Claims(files).turns(todo, writer.is_committed)) as turns:
             for event in extract_shards(planned, teacher, writer, turns, meter):
                 yield event
                 if meter.new_shards == limit:
                     break
     digest = writer.seal()
-    store = config.store
-    advice = f"pipeline verify {store} lists them, pipeline repair {store} sets damaged shards aside"
-    require_whole(store, advice=advice)
+    advice = f"pipeline verify {files} lists them, pipeline repair {files} sets damaged shards aside"
+    require_whole(files, advice=advice)
     yield ExtractSummary(
-        store=config.store,
+        store=str(files),
         digest=digest,
         committed=len(writer.committed()),
         shards=shards,

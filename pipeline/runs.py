@@ -11,7 +11,7 @@ from pathlib import Path
 from stages.training.run import read_record
 from storage.commit.manifest import read_plan
 from storage.errors import DistillError, UsageError
-from storage.files.local import LocalFiles
+from storage.files import open_files
 from storage.plan import HeldoutRule, Plan
 from storage.values import Json
 
@@ -100,7 +100,7 @@ def _corpus_and_rule(record: Path) -> tuple[list[Json], HeldoutRule] | None:
         return None
     if "path" in learned_from:
         with suppress(DistillError):  # whatever has become of that store
-            plan = read_plan(LocalFiles(Path(str(learned_from["path"]))))
+            plan = read_plan(open_files(str(learned_from["path"])))
             if plan is not None and plan.store_id == learned_from.get("id"):
                 return [dict(source) for source in plan.corpus], plan.heldout
         return None

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from storage.errors import storage_errors
 from storage.faults import fault_point
-from storage.files.local import storage_errors
 
 _TEMPORARY = ".tmp-"
 _OLD = "old-"

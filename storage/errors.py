@@ -7,6 +7,9 @@ It sits at the bottom of the import order so that all three packages can raise f
 from __future__ import annotations
 
 import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # a full disk, a quota, a limit on the size of files
@@ -93,3 +96,31 @@ class PeerLostError(DistillError):
     """Another process of the same run has ended or cannot be reached. The same command goes on."""
 
     exit_code = 75
+
+
+@contextmanager
+def storage_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn an OSError inside into an error of ours that names `path`.
+
+    Raises:
+        OutOfSpaceError: the disk or the quota is full, or the file larger than one may be.
+        StorageUnavailableError: anything else the operating system refuses.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _translated(error, path) from error
+
+
+def _translated(error: OSError, path: str | os.PathLike[str]) -> DistillError:
+    reason = error.strerror or str(error)
+    if error.errno in NO_SPACE:
+        return no_space(reason, str(path))
+    fixes = {
+        errno.EROFS: "the file system is read-only: name a directory that can be written",
+        errno.EACCES: "give this user the right to read and write there",
+        errno.EPERM: "give this user the right; or the file system has no hard links: `pipeline doctor` tells",
+        errno.EIO: "the device reports an error: check it, then run the same command again",
+    }
+    fix = fixes.get(error.errno or 0, "check the path and the file system, then run the same command again")
+    return StorageUnavailableError(f"storage refuses: {reason}", where=str(path), fix=fix)

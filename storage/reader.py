@@ -7,11 +7,9 @@ its first value is, and the tokenizer's files when they are asked for. State is 
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,8 @@ from storage.commit.manifest import Manifest, tokenizer_hashes
 from storage.commit.open_shard import CommittedObjects, DamageError, OpenShard, chunk_cache, no_stamps
 from storage.commit.records import CommitRecord, Seal, SealedShard, record_name
 from storage.errors import CorruptionError, UsageError
-from storage.files.local import LocalFiles
+from storage.files import open_files
+from storage.files.base import StorePath
 from storage.format.arrays import array_specs
 from storage.format.decode import Slices, decode_batch
 from storage.plan import SPLITS, Plan, Split
@@ -64,7 +63,7 @@ class StoreReader:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: StorePath,
         *,
         split: Split = "train",
         allow_partial: bool = False,
@@ -75,7 +74,7 @@ class StoreReader:
             raise UsageError(f"split {split!r} is neither 'train' nor 'heldout'")
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads}; a reader needs at least 1")
-        self._files = LocalFiles(Path(path))
+        self._files = open_files(path)
         self._manifest = Manifest.open(self._files)
         self._cache = chunk_cache(cache_bytes)
         self._threads = default_threads() if threads is None else threads
@@ -101,7 +100,7 @@ class StoreReader:
             raise UsageError(
                 f"the store is not finished: {len(records)} of {len(self._manifest.shards)} shards are committed"
                 " and it is not sealed",
-                where=str(self._files.root),
+                where=str(self._files),
                 fix=f"run the same `{written_by(self.plan)}` again to finish it, or allow a partial store",
             )
         return Seal.of(self.plan.store_id, records)

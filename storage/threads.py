@@ -23,9 +23,18 @@ class Each(Protocol):
         ...
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may use, as far as the system tells."""
+    if hasattr(os, "process_cpu_count"):  # from Python 3.13 on
+        return int(os.process_cpu_count() or 1)
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def default_threads() -> int:
-    """Return how many threads a reader uses by default: as many as this process may use cores, at most 4."""
-    return min(4, len(os.sched_getaffinity(0)))
+    """Return how many threads a reader uses by default: one for each usable core, at most 4."""
+    return min(4, usable_cores())
 
 
 @contextmanager

@@ -8,11 +8,9 @@ may die anywhere.
 from __future__ import annotations
 
 import logging
-import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +20,8 @@ from storage.commit.manifest import Manifest, compress_tokenizer_file, read_plan
 from storage.commit.records import COMMITS, PLAN, REMAP, SEAL, SHARDS, TOKENIZER, CommitRecord, Seal, record_name
 from storage.errors import CorruptionError, IdentityError, UsageError
 from storage.faults import fault_point
-from storage.files.local import QUARANTINE, TEMPORARY, LocalFiles
+from storage.files import open_files
+from storage.files.base import QUARANTINE, TEMPORARY, Files, StorePath
 from storage.format.encode import counts_of, encode_shard
 from storage.format.remap import encode_remap, invert, is_permutation, remap_sha256
 from storage.format.validate import check_batch
@@ -45,7 +44,7 @@ class StoreWriter:
         plan: the plan as stored; `recorded` is the first writer's.
     """
 
-    def __init__(self, files: LocalFiles, plan: Plan, remap: NDArray[np.uint32]) -> None:
+    def __init__(self, files: Files, plan: Plan, remap: NDArray[np.uint32]) -> None:
         self.plan = plan
         self._files = files
         self._manifest = Manifest(files, plan)
@@ -56,7 +55,7 @@ class StoreWriter:
     @classmethod
     def create(
         cls,
-        path: str | os.PathLike[str],
+        path: StorePath,
         plan: Plan,
         *,
         remap: NDArray[np.uint32],
@@ -65,7 +64,7 @@ class StoreWriter:
         """Create a store, or go on with the one that is there if it has the same identity.
 
         Args:
-            path: the store's directory; created if missing.
+            path: of the store; what is missing is created.
             plan: what the store holds.
             remap: token id of each frequency rank [V]; its hash is in the plan.
             tokenizer_files: content by plain file name; hashes in `plan.tokenizer["files"]`.
@@ -76,8 +75,8 @@ class StoreWriter:
             CorruptionError: the store there is damaged.
             OutOfSpaceError, StorageUnavailableError: the file system refuses.
         """
-        stored = cls.stored_plan(path, plan, remap=remap, tokenizer_files=tokenizer_files)
-        files = LocalFiles(Path(path))
+        files = open_files(path)
+        stored = cls.stored_plan(files, plan, remap=remap, tokenizer_files=tokenizer_files)
         if stored is None:
             files.prepare(TEMPORARY, TOKENIZER, SHARDS, COMMITS)
             _start(files, plan, remap, tokenizer_files)
@@ -91,7 +90,7 @@ class StoreWriter:
 
     @staticmethod
     def stored_plan(
-        path: str | os.PathLike[str],
+        path: StorePath,
         plan: Plan,
         *,
         remap: NDArray[np.uint32],
@@ -102,7 +101,7 @@ class StoreWriter:
         Arguments and errors are those of `create`, which begins with this.
         """
         _check_arguments(plan, remap, tokenizer_files)
-        files = LocalFiles(Path(path))
+        files = open_files(path)
         stored = read_plan(files)
         if stored is None:
             _refuse_foreign(files)
@@ -270,30 +269,28 @@ def _check_arguments(plan: Plan, remap: NDArray[np.uint32], tokenizer_files: Map
         )
 
 
-def _refuse_foreign(files: LocalFiles) -> None:
+def _refuse_foreign(files: Files) -> None:
     """Refuse a directory that is in use for something else, unless another process has just made a store of it."""
-    if files.root.exists() and not files.root.is_dir():
-        raise UsageError("the store's path is a file", where=str(files.root), fix="name a directory")
+    if files.root_is_file():
+        raise UsageError("the store's path is a file", where=str(files), fix="name a directory")
     records, foreign = files.entries(COMMITS), sorted(files.entries() - _BEFORE_PLAN)
     if files.read(PLAN) is not None:
         return
     if records:
         raise UsageError(
-            "plan.json is missing, but there are commit records",
-            where=str(files.root),
-            fix="bring plan.json back from a copy, or name another directory",
+            f"{PLAN} is missing, but there are commit records",
+            where=str(files),
+            fix=f"bring {PLAN} back from a copy, or name another directory",
         )
     if foreign:
         raise UsageError(
             f"the directory is not empty and not a store: it holds {', '.join(foreign[:3])}",
-            where=str(files.root),
+            where=str(files),
             fix="name an empty or new directory",
         )
 
 
-def _create_parts(
-    files: LocalFiles, plan: Plan, remap: NDArray[np.uint32], tokenizer_files: Mapping[str, bytes]
-) -> None:
+def _create_parts(files: Files, plan: Plan, remap: NDArray[np.uint32], tokenizer_files: Mapping[str, bytes]) -> None:
     """Create the remap and the tokenizer's files where they are missing, then check them all against the plan."""
     if not files.exists(REMAP):
         files.create(REMAP, encode_remap(remap))
@@ -306,24 +303,24 @@ def _create_parts(
         manifest.tokenizer_file(name)
 
 
-def _start(files: LocalFiles, plan: Plan, remap: NDArray[np.uint32], tokenizer_files: Mapping[str, bytes]) -> None:
+def _start(files: Files, plan: Plan, remap: NDArray[np.uint32], tokenizer_files: Mapping[str, bytes]) -> None:
     """Create the parts in a directory that has no plan yet."""
     try:
         _create_parts(files, plan, remap, tokenizer_files)
     except CorruptionError as error:
         raise UsageError(
             f"the creation of another store was cut off here, or is going on: {error.what}",
-            where=str(files.root),
+            where=str(files),
             fix="remove the directory, or name another one",
         ) from error
 
 
-def _require_same(files: LocalFiles, stored: Plan, wanted: Plan) -> None:
+def _require_same(files: Files, stored: Plan, wanted: Plan) -> None:
     if stored.store_id == wanted.store_id:
         return
     lines = difference(stored, wanted)
     raise IdentityError(
         "the store there was made with another plan:\n" + "\n".join(f"    {line}" for line in lines),
-        where=str(files.root / PLAN),
+        where=files.place(PLAN),
         fix="name another directory for this plan, or go back to the settings of the store",
     )

@@ -6,12 +6,14 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Annotated, Any, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 from pydantic_core import CoreSchema, core_schema
 
-from storage.errors import DistillError
+from storage.errors import DistillError, UsageError
+from storage.files import open_files
 
 
 class Model(BaseModel):
@@ -80,3 +82,14 @@ class FieldError(ValueError):
         self.what = what
         self.path = path
         self.fix = fix
+
+
+def _place_of_a_store(path: Path) -> Path:
+    try:
+        open_files(path)
+    except UsageError as error:
+        raise FieldError(f"store: {error.what}", path=(), fix=error.fix) from error
+    return path
+
+
+StoreDirectory = Annotated[Path, AfterValidator(_place_of_a_store)]

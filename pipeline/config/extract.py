@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Model, NameIn, described
+from pipeline.config.base import Model, NameIn, StoreDirectory, described
 from stages.corpus import SOURCES
 from stages.targets import KINDS
 from stages.teacher import BACKENDS
@@ -133,7 +132,7 @@ class HeldoutConfig(Model):
 class ExtractConfig(Model):
     """`pipeline extract`: read a corpus once with a teacher and store its sparse next-token distributions."""
 
-    store: Path
+    store: StoreDirectory
     """Directory of the store. Relative paths are relative to the working directory."""
     teacher: TeacherConfig
     """The model that is read."""

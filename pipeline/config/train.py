@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from pipeline.config.base import FieldError, Model
+from pipeline.config.base import FieldError, Model, StoreDirectory
 from pipeline.config.extract import (
     Auto,
     Dtype,
@@ -153,7 +153,7 @@ def spelled_out(config: Mapping[str, Any]) -> Mapping[str, Any]:
 class TrainConfig(Model):
     """`pipeline train`: a student learns from a store of teacher distributions, or from a live teacher."""
 
-    store: Path | None = None
+    store: StoreDirectory | None = None
     """Directory of the store. Exactly one of store and teacher_model."""
     teacher_model: TeacherConfig | None = None
     """Online run: a live teacher that reads every batch with the student, over the full vocabulary."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from storage.plan import ShardSpec, Split
@@ -19,7 +18,7 @@ if TYPE_CHECKING:  # imports the model libraries
 class Started:
     """The plan is written. `missing` of `shards` shards are left, about `rows` rows."""
 
-    store: Path
+    store: str
     shards: int
     missing: int
     rows: int
@@ -99,7 +98,7 @@ class ExtractSummary:
         seconds: of this run, planning and loading included.
     """
 
-    store: Path
+    store: str
     digest: str | None
     committed: int
     shards: int

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from stages.durable import durable_directory
 from stages.parallel.processes import ALONE, Processes
 from stages.parallel.tensors import like, whole
-from storage.files.local import storage_errors
+from storage.errors import storage_errors
 
 logger = logging.getLogger("topk_distill.checkpoint")
 

@@ -22,8 +22,7 @@ from types import TracebackType
 from typing import Self
 
 from stages.durable import replace_file
-from storage.errors import UsageError
-from storage.files.local import storage_errors
+from storage.errors import UsageError, storage_errors
 
 
 class MetricsLog:

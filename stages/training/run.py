@@ -22,8 +22,7 @@ import yaml
 from stages.durable import remove_leftovers, replace_file
 from stages.training.metrics import read_metrics
 from stages.training.schedule import Schedule
-from storage.errors import IdentityError, UsageError
-from storage.files.local import storage_errors
+from storage.errors import IdentityError, UsageError, storage_errors
 from storage.values import json_differences
 
 # What may change between two commands of one run: where things lie, how the work is cut and saved, on which machine it

@@ -22,7 +22,8 @@ from itertools import count
 from pathlib import Path
 from typing import Literal
 
-from storage.files.local import TEMPORARY, LocalFiles
+from storage.files import open_files
+from storage.files.base import TEMPORARY, StorePath
 from storage.plan import ShardSpec
 
 _CLAIM = re.compile(r"claim-(\d{6,})(-\d+)?")
@@ -135,8 +136,8 @@ def _namespace() -> str:
 class Claims:
     """The claims on the shards of one store."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._files = LocalFiles(Path(path))
+    def __init__(self, path: StorePath) -> None:
+        self._files = open_files(path)
         self._mine = Claim.of_this_process()
 
     def turns(self, shards: Sequence[ShardSpec], is_committed: Callable[[ShardSpec], bool]) -> Generator[ShardSpec]:

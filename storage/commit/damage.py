@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from storage.commit.records import PLAN
 from storage.errors import CorruptionError
+from storage.files.base import Files
 from storage.plan import Plan, ShardSpec
 
 
@@ -15,17 +15,17 @@ def written_by(plan: Plan) -> str:
     return "pipeline extract" if plan.derived_from is None else "pipeline convert"
 
 
-def damaged_plan(root: Path, problem: str) -> CorruptionError:
-    """Return the error for a damaged plan.json of the store at `root`."""
-    fix = "bring plan.json back from a copy: nothing else says what the store holds"
-    return CorruptionError(f"{PLAN} is damaged: {problem}", where=str(root / PLAN), fix=fix)
+def damaged_plan(files: Files, problem: str) -> CorruptionError:
+    """Return the error for a damaged plan of a store."""
+    fix = f"bring {PLAN} back from a copy: nothing else says what the store holds"
+    return CorruptionError(f"{PLAN} is damaged: {problem}", where=files.place(PLAN), fix=fix)
 
 
 @dataclass(frozen=True)
 class Damage:
     """The errors for damage in one store."""
 
-    root: Path
+    files: Files
     plan: Plan
 
     def shard(self, spec: ShardSpec, problem: str, *, name: str | None = None) -> CorruptionError:
@@ -45,6 +45,6 @@ class Damage:
     def _error(self, what: str, problem: str, name: str | None) -> CorruptionError:
         return CorruptionError(
             f"{what} is damaged: {problem}",
-            where=str(self.root / name) if name else str(self.root),
-            fix=f"run `pipeline repair {self.root}`, then the same `{written_by(self.plan)}` again",
+            where=self.files.place(name) if name else str(self.files),
+            fix=f"run `pipeline repair {self.files}`, then the same `{written_by(self.plan)}` again",
         )

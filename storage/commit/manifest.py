@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from storage.commit.damage import Damage, damaged_plan
 from storage.commit.records import PLAN, REMAP, SEAL, TOKENIZER, CommitRecord, Seal, record_name
 from storage.errors import UsageError
-from storage.files.local import LocalFiles
+from storage.files.base import Files
 from storage.format.remap import decode_remap, remap_sha256
 from storage.plan import Plan, ShardSpec
 from storage.values import sha256
@@ -23,7 +23,7 @@ LARGEST_TOKENIZER_FILE = 1 << 30  # bytes, decompressed
 XZ_MEMORY = 1 << 27  # bytes that decompression may take; our files need a tenth of it
 
 
-def read_plan(files: LocalFiles) -> Plan | None:
+def read_plan(files: Files) -> Plan | None:
     """Return the plan, or None if there is no plan.json.
 
     Raises:
@@ -36,7 +36,7 @@ def read_plan(files: LocalFiles) -> Plan | None:
     try:
         plan = Plan.from_json(data)
     except (ValueError, RecursionError) as error:
-        raise damaged_plan(files.root, str(error)) from error
+        raise damaged_plan(files, str(error)) from error
     return plan
 
 
@@ -76,13 +76,13 @@ class Manifest:
     All methods raise CorruptionError, naming the file, if it is missing or its content does not agree with the plan.
     """
 
-    def __init__(self, files: LocalFiles, plan: Plan) -> None:
+    def __init__(self, files: Files, plan: Plan) -> None:
         self.files = files
         self.plan = plan
-        self.damage = Damage(files.root, plan)
+        self.damage = Damage(files, plan)
 
     @classmethod
-    def open(cls, files: LocalFiles) -> Manifest:
+    def open(cls, files: Files) -> Manifest:
         """Open a store.
 
         Raises:
@@ -92,8 +92,8 @@ class Manifest:
         plan = read_plan(files)
         if plan is None:
             raise UsageError(
-                "there is no store here: no plan.json",
-                where=str(files.root),
+                f"there is no store here: no {PLAN}",
+                where=str(files),
                 fix="name a directory that `pipeline extract` or `pipeline convert` has written",
             )
         return cls(files, plan)

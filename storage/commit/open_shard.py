@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from storage.cache import BoundedCache
 from storage.commit.records import CommitRecord
-from storage.files.local import LocalFiles
+from storage.files.base import Files
 from storage.format.arrays import ArraySpec, array_specs, is_even
 from storage.format.chunks import ArrayLayout, decode_index, decode_inner
 from storage.format.encode import GROUP, axis_lengths, read_group
@@ -73,7 +73,7 @@ class CommittedObjects:
     """
 
     def __init__(
-        self, files: LocalFiles, record: CommitRecord, cache: ChunkCache, checked: NDArray[np.int64] | None = None
+        self, files: Files, record: CommitRecord, cache: ChunkCache, checked: NDArray[np.int64] | None = None
     ) -> None:
         self._files = files
         self._record = record

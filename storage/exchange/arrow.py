@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from storage.files.local import whole_file
+from storage.files import whole_file
 from storage.plan import COLUMN_AXES
 from storage.reader import StoreReader
 from storage.rows import SequenceBatch

@@ -1,8 +1,6 @@
-"""The one seam for file operations of a store: durable, exclusive, and with errors that say what to do.
+"""A store in a directory: durable, exclusive, and with errors that say what to do.
 
-Everything a store writes goes through `LocalFiles`, by names relative to the store's root: files are created whole or
-not at all, and never changed. The order of system calls in here is the commit protocol's guarantee against power loss;
-FORMAT.md tells it in words. An object store will be a second class with the same methods.
+The order of system calls in here is the commit protocol's guarantee against power loss; FORMAT.md tells it in words.
 """
 
 from __future__ import annotations
@@ -11,99 +9,49 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
-from storage.errors import NO_SPACE, DistillError, StorageUnavailableError, UsageError, no_space
+from storage.errors import storage_errors
 from storage.faults import fault_point
+from storage.files.base import QUARANTINE, TEMPORARY, Files, Stamp
 
-TEMPORARY = "tmp"
-QUARANTINE = "quarantine"
 PARALLEL_SYNCS = 8
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 _NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOTSUP}
 
 
-@contextmanager
-def storage_errors(path: Path | str) -> Iterator[None]:
-    """Turn an OSError inside into an error of ours that names `path`.
-
-    Raises:
-        OutOfSpaceError: the disk or the quota is full, or the file larger than one may be.
-        StorageUnavailableError: anything else the operating system refuses.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise _translated(error, path) from error
-
-
-def _translated(error: OSError, path: Path | str) -> DistillError:
-    reason = error.strerror or str(error)
-    if error.errno in NO_SPACE:
-        return no_space(reason, str(path))
-    fixes = {
-        errno.EROFS: "the file system is read-only: name a directory that can be written",
-        errno.EACCES: "give this user the right to read and write there",
-        errno.EPERM: "give this user the right; or the file system has no hard links: `pipeline doctor` tells",
-        errno.EIO: "the device reports an error: check it, then run the same command again",
-    }
-    fix = fixes.get(error.errno or 0, "check the path and the file system, then run the same command again")
-    return StorageUnavailableError(f"storage refuses: {reason}", where=str(path), fix=fix)
-
-
-@contextmanager
-def whole_file(target: Path) -> Iterator[BinaryIO]:
-    """Open a file, outside of any store, that appears under its name only when it is complete.
-
-    Raises:
-        UsageError: the file exists.
-        OutOfSpaceError, StorageUnavailableError: it cannot be written; no partial file stays behind.
-    """
-    if target.exists():
-        raise UsageError("the file exists already", where=str(target), fix="name another file")
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    with storage_errors(target):
-        try:
-            with partial.open("xb") as file:
-                yield file
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True, slots=True)
-class Stamp:
-    """What tells a file from its replacement without reading it: inode, size in bytes, modification time in ns.
-
-    Not the time of the last status change: a store that is copied by hard links, or given other rights, under its
-    readers would be hashed anew. A change that leaves all three as they were is found by the checksums of chunks.
-    """
-
-    inode: int
-    size: int
-    modified: int
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> Stamp:
-        """Take it from a stat result."""
-        return cls(status.st_ino, status.st_size, status.st_mtime_ns)
-
-
 @dataclass(frozen=True)
-class LocalFiles:
-    """File operations under one directory. Names are relative, with `/`, and come from our own code only.
+class LocalFiles(Files):
+    """File operations under one directory.
 
     Attributes:
         root: the store's directory.
     """
 
     root: Path
+
+    def __str__(self) -> str:
+        """Return the directory's path."""
+        return str(self.root)
+
+    def place(self, name: str) -> str:
+        """Return the path of a file or directory."""
+        return str(self.root / name)
+
+    def root_is_file(self) -> bool:
+        """Tell whether the root is there and is no directory."""
+        return self.root.exists() and not self.root.is_dir()
+
+    def contains(self, other: Files) -> bool:
+        """Tell whether another store's directory is this one or below it, also by way of symbolic links."""
+        if not isinstance(other, LocalFiles):
+            return False
+        return Path(os.path.realpath(other.root)).is_relative_to(os.path.realpath(self.root))
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a file, or None if there is no such file."""

@@ -22,10 +22,10 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
-from storage.errors import IdentityError, UsageError
+from storage.errors import IdentityError, UsageError, storage_errors
 from storage.exchange.arrow import row_keys, schema
 from storage.exchange.jsonl import KEYS
-from storage.files.local import Stamp, storage_errors
+from storage.files.base import Stamp
 from storage.plan import check_columns
 from storage.rows import SequenceBatch
 

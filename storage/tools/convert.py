@@ -8,19 +8,19 @@ work.
 
 from __future__ import annotations
 
-import os
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
 from storage.codecs import logprob_codec
 from storage.commit.claims import Claims
 from storage.errors import UsageError
+from storage.files import open_files
+from storage.files.base import StorePath
 from storage.plan import COLUMN_AXES, SPLITS, Plan, ShardSpec, Split
 from storage.reader import StoreReader
 from storage.rows import SequenceBatch
@@ -77,7 +77,7 @@ class Converted:
         digest: of the new store; None until it is complete.
     """
 
-    store: Path
+    store: str
     shards: int
     committed: int
     rows: int
@@ -87,16 +87,14 @@ class Converted:
     digest: str | None
 
 
-def convert(
-    source: str | os.PathLike[str], target: str | os.PathLike[str], conversion: Conversion
-) -> Iterator[ValuesFound | Converted]:
+def convert(source: StorePath, target: StorePath, conversion: Conversion) -> Iterator[ValuesFound | Converted]:
     """Write a changed copy of a store; tells after each shard, and last of all the new digest. Must be exhausted.
 
     Where columns are added to a store that is not begun yet, all their values are looked up first, shard by shard.
 
     Args:
         source: a sealed store. It is read only, and verified while it is read.
-        target: the new store's directory; a conversion that was cut off goes on there.
+        target: of the new store; a conversion that was cut off goes on there.
         conversion: what changes.
 
     Raises:
@@ -106,18 +104,19 @@ def convert(
         CorruptionError: the source is damaged.
         OutOfSpaceError, StorageUnavailableError: the file system refuses; what is committed stays valid.
     """
-    readers = {split: StoreReader(source, split=split) for split in SPLITS}
+    old, new = open_files(source), open_files(target)
+    readers = {split: StoreReader(old, split=split) for split in SPLITS}
     origin = readers["train"]
-    if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(source)):
-        raise UsageError("a store is never converted in place", where=str(target), fix="name a directory outside of it")
+    if old.contains(new):
+        raise UsageError("a store is never converted in place", where=str(new), fix="name a directory outside of it")
     plan = converted_plan(origin, conversion)
     remap, tokenizer_files = origin.remap, origin.tokenizer_files()
-    if StoreWriter.stored_plan(target, plan, remap=remap, tokenizer_files=tokenizer_files) is None:
+    if StoreWriter.stored_plan(new, plan, remap=remap, tokenizer_files=tokenizer_files) is None:
         # Whoever began a store that is there has checked the same files: its plan names their hashes.
         yield from _check_values(readers, plan, columns=conversion.columns)
-    writer = StoreWriter.create(target, plan, remap=remap, tokenizer_files=tokenizer_files)
-    progress = _Progress(store=Path(target), plan=plan, writer=writer)
-    with closing(Claims(target).turns(writer.missing(), writer.is_committed)) as turns:
+    writer = StoreWriter.create(new, plan, remap=remap, tokenizer_files=tokenizer_files)
+    progress = _Progress(store=str(new), plan=plan, writer=writer)
+    with closing(Claims(new).turns(writer.missing(), writer.is_committed)) as turns:
         for spec in turns:
             reader = readers[spec.split]
             numbers = _sequences(reader, spec)
@@ -131,7 +130,7 @@ def convert(
 class _Progress:
     """How far this run is, and the store, at which others may work too."""
 
-    def __init__(self, *, store: Path, plan: Plan, writer: StoreWriter) -> None:
+    def __init__(self, *, store: str, plan: Plan, writer: StoreWriter) -> None:
         self._store, self._writer, self._shards = store, writer, len(plan.shards())
         self._began = time.perf_counter()
         self._done_before = len(writer.committed())

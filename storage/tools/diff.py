@@ -10,7 +10,6 @@ Axis legend: S sequences, R rows, H head entries, C tail entries; a, b: the two 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.files.base import StorePath
 from storage.plan import SPLITS, Split, difference
 from storage.reader import StoreReader
 from storage.rows import NUMBERS, SequenceBatch
@@ -107,7 +107,7 @@ class Difference:
         return not self.plan and all(split.equal for split in self.splits.values())
 
 
-def diff(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> Difference:
+def diff(first: StorePath, second: StorePath) -> Difference:
     """Compare two stores. Of one that is not finished, the shards committed now are compared.
 
     Raises:
@@ -123,7 +123,7 @@ def diff(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> Diffe
     return Difference(digests=digests, plan=difference(a.plan, b.plan), splits=splits)
 
 
-def _open(path: str | os.PathLike[str]) -> dict[Split, StoreReader]:
+def _open(path: StorePath) -> dict[Split, StoreReader]:
     return {split: StoreReader(path, split=split, allow_partial=True) for split in SPLITS}
 
 

@@ -9,18 +9,17 @@ its records named.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from storage.commit.aside import SHARD_DIRECTORY, origin, put_back, set_aside
 from storage.commit.claims import Claims
 from storage.commit.manifest import Manifest
 from storage.commit.records import SHARDS
 from storage.errors import UsageError
-from storage.files.local import QUARANTINE, TEMPORARY, LocalFiles
+from storage.files import open_files
+from storage.files.base import QUARANTINE, TEMPORARY, Files, StorePath
 from storage.tools.verify import require_whole
 
 
@@ -39,7 +38,7 @@ class Garbage:
     bytes: int
 
 
-def collect_garbage(path: str | os.PathLike[str], *, apply: bool) -> list[Garbage]:
+def collect_garbage(path: StorePath, *, apply: bool) -> list[Garbage]:
     """Find what nothing refers to, and with `apply` remove it. Returns what was found, or removed.
 
     That is: everything in `tmp`, claims included; shard directories that no commit record names; and, once the store is
@@ -53,14 +52,14 @@ def collect_garbage(path: str | os.PathLike[str], *, apply: bool) -> list[Garbag
         CorruptionError: the store is damaged: repair comes first.
         StorageUnavailableError: the file system refuses, perhaps after some of it was removed.
     """
-    files = LocalFiles(Path(path))
-    advice = f"run `pipeline repair {files.root}` first: with damage it is not known what may be removed"
-    require_whole(files.root, advice=advice)
+    files = open_files(path)
+    advice = f"run `pipeline repair {files}` first: with damage it is not known what may be removed"
+    require_whole(files, advice=advice)
     manifest = Manifest.open(files)
     found = _find(manifest)
     if not apply:
         return found
-    _refuse_workers(files.root)  # after the look: what a worker makes that starts later was not found
+    _refuse_workers(files)  # after the look: what a worker makes that starts later was not found
     return [item for item in found if _remove(manifest, item.name)]
 
 
@@ -80,7 +79,7 @@ def _remove(manifest: Manifest, name: str) -> bool:
     if path is not None:
         return _remove_aside(manifest, name, path)
     directory, entry = name.split("/", 1)
-    if directory == TEMPORARY and not Claims(files.root).is_left(entry):
+    if directory == TEMPORARY and not Claims(files).is_left(entry):
         return False  # its worker ended after the look, and another has taken its name, or may take it now
     files.remove(name)
     return True
@@ -101,7 +100,7 @@ def _remove_aside(manifest: Manifest, name: str, path: str) -> bool:
 
 def _in_use(manifest: Manifest, path: str) -> bool:
     """Tell whether a record names a directory of a shard. Raises UsageError if a worker may be about to link one."""
-    _refuse_workers(manifest.files.root)  # the claim first: it goes away when the record is there
+    _refuse_workers(manifest.files)  # the claim first: it goes away when the record is there
     shard = int(path.split("/")[1].split("-")[0])
     record = manifest.record(manifest.shards[shard]) if shard < len(manifest.shards) else None
     return record is not None and record.path == path
@@ -113,7 +112,7 @@ def _find(manifest: Manifest) -> list[Garbage]:
     records = [manifest.record(spec) for spec in manifest.shards]
     named = {record.directory for record in records if record is not None}
     orphans = {name for name in directories - named if SHARD_DIRECTORY.fullmatch(name)}
-    claims = Claims(files.root)
+    claims = Claims(files)
     found = _garbage(files, TEMPORARY, files.entries(TEMPORARY), "")
     found = [replace(item, reason=claims.about(item.name.split("/")[1])) for item in found]
     if manifest.seal() is not None:
@@ -122,16 +121,16 @@ def _find(manifest: Manifest) -> list[Garbage]:
     return found + _garbage(files, SHARDS, orphans, "no commit record names it")
 
 
-def _garbage(files: LocalFiles, directory: str, names: Iterable[str], reason: str) -> list[Garbage]:
+def _garbage(files: Files, directory: str, names: Iterable[str], reason: str) -> list[Garbage]:
     sizes = Counter[str]()
     for name, size in (files.tree(directory) or {}).items():
         sizes[name.split("/")[0]] += max(size, 0)
     return [Garbage(name=f"{directory}/{name}", reason=reason, bytes=sizes[name]) for name in sorted(names)]
 
 
-def _refuse_workers(root: Path) -> None:
-    for name, (shard, claim) in Claims(root).in_work().items():
+def _refuse_workers(files: Files) -> None:
+    for name, (shard, claim) in Claims(files).in_work().items():
         fix = "wait until it ends, or stop it; then run the same command again"
         if claim.worker == "unknown":
             fix = f"wait until it ends; if you know that it is dead, remove {name} by hand. Then run the command again"
-        raise UsageError(claim.words(shard), where=f"{root}/{name}", fix=fix)
+        raise UsageError(claim.words(shard), where=files.place(name), fix=fix)

@@ -8,15 +8,14 @@ directory it is simply not committed yet. A crash in between leaves something th
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from storage.commit.aside import left_aside, origin, put_back
 from storage.commit.damage import damaged_plan, written_by
 from storage.commit.manifest import Manifest
 from storage.commit.records import PLAN, REMAP, SEAL, SHARDS, TOKENIZER, record_name
-from storage.files.local import QUARANTINE, LocalFiles
+from storage.files import open_files
+from storage.files.base import QUARANTINE, Files, StorePath
 from storage.tools.verify import Report, verify
 
 
@@ -39,7 +38,7 @@ class Action:
     goes_to: str = QUARANTINE
 
 
-def repair(path: str | os.PathLike[str], *, apply: bool) -> list[Action]:
+def repair(path: StorePath, *, apply: bool) -> list[Action]:
     """Find what is damaged, and with `apply` move it to quarantine. Returns an empty list for a good store.
 
     What a garbage collection, cut off, has left out of its place is put back there instead.
@@ -52,7 +51,7 @@ def repair(path: str | os.PathLike[str], *, apply: bool) -> list[Action]:
         CorruptionError: plan.json itself is damaged: only a copy helps.
         OutOfSpaceError, StorageUnavailableError: the file system refuses.
     """
-    files = LocalFiles(Path(path))
+    files = open_files(path)
     actions = _planned(files)
     if not apply:
         return actions
@@ -66,22 +65,22 @@ def repair(path: str | os.PathLike[str], *, apply: bool) -> list[Action]:
     return done
 
 
-def command_after(path: str | os.PathLike[str]) -> str:
+def command_after(path: StorePath) -> str:
     """Return the command that computes what a repair has taken out. Raises as `repair` does."""
-    return written_by(Manifest.open(LocalFiles(Path(path))).plan)
+    return written_by(Manifest.open(open_files(path)).plan)
 
 
-def _planned(files: LocalFiles) -> list[Action]:
+def _planned(files: Files) -> list[Action]:
     """Everything to move, in order: parts and what is put back, damaged directories, seal, records."""
-    report = verify(files.root)
+    report = verify(files)
     for problem in report.problems:
         if problem.name == PLAN:
-            raise damaged_plan(files.root, problem.message)
+            raise damaged_plan(files, problem.message)
     actions = _answers(files, report)
     return [action for action in actions if action.missing or files.exists(action.name)]
 
 
-def _answers(files: LocalFiles, report: Report) -> list[Action]:
+def _answers(files: Files, report: Report) -> list[Action]:
     parts: list[Action] = []
     directories: dict[str, Action] = {}
     records: dict[str, Action] = {}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from storage.commit.damage import written_by
 from storage.commit.manifest import Manifest
-from storage.commit.records import CommitRecord, record_name
-from storage.files.local import QUARANTINE, TEMPORARY, LocalFiles
+from storage.commit.records import COMMITS, SEAL, SHARDS, CommitRecord, record_name
+from storage.files import open_files
+from storage.files.base import QUARANTINE, TEMPORARY, Files, StorePath
 from storage.plan import Split
 
 NEWEST = 10  # commits that a pace is taken from
@@ -82,21 +81,21 @@ class Status:
     pace: Pace | None
 
 
-def status(path: str | os.PathLike[str]) -> Status:
+def status(path: StorePath) -> Status:
     """Return what a store holds.
 
     Raises:
         UsageError: there is no store.
         CorruptionError: plan, seal or a commit record is damaged.
     """
-    files = LocalFiles(Path(path))
+    files = open_files(path)
     manifest = Manifest.open(files)
     seal = manifest.seal()
     records = [record for spec in manifest.shards if (record := manifest.record(spec)) is not None]
     plan, rows = manifest.plan, _rows(records)
     size, growing = _sizes(files)
     return Status(
-        path=str(files.root),
+        path=str(files),
         store_id=plan.store_id,
         teacher=plan.recorded.get("teacher", {}).get("name"),
         written_by=written_by(plan),
@@ -123,7 +122,7 @@ def status(path: str | os.PathLike[str]) -> Status:
     )
 
 
-def _pace(files: LocalFiles, records: list[CommitRecord]) -> Pace | None:
+def _pace(files: Files, records: list[CommitRecord]) -> Pace | None:
     found = [(files.read_stamped(record_name(record.shard)), record) for record in records]
     newest = sorted((item[1].modified, record.counts.rows) for item, record in found if item is not None)[-NEWEST:]
     seconds = (newest[-1][0] - newest[0][0]) / 1e9 if newest else 0.0
@@ -141,12 +140,12 @@ def _rows(records: list[CommitRecord], split: Split | None = None) -> int:
     return sum(record.counts.rows for record in records if split in (None, record.split))
 
 
-def _sizes(files: LocalFiles) -> tuple[int, int]:
+def _sizes(files: Files) -> tuple[int, int]:
     """Return bytes of all files, and of those that grow with the number of rows."""
     sizes = {
         name: size
         for name, size in (files.tree(".") or {}).items()
         if name.split("/")[0] not in (TEMPORARY, QUARANTINE) and size > 0
     }
-    growing = sum(size for name, size in sizes.items() if name.split("/")[0] in ("shards", "commits", "sealed.json"))
+    growing = sum(size for name, size in sizes.items() if name.split("/")[0] in (SHARDS, COMMITS, SEAL))
     return sum(sizes.values()), growing

@@ -6,9 +6,7 @@ tokenizer, seal and records, and compares the names and sizes of files.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +17,8 @@ from storage.commit.manifest import Manifest, tokenizer_hashes, tokenizer_name
 from storage.commit.open_shard import CommittedObjects, DamageError, OpenShard, chunk_cache
 from storage.commit.records import COMMITS, PLAN, REMAP, SEAL, SHARDS, TOKENIZER, CommitRecord, Seal, record_name
 from storage.errors import CorruptionError, DistillError
-from storage.files.local import QUARANTINE, TEMPORARY, LocalFiles
+from storage.files import open_files
+from storage.files.base import QUARANTINE, TEMPORARY, Files, StorePath
 from storage.format.decode import decode_batch
 from storage.format.encode import counts_of
 from storage.format.validate import check_batch
@@ -76,26 +75,27 @@ class Report:
         self.problems.append(Problem(shard=shard, name=name, message=message))
 
 
-def require_whole(root: Path, *, advice: str) -> None:
+def require_whole(path: StorePath, *, advice: str) -> None:
     """Check that everything committed is where it should be, by name and size.
 
     Args:
-        root: the store's directory.
+        path: of the store.
         advice: the last line of the message: what to do.
 
     Raises:
         CorruptionError: something is missing or has another size.
     """
-    problems = verify(root, quick=True).problems
+    files = open_files(path)
+    problems = verify(files, quick=True).problems
     if problems:
         raise CorruptionError(
             f"the store is damaged: {problems[0].name}: {problems[0].message}",
-            where=f"{root}, {len(problems)} problems in all",
+            where=f"{files}, {len(problems)} problems in all",
             fix=advice,
         )
 
 
-def verify(path: str | os.PathLike[str], *, quick: bool = False) -> Report:
+def verify(path: StorePath, *, quick: bool = False) -> Report:
     """Check a store.
 
     Args:
@@ -106,7 +106,7 @@ def verify(path: str | os.PathLike[str], *, quick: bool = False) -> Report:
         StorageUnavailableError: it cannot be read.
     """
     report = Report(quick=quick)
-    files = LocalFiles(Path(path))
+    files = open_files(path)
     try:
         manifest = Manifest.open(files)
     except CorruptionError as error:
@@ -219,7 +219,7 @@ def _check_rows(manifest: Manifest, record: CommitRecord, objects: CommittedObje
         raise ValueError(f"head mass is {found.head_mass}; the commit record says {record.counts.head_mass}")
 
 
-def _warn_of_strangers(files: LocalFiles, manifest: Manifest, known: set[str], report: Report) -> None:
+def _warn_of_strangers(files: Files, manifest: Manifest, known: set[str], report: Report) -> None:
     """Warn of files that nothing refers to. They are never read."""
     expected = {
         ".": {PLAN, REMAP, TOKENIZER, SHARDS, COMMITS, SEAL, TEMPORARY},
@@ -235,9 +235,9 @@ def _warn_of_strangers(files: LocalFiles, manifest: Manifest, known: set[str], r
                 report.warnings.append(f"{label}: {_stranger(files, directory, name)}")
 
 
-def _stranger(files: LocalFiles, directory: str, name: str) -> str:
+def _stranger(files: Files, directory: str, name: str) -> str:
     if name == QUARANTINE:
         return "holds what was moved out of the way"
     if directory == TEMPORARY:
-        return f"{Claims(files.root).about(name)}; `pipeline gc` removes such files while no worker runs"
+        return f"{Claims(files).about(name)}; `pipeline gc` removes such files while no worker runs"
     return "nothing refers to it"

@@ -43,6 +43,23 @@ def store(tiny_store: Path, tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "status URL", "verify URL", "repair URL", "gc URL", "diff STORE URL", "convert URL new",
+        "convert STORE URL --k 2", "inspect URL", "export URL rows.parquet", "eval . --store URL", "doctor URL",
+    ],
+)  # fmt: skip
+def test_a_url_is_refused_and_nothing_is_made_of_it(
+    command: str, tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = fails(2, *command.replace("URL", "s3://bucket/store").replace("STORE", str(tiny_store)).split())
+    assert "a store is a directory so far, there is none behind s3://" in told
+    assert "s3://bucket/store" in told.splitlines()[1]
+    assert not list(tmp_path.iterdir())
+
+
 def test_gc(store: Path) -> None:
     assert good("gc", store) == "nothing to remove\n"
     (store / "tmp" / "1-a").write_bytes(b"x" * 2000)

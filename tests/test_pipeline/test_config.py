@@ -94,6 +94,7 @@ def error_of(tmp_path: Path, text: str, *overrides: str, phase: str = "extract")
         (EXTRACT.replace("  - source: topics", "  source: topics"), 4, "corpus: expected a list", ""),
         (EXTRACT.replace("\n  - source: topics", " []"), 4, "corpus: expected at least 1 item", ""),
         (EXTRACT.replace("store: s", "store: 3"), 1, "store: expected a path, found 3", ""),
+        (EXTRACT.replace("store: s", "store: s3://b/c"), 1, "store: a store is a directory so far", "a directory of"),
     ],
 )
 def test_extract_problems_name_line_key_and_remedy(text: str, line: int, what: str, fix: str, tmp_path: Path) -> None:
@@ -122,6 +123,7 @@ def test_extract_problems_name_line_key_and_remedy(text: str, line: int, what: s
         (TRAIN + "distributed: {dp_shard: 4}", "distributed.dp_shard is 4, but data parallelism", "distributed.tp is"),
         (TRAIN + "distributed: {dp_shard: all}", "dp_shard: expected a whole number or auto or none, found 'all'", ""),
         (TRAIN + "kd_ratio: 1.5", "kd_ratio: expected a number of at most 1, found 1.5", ""),
+        (TRAIN.replace("store: s", "store: gs://b/c"), "store: a store is a directory so far", "a directory of"),
         (TRAIN.replace("pretrained", "layers_of_teacher"), "layers belongs to init: layers_of_teacher", ""),
     ],
 )

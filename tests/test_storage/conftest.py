@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import storage_cases as cases
 from workers import Workers
 
+from storage.files.memory import MemoryFiles
+
 
 @pytest.fixture(scope="session")
 def sealed(tmp_path_factory) -> Path:
@@ -22,6 +24,18 @@ def sealed(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("sealed") / "store"
     cases.write_store(path)
     return path
+
+
+@pytest.fixture(params=["on disk", "in memory"])
+def store_at(request, tmp_path) -> Callable[[str], cases.Store]:
+    """A function that returns a place for a store by its name: in a directory, or in memory."""
+    return (lambda name: tmp_path / name) if request.param == "on disk" else MemoryFiles
+
+
+@pytest.fixture
+def fresh(store_at) -> cases.Store:
+    """A place where no store is yet, in a directory or in memory."""
+    return store_at("store")
 
 
 @pytest.fixture

@@ -169,7 +169,7 @@ def _tree_of_known_names(self: LocalFiles, name: str) -> dict[str, int] | None:
 
 def _record_before_claims(manifest: Manifest, path: str) -> bool:
     record = manifest.record(manifest.shards[int(path.split("/")[1].split("-")[0])])
-    gc._refuse_workers(manifest.files.root)
+    gc._refuse_workers(manifest.files)
     return record is not None and record.path == path
 
 

@@ -6,11 +6,14 @@ import hashlib
 import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
 
 from storage.codecs import default_codecs
+from storage.files import open_files
+from storage.files.memory import MemoryFiles
 from storage.format.remap import build_remap, remap_sha256
 from storage.plan import HeldoutRule, Plan, ShardSpec, TargetSpec
 from storage.rows import SequenceBatch
@@ -18,6 +21,7 @@ from storage.writer import StoreWriter
 
 VOCAB = 300
 TOKENIZER_FILES = {"tokenizer.json": b'{"model": {}}' * 9, "tokenizer_config.json": b"{}"}
+Store = Path | MemoryFiles  # a store on disk, or in memory
 EXACT = {"logprob": {"id": "exact"}}
 TARGETS = {  # every kind, and what makes rows differ in form
     "hybrid": TargetSpec(kind="hybrid", k=6, draws=4),
@@ -147,11 +151,11 @@ def _draw(rng, order, tail_p, draws):
     return ids[shuffled], counts[shuffled]
 
 
-def open_writer(path: Path, plan: Plan) -> StoreWriter:
+def open_writer(path: Store, plan: Plan) -> StoreWriter:
     return StoreWriter.create(path, plan, remap=make_remap(plan.vocab_size), tokenizer_files=TOKENIZER_FILES)
 
 
-def write_store(path: Path, plan: Plan | None = None, *, shards: Iterable[int] | None = None, **batch) -> StoreWriter:
+def write_store(path: Store, plan: Plan | None = None, *, shards: Iterable[int] | None = None, **batch) -> StoreWriter:
     """Write a store, or some of its shards, and seal it if it is whole."""
     plan = make_plan() if plan is None else plan
     writer = open_writer(path, plan)
@@ -162,13 +166,48 @@ def write_store(path: Path, plan: Plan | None = None, *, shards: Iterable[int] |
     return writer
 
 
-def tree(path: Path) -> dict[str, bytes]:
+def contents(store: Store) -> dict[str, bytes]:
+    """Every file of a store by name."""
+    if isinstance(store, MemoryFiles):
+        return {name: data for name, (data, _) in sorted(store.objects.items())}
+    files = [file for file in sorted(store.rglob("*")) if file.is_file()]
+    return {file.relative_to(store).as_posix(): file.read_bytes() for file in files}
+
+
+def tree(store: Store) -> dict[str, bytes]:
     """Every file of a store that counts, by name: no temporary and no quarantined ones."""
-    return {
-        name: file.read_bytes()
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and (name := file.relative_to(path).as_posix()).split("/")[0] not in ("tmp", "quarantine")
-    }
+    return {name: data for name, data in contents(store).items() if name.split("/")[0] not in ("tmp", "quarantine")}
+
+
+def find(store: Store, pattern: str) -> str:
+    """The name of the one file of a store that matches a pattern."""
+    (name,) = [name for name in contents(store) if fnmatchcase(name, pattern)]
+    return name
+
+
+def put(store: Store, name: str, data: bytes) -> None:
+    """Create or replace a file of a store as no code of ours does."""
+    if isinstance(store, MemoryFiles):
+        store.put(name, data)
+    else:
+        (store / name).parent.mkdir(parents=True, exist_ok=True)
+        (store / name).write_bytes(data)
+
+
+def drop(store: Store, name: str) -> None:
+    """Take a file away from a store."""
+    if isinstance(store, MemoryFiles):
+        del store.objects[name]
+    else:
+        (store / name).unlink()
+
+
+def copy(store: Store, target: Store) -> Store:
+    """Copy a store, and return the copy."""
+    open_files(target).prepare("tmp")
+    for name, data in contents(store).items():
+        put(target, name, data)
+    return target
 
 
 def in_order(batch: SequenceBatch) -> SequenceBatch:

@@ -22,6 +22,7 @@ from storage.errors import (
     StorageUnavailableError,
     UsageError,
 )
+from storage.files import open_files
 from storage.files.local import LocalFiles
 from storage.plan import HeldoutRule, TargetSpec
 from storage.reader import StoreReader
@@ -31,47 +32,46 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 
 
-def test_a_store_is_sealed_and_a_second_run_changes_nothing(tmp_path):
-    path = tmp_path / "store"
-    cases.write_store(path)
-    before = cases.tree(path)
+def test_a_store_is_sealed_and_a_second_run_changes_nothing(fresh):
+    cases.write_store(fresh)
+    before = cases.tree(fresh)
     assert {"plan.json", "remap", "sealed.json", "commits/000000.json", "tokenizer/tokenizer.json.xz"} <= before.keys()
-    writer = cases.write_store(path)
+    writer = cases.write_store(fresh)
     assert writer.missing() == []
     assert writer.committed() == frozenset(range(5))
-    assert writer.seal() == StoreReader(path).digest
-    assert cases.tree(path) == before
-    assert not list((path / "tmp").iterdir())
+    assert writer.seal() == StoreReader(fresh).digest
+    assert cases.tree(fresh) == before
+    assert open_files(fresh).entries("tmp") == set()
 
 
-def test_an_interrupted_store_goes_on_to_the_same_bytes(tmp_path, sealed):
-    cases.write_store(tmp_path / "store", shards=[1, 3])
-    writer = cases.open_writer(tmp_path / "store", cases.make_plan())
+def test_an_interrupted_store_goes_on_to_the_same_bytes(fresh, sealed):
+    cases.write_store(fresh, shards=[1, 3])
+    writer = cases.open_writer(fresh, cases.make_plan())
     assert [shard.index for shard in writer.missing()] == [0, 2, 4]
     assert writer.seal() is None
-    cases.write_store(tmp_path / "store")
-    assert cases.tree(tmp_path / "store") == cases.tree(sealed)
+    cases.write_store(fresh)
+    assert cases.tree(fresh) == cases.tree(sealed)
 
 
-def test_recorded_fields_may_differ(tmp_path):
-    cases.write_store(tmp_path / "store")
-    writer = cases.open_writer(tmp_path / "store", cases.make_plan(recorded={"workers": 8, "host": "b"}))
+def test_recorded_fields_may_differ(fresh):
+    cases.write_store(fresh)
+    writer = cases.open_writer(fresh, cases.make_plan(recorded={"workers": 8, "host": "b"}))
     assert writer.plan.recorded == {"workers": 1}
 
 
-def test_another_plan_is_refused_with_every_difference(tmp_path):
-    cases.write_store(tmp_path / "store")
-    before = cases.tree(tmp_path / "store")
+def test_another_plan_is_refused_with_every_difference(fresh):
+    cases.write_store(fresh)
+    before = cases.tree(fresh)
     other = cases.make_plan(
         target=TargetSpec(kind="hybrid", k=7, draws=4), teacher={"name": "other"}, documents_per_shard=5
     )
     with pytest.raises(IdentityError) as caught:
-        cases.open_writer(tmp_path / "store", other)
+        cases.open_writer(fresh, other)
     assert caught.value.exit_code == 3
     for line in ("target.k: 6 -> 7", "teacher.name: 'synthetic' -> 'other'", "documents_per_shard: 6 -> 5"):
         assert line in str(caught.value)
     assert "teacher.files: " in str(caught.value)
-    assert cases.tree(tmp_path / "store") == before
+    assert cases.tree(fresh) == before
 
 
 def test_a_directory_with_other_things_is_refused(tmp_path):
@@ -83,19 +83,19 @@ def test_a_directory_with_other_things_is_refused(tmp_path):
         cases.open_writer(tmp_path / "thesis.tex", cases.make_plan())
 
 
-def test_leftovers_of_another_plan_are_refused(tmp_path):
-    cases.open_writer(tmp_path / "store", cases.make_plan())
-    (tmp_path / "store" / "plan.json").unlink()
+def test_leftovers_of_another_plan_are_refused(fresh):
+    cases.open_writer(fresh, cases.make_plan())
+    cases.drop(fresh, "plan.json")
     with pytest.raises(UsageError, match="cut off"):
-        cases.open_writer(tmp_path / "store", cases.make_plan(vocab_size=200))
-    cases.open_writer(tmp_path / "store", cases.make_plan(documents=9))
+        cases.open_writer(fresh, cases.make_plan(vocab_size=200))
+    cases.open_writer(fresh, cases.make_plan(documents=9))
 
 
-def test_a_store_that_lost_its_plan_is_not_overwritten(tmp_path):
-    cases.write_store(tmp_path / "store")
-    (tmp_path / "store" / "plan.json").unlink()
+def test_a_store_that_lost_its_plan_is_not_overwritten(fresh):
+    cases.write_store(fresh)
+    cases.drop(fresh, "plan.json")
     with pytest.raises(UsageError, match="commit records"):
-        cases.open_writer(tmp_path / "store", cases.make_plan())
+        cases.open_writer(fresh, cases.make_plan())
 
 
 @pytest.mark.parametrize(
@@ -146,19 +146,19 @@ def test_counting_what_is_committed_costs_the_same_in_stores_of_any_size(tmp_pat
     assert many[-3:] == few[-3:]
 
 
-def test_shards_of_another_process_are_counted_a_few_at_a_time(tmp_path, monkeypatch):
-    mine = cases.open_writer(tmp_path / "store", cases.make_plan())
-    cases.write_store(tmp_path / "store", shards=[0, 1, 3, 4])
+def test_shards_of_another_process_are_counted_a_few_at_a_time(fresh, monkeypatch):
+    mine = cases.open_writer(fresh, cases.make_plan())
+    cases.write_store(fresh, shards=[0, 1, 3, 4])
     monkeypatch.setattr(storage.writer, "LOOKS", 2)
     assert [mine.count_committed() for _ in range(4)] == [2, 3, 4, 4]
-    cases.write_store(tmp_path / "store", shards=[2])
+    cases.write_store(fresh, shards=[2])
     assert mine.count_committed() == 5
     assert mine.missing() == []
 
 
-def test_invalid_batches_are_refused_and_not_committed(tmp_path):
+def test_invalid_batches_are_refused_and_not_committed(fresh):
     plan = cases.make_plan()
-    writer = cases.open_writer(tmp_path / "store", plan)
+    writer = cases.open_writer(fresh, plan)
     shard = writer.missing()[0]
     batch = cases.make_batch(plan, shard)
     entropy = batch.entropy.copy()
@@ -166,54 +166,52 @@ def test_invalid_batches_are_refused_and_not_committed(tmp_path):
     with pytest.raises(NumericsError, match="document"):
         writer.commit(shard, replace(batch, entropy=entropy))
     assert writer.committed() == frozenset()
-    assert not list((tmp_path / "store" / "shards").iterdir())
+    assert open_files(fresh).entries("shards") == set()
 
 
-def test_a_store_that_another_process_makes_meanwhile_is_taken(tmp_path, sealed, monkeypatch):
+def test_a_store_that_another_process_makes_meanwhile_is_taken(fresh, sealed, monkeypatch):
     """It had looked for the plan before the other one made the whole store."""
     look = storage.writer.read_plan
 
     def look_then_sleep(files):
         monkeypatch.setattr(storage.writer, "read_plan", look)
         found = look(files)
-        cases.write_store(tmp_path / "store")
+        cases.write_store(fresh)
         return found
 
     monkeypatch.setattr(storage.writer, "read_plan", look_then_sleep)
-    assert cases.open_writer(tmp_path / "store", cases.make_plan()).missing() == []
-    assert cases.tree(tmp_path / "store") == cases.tree(sealed)
+    assert cases.open_writer(fresh, cases.make_plan()).missing() == []
+    assert cases.tree(fresh) == cases.tree(sealed)
 
 
-def test_a_seal_needs_its_shards(tmp_path):
+def test_a_seal_needs_its_shards(fresh):
     """A repair that was cut off has moved a directory and the seal away, and not yet the record."""
-    path = tmp_path / "store"
-    cases.write_store(path)
-    (directory,) = (path / "shards").glob("000001-*")
-    LocalFiles(path).quarantine(f"shards/{directory.name}")
-    (path / "sealed.json").unlink()
+    cases.write_store(fresh)
+    open_files(fresh).quarantine(cases.find(fresh, "shards/000001-*/entropy/c/0").removesuffix("/entropy/c/0"))
+    cases.drop(fresh, "sealed.json")
     with pytest.raises(CorruptionError, match=r"shard 1 .* its directory is missing"):
-        cases.write_store(path)
-    assert not (path / "sealed.json").exists()
+        cases.write_store(fresh)
+    assert "sealed.json" not in cases.tree(fresh)
 
 
-def test_what_another_process_committed_stays(tmp_path, caplog):
+def test_what_another_process_committed_stays(fresh, caplog):
     """A teacher that is not deterministic: the first commit wins, mine is discarded with a warning."""
     plan = cases.make_plan()
-    writer = cases.open_writer(tmp_path / "store", plan)
+    writer = cases.open_writer(fresh, plan)
     shard = plan.shards()[0]
     first = writer.commit(shard, cases.make_batch(plan, shard))
-    before = cases.tree(tmp_path / "store")
+    before = cases.tree(fresh)
     with caplog.at_level(logging.WARNING, logger="topk_distill.storage"):
         second = writer.commit(shard, cases.make_batch(plan, shard, longest=10))
     assert second == first
     assert "not deterministic" in caplog.text
-    assert cases.tree(tmp_path / "store") == before
+    assert cases.tree(fresh) == before
 
 
-def test_a_process_that_wakes_up_late_changes_nothing(tmp_path, caplog, monkeypatch):
+def test_a_process_that_wakes_up_late_changes_nothing(fresh, caplog, monkeypatch):
     """It has looked for the record before the other one committed."""
     plan = cases.make_plan()
-    writer, late = (cases.open_writer(tmp_path / "store", plan) for _ in range(2))
+    writer, late = (cases.open_writer(fresh, plan) for _ in range(2))
     shard = plan.shards()[0]
     look = late._manifest.record
 
@@ -227,37 +225,36 @@ def test_a_process_that_wakes_up_late_changes_nothing(tmp_path, caplog, monkeypa
     kept = late.commit(shard, cases.make_batch(plan, shard, longest=10))
     assert kept == writer._records[0]
     assert "not deterministic" in caplog.text
-    assert [file.name for file in (tmp_path / "store" / "shards").iterdir()] == [kept.directory]
+    assert open_files(fresh).entries("shards") == {kept.directory}
 
 
-def test_a_directory_that_is_there_whole_is_recognised(tmp_path, sealed):
+def test_a_directory_that_is_there_whole_is_recognised(fresh, sealed):
     """A kill between rename and commit leaves it."""
-    cases.write_store(tmp_path / "store")
-    (tmp_path / "store" / "sealed.json").unlink()
-    (tmp_path / "store" / "commits" / "000002.json").unlink()
-    cases.write_store(tmp_path / "store")
-    assert cases.tree(tmp_path / "store") == cases.tree(sealed)
-    assert not (tmp_path / "store" / "quarantine").exists()
+    cases.write_store(fresh)
+    cases.drop(fresh, "sealed.json")
+    cases.drop(fresh, "commits/000002.json")
+    cases.write_store(fresh)
+    assert cases.tree(fresh) == cases.tree(sealed)
+    assert not open_files(fresh).exists("quarantine")
 
 
 @pytest.mark.parametrize("damage", ["flip", "missing", "foreign", "emptied"])
-def test_a_directory_that_is_there_damaged_is_moved_away(tmp_path, sealed, damage, caplog):
-    path = tmp_path / "store"
-    cases.write_store(path)
-    (path / "sealed.json").unlink()
-    (path / "commits" / "000002.json").unlink()
-    (directory,) = (path / "shards").glob("000002-*")
-    victim = directory / "head_ids/c/0/0"
+def test_a_directory_that_is_there_damaged_is_moved_away(fresh, sealed, damage, caplog):
+    cases.write_store(fresh)
+    for name in ("sealed.json", "commits/000002.json"):
+        cases.drop(fresh, name)
+    victim = cases.find(fresh, "shards/000002-*/head_ids/c/0/0")
     if damage == "flip":
-        victim.write_bytes(bytes([victim.read_bytes()[0] ^ 1]) + victim.read_bytes()[1:])
+        data = cases.contents(fresh)[victim]
+        cases.put(fresh, victim, bytes([data[0] ^ 1]) + data[1:])
     elif damage == "missing":
-        victim.unlink()
+        cases.drop(fresh, victim)
     elif damage == "emptied":
-        victim.write_bytes(b"")
+        cases.put(fresh, victim, b"")
     else:
-        (directory / "foreign").write_text("x")
-    cases.write_store(path)
-    assert cases.tree(path) == cases.tree(sealed)
+        cases.put(fresh, f"{victim}-foreign", b"x")
+    cases.write_store(fresh)
+    assert cases.tree(fresh) == cases.tree(sealed)
     assert "moved to quarantine" in caplog.text
 
 

@@ -15,6 +15,7 @@ import storage_cases as cases
 
 from storage.codecs.sqrt_delta import SqrtDelta
 from storage.errors import CorruptionError, IdentityError, UsageError
+from storage.files import open_files
 from storage.files.local import LocalFiles
 from storage.format.decode import scale_heads
 from storage.plan import TargetSpec
@@ -39,21 +40,23 @@ def run(source, target, **changes):
     return list(convert(source, target, Conversion(**changes)))[-1]
 
 
-def test_another_codec(sealed, tmp_path):
-    told = list(convert(sealed, tmp_path / "new", Conversion(codec=EXACT)))
-    new, old = StoreReader(tmp_path / "new"), StoreReader(sealed)
+def test_another_codec(sealed, store_at):
+    old, new = cases.copy(sealed, store_at("old")), store_at("new")
+    told = list(convert(old, new, Conversion(codec=EXACT)))
+    written, read = StoreReader(new), StoreReader(old)
+    assert {event.store for event in told} == {str(new)}
     assert [event.committed for event in told] == [1, 2, 3, 4, 5, 5]
-    assert told[-1].digest == new.digest
+    assert told[-1].digest == written.digest
     assert told[-1].rows == status(sealed).rows
-    assert new.plan.codecs == {"logprob": EXACT}
-    assert new.plan.store_id != old.plan.store_id
-    assert new.plan.derived_from == {
-        "store_id": old.plan.store_id,
-        "digest": old.digest,
-        "changed": {"codecs": {"from": {"logprob": dict(old.plan.codecs["logprob"])}, "to": {"logprob": EXACT}}},
+    assert written.plan.codecs == {"logprob": EXACT}
+    assert written.plan.store_id != read.plan.store_id
+    assert written.plan.derived_from == {
+        "store_id": read.plan.store_id,
+        "digest": read.digest,
+        "changed": {"codecs": {"from": {"logprob": dict(read.plan.codecs["logprob"])}, "to": {"logprob": EXACT}}},
     }
-    assert verify(tmp_path / "new").problems == []
-    assert all(part.equal for part in diff(sealed, tmp_path / "new").splits.values()), "decoded values, every bit"
+    assert verify(new).problems == []
+    assert all(part.equal for part in diff(sealed, new).splits.values()), "decoded values, every bit"
 
 
 def test_telling_progress_does_not_look_for_every_shard(sealed, tmp_path, monkeypatch):
@@ -83,11 +86,12 @@ def test_the_source_is_not_touched(sealed, tmp_path):
 
 
 @pytest.mark.parametrize("documents", [1, 5, 7, 100])
-def test_another_sharding_keeps_every_row(sealed, tmp_path, documents):
-    run(sealed, tmp_path / "exact", codec=EXACT)
-    run(tmp_path / "exact", tmp_path / "new", documents_per_shard=documents)
-    assert all(part.equal for part in diff(tmp_path / "exact", tmp_path / "new").splits.values())
-    assert verify(tmp_path / "new").problems == []
+def test_another_sharding_keeps_every_row(sealed, store_at, documents):
+    exact, new = store_at("exact"), store_at("new")
+    run(sealed, exact, codec=EXACT)
+    run(exact, new, documents_per_shard=documents)
+    assert all(part.equal for part in diff(exact, new).splits.values())
+    assert verify(new).problems == []
 
 
 @pytest.mark.parametrize("codec", [SqrtDelta(), SqrtDelta(root_step=0.3, log_step=0.9), SqrtDelta(row_step=1.0)])
@@ -238,16 +242,16 @@ def test_each_conversion_of_a_chain_draws_by_its_origin(sealed, tmp_path, monkey
     assert set(origins) == {StoreReader(path).plan.store_id for path in (sealed, tmp_path / "3")}
 
 
-def test_two_conversions_share_the_work_and_forbid_garbage_collection(sealed, tmp_path):
-    pair = [convert(sealed, tmp_path / "new", Conversion(k=2)) for _ in range(2)]
+def test_two_conversions_share_the_work_and_forbid_garbage_collection(sealed, fresh):
+    pair = [convert(sealed, fresh, Conversion(k=2)) for _ in range(2)]
     for _ in range(2):
         for part in pair:
             next(part)
             with pytest.raises(UsageError, match="of this machine works on shard"):
-                collect_garbage(tmp_path / "new", apply=True)
+                collect_garbage(fresh, apply=True)
     ends = [list(part)[-1] for part in pair]
-    assert sum(end.rows for end in ends) == status(tmp_path / "new").rows, "each shard was computed once"
-    assert not list((tmp_path / "new" / "tmp").iterdir())
+    assert sum(end.rows for end in ends) == status(fresh).rows, "each shard was computed once"
+    assert open_files(fresh).entries("tmp") == set()
 
 
 def test_mass_outside_is_summed_without_cancellation():
@@ -314,25 +318,28 @@ def test_rows_of_samples_have_no_head(tmp_path):
         run(tmp_path / "old", tmp_path / "new", k=2)
 
 
-def test_in_place_unfinished_foreign_and_damaged(sealed, tmp_path):
-    with pytest.raises(UsageError, match="in place"):
-        run(sealed, sealed, k=2)
+def test_inside_of_the_source(sealed):
     with pytest.raises(UsageError, match="in place"):
         run(sealed, sealed / "sub", k=2)
-    cases.write_store(tmp_path / "part", shards=[0])
+
+
+def test_in_place_unfinished_foreign_and_damaged(sealed, store_at):
+    store, part, new = cases.copy(sealed, store_at("store")), store_at("part"), store_at("new")
+    with pytest.raises(UsageError, match="in place"):
+        run(store, store, k=2)
+    cases.write_store(part, shards=[0])
     with pytest.raises(UsageError, match="not finished"):
-        run(tmp_path / "part", tmp_path / "new", k=2)
-    run(sealed, tmp_path / "new", k=2)
-    before = cases.tree(tmp_path / "new")
+        run(part, new, k=2)
+    run(store, new, k=2)
+    before = cases.tree(new)
     with pytest.raises(IdentityError, match=r"target\.k: 2 -> 3"):
-        run(sealed, tmp_path / "new", k=3)
-    assert cases.tree(tmp_path / "new") == before
-    shutil.copytree(sealed, tmp_path / "damaged")
-    victim = next((tmp_path / "damaged" / "shards").glob("000001-*/entropy/c/0"))
-    victim.write_bytes(victim.read_bytes()[:-1] + b"x")
+        run(store, new, k=3)
+    assert cases.tree(new) == before
+    victim = cases.find(store, "shards/000001-*/entropy/c/0")
+    cases.put(store, victim, cases.contents(store)[victim][:-1] + b"x")
     with pytest.raises(CorruptionError, match="entropy"):
-        run(tmp_path / "damaged", tmp_path / "from-damaged", k=2)
-    assert status(tmp_path / "from-damaged").committed == 1, "the shard before the damage"
+        run(store, begun := store_at("from-damaged"), k=2)
+    assert status(begun).committed == 1, "the shard before the damage"
 
 
 @pytest.mark.parametrize("fault", ["plan-linked:1", "encode:30", "shard-write:90", "record-link:2", "seal-link:1"])

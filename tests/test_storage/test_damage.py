@@ -19,9 +19,8 @@ SHARD = 1  # the damaged one
 
 def objects_of(store: Path) -> list[str]:
     """Every file of the damaged shard, and its record."""
-    (directory,) = (store / "shards").glob(f"{SHARD:06d}-*")
-    files = [path.relative_to(store).as_posix() for path in sorted(directory.rglob("*")) if path.is_file()]
-    return [*files, f"commits/{SHARD:06d}.json"]
+    number = f"{SHARD:06d}"
+    return [name for name in cases.contents(store) if name.startswith((f"shards/{number}-", f"commits/{number}"))]
 
 
 def file_kinds() -> list[str]:
@@ -35,34 +34,42 @@ def file_kinds() -> list[str]:
     return ["zarr.json", *objects, *(f"{name}/zarr.json" for name in arrays), "record"]
 
 
-def find(store: Path, kind: str, shard: int = SHARD) -> Path:
+def name_of(store: cases.Store, kind: str, shard: int = SHARD) -> str:
     if kind == "record":
-        return store / f"commits/{shard:06d}.json"
-    (directory,) = (store / "shards").glob(f"{shard:06d}-*")
-    return directory / kind
+        return f"commits/{shard:06d}.json"
+    return cases.find(store, f"shards/{shard:06d}-{'?' * 16}/{kind}")
 
 
-def flip(path: Path, bit: int) -> None:
-    data = bytearray(path.read_bytes())
+def flip(data: bytes, bit: int) -> bytes:
+    flipped = bytearray(data)
     bit %= len(data) * 8
-    data[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(data)
+    flipped[bit // 8] ^= 1 << bit % 8
+    return bytes(flipped)
 
 
-def swap(left: Path, right: Path) -> None:
-    first, second = left.read_bytes(), right.read_bytes()
-    left.write_bytes(second)
-    right.write_bytes(first)
+def swap(store: cases.Store, left: str, right: str) -> None:
+    content = cases.contents(store)
+    cases.put(store, left, content[right])
+    cases.put(store, right, content[left])
+
+
+def into_a_directory(store: cases.Store, name: str, kind: str) -> None:
+    cases.drop(store, name)
+    cases.put(store, f"{name}/file", b"x")
+
+
+def changed(change):
+    return lambda store, name, kind: cases.put(store, name, change(cases.contents(store)[name], kind))
 
 
 DAMAGES = {
-    "missing": lambda store, path, kind: path.unlink(),
-    "empty": lambda store, path, kind: path.write_bytes(b""),
-    "truncated": lambda store, path, kind: path.write_bytes(path.read_bytes()[:-1]),
-    "longer": lambda store, path, kind: path.write_bytes(path.read_bytes() + b"\n"),
-    "flipped": lambda store, path, kind: flip(path, 1009 * len(kind) + 13),
-    "swapped": lambda store, path, kind: swap(path, find(store, kind, SHARD + 1)),
-    "directory": lambda store, path, kind: (path.unlink(), path.mkdir()),
+    "missing": lambda store, name, kind: cases.drop(store, name),
+    "empty": changed(lambda data, kind: b""),
+    "truncated": changed(lambda data, kind: data[:-1]),
+    "longer": changed(lambda data, kind: data + b"\n"),
+    "flipped": changed(lambda data, kind: flip(data, 1009 * len(kind) + 13)),
+    "swapped": lambda store, name, kind: swap(store, name, name_of(store, kind, SHARD + 1)),
+    "directory": into_a_directory,
 }
 
 
@@ -71,21 +78,26 @@ def store(tmp_path, sealed) -> Path:
     return Path(shutil.copytree(sealed, tmp_path / "store"))
 
 
-def read_shard(store: Path, shard: int):
+@pytest.fixture
+def any_store(fresh, sealed) -> cases.Store:
+    return cases.copy(sealed, fresh)
+
+
+def read_shard(store: cases.Store, shard: int):
     reader = StoreReader(store)
     first = sum(item.sequences for item in reader.shards if item.shard < shard)
     return reader.read(range(first, first + reader.shards[shard].sequences))
 
 
 def test_the_battery_covers_every_file(sealed):
-    assert {find(sealed, kind).relative_to(sealed).as_posix() for kind in file_kinds()} == set(objects_of(sealed))
+    assert {name_of(sealed, kind) for kind in file_kinds()} == set(objects_of(sealed))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("kind", file_kinds())
 def test_no_row_of_a_damaged_shard_is_returned(store, damage, kind):
     before = cases.tree(store)
-    DAMAGES[damage](store, find(store, kind), kind)
+    DAMAGES[damage](store, name_of(store, kind), kind)
     if cases.tree(store) == before:
         assert damage == "swapped", "only identical files can be swapped without damage"
         return
@@ -101,41 +113,40 @@ def test_no_row_of_a_damaged_shard_is_returned(store, damage, kind):
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("kind", ["zarr.json", "head_ids/c/0/0", "count/zarr.json", "record"])
-def test_a_repaired_store_is_as_before(store, damage, kind, sealed):
-    DAMAGES[damage](store, find(store, kind), kind)
-    repair(store, apply=True)
-    cases.write_store(store)
-    assert cases.tree(store) == cases.tree(sealed)
+def test_a_repaired_store_is_as_before(any_store, damage, kind, sealed):
+    DAMAGES[damage](any_store, name_of(any_store, kind), kind)
+    repair(any_store, apply=True)
+    cases.write_store(any_store)
+    assert cases.tree(any_store) == cases.tree(sealed)
 
 
 @pytest.mark.parametrize("name", ["plan.json", "remap", "sealed.json", "tokenizer/tokenizer.json.xz"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "longer", "flipped"])
-def test_damaged_files_of_the_whole_store(store, sealed, name, damage):
-    DAMAGES[damage](store, store / name, name)
+def test_damaged_files_of_the_whole_store(any_store, sealed, name, damage):
+    DAMAGES[damage](any_store, name, name)
     expected = UsageError if damage == "missing" and name in ("plan.json", "sealed.json") else CorruptionError
     with pytest.raises(expected) as caught:
-        StoreReader(store).tokenizer_files()
+        StoreReader(any_store).tokenizer_files()
     if expected is CorruptionError:
         assert name in str(caught.value)
-        assert [problem.name for problem in verify(store).problems] == [name]
-        assert verify(store, quick=True).exit_code == 4
+        assert [problem.name for problem in verify(any_store).problems] == [name]
+        assert verify(any_store, quick=True).exit_code == 4
     if name == "plan.json":
         with pytest.raises(DistillError):
-            repair(store, apply=True)
+            repair(any_store, apply=True)
         return
-    repair(store, apply=True)
-    cases.write_store(store)
-    assert cases.tree(store) == cases.tree(sealed)
+    repair(any_store, apply=True)
+    cases.write_store(any_store)
+    assert cases.tree(any_store) == cases.tree(sealed)
 
 
 @pytest.mark.parametrize("name", ["remap", "sealed.json", "tokenizer/tokenizer_config.json.xz"])
-def test_every_flipped_bit_of_the_store_wide_files_is_found(store, name):
-    good = (store / name).read_bytes()
+def test_every_flipped_bit_of_the_store_wide_files_is_found(any_store, name):
+    good = cases.contents(any_store)[name]
     for bit in range(0, len(good) * 8, max(1, len(good) // 15)):
-        flip(store / name, bit)
+        cases.put(any_store, name, flip(good, bit))
         with pytest.raises(CorruptionError):
-            StoreReader(store).tokenizer_files()
-        (store / name).write_bytes(good)
+            StoreReader(any_store).tokenizer_files()
 
 
 def test_two_whole_shards_swapped(store):
@@ -149,15 +160,15 @@ def test_two_whole_shards_swapped(store):
     assert {problem.shard for problem in verify(store).problems} == {0, 1}
 
 
-def test_two_records_swapped(store):
-    swap(find(store, "record", 0), find(store, "record", 1))
+def test_two_records_swapped(any_store):
+    swap(any_store, name_of(any_store, "record", 0), name_of(any_store, "record", 1))
     with pytest.raises(CorruptionError, match="another shard's"):
-        read_shard(store, 0)
+        read_shard(any_store, 0)
 
 
 def test_a_record_of_another_store(store, tmp_path):
     cases.write_store(tmp_path / "other", cases.make_plan(documents_per_shard=6, rendering={"window": 16}))
-    shutil.copy(find(tmp_path / "other", "record"), find(store, "record"))
+    shutil.copy(tmp_path / "other" / name_of(store, "record"), store / name_of(store, "record"))
     with pytest.raises(CorruptionError, match="another store's"):
         read_shard(store, SHARD)
     with pytest.raises(CorruptionError, match="another store's"):
@@ -170,21 +181,21 @@ def test_a_consistent_forgery_of_one_shard_is_found_by_the_seal(store, tmp_path)
     writer = cases.open_writer(tmp_path / "other", plan)
     writer.commit(plan.shards()[SHARD], cases.make_batch(plan, plan.shards()[SHARD], longest=8))
     shutil.copytree(tmp_path / "other" / "shards", store / "shards", dirs_exist_ok=True)
-    shutil.copy(find(tmp_path / "other", "record"), store / "commits")
+    shutil.copy(tmp_path / "other" / name_of(store, "record"), store / "commits")
     with pytest.raises(CorruptionError, match="not the sealed one"):
         read_shard(store, SHARD)
     assert verify(store).problems[0].shard == SHARD
 
 
-def test_a_foreign_file_inside_a_shard_is_damage(store, sealed):
-    (find(store, "zarr.json").parent / "notes.txt").write_text("mine")
-    report = verify(store)
+def test_a_foreign_file_inside_a_shard_is_damage(any_store, sealed):
+    cases.put(any_store, name_of(any_store, "zarr.json").replace("zarr.json", "notes.txt"), b"mine")
+    report = verify(any_store)
     assert [problem.message for problem in report.problems] == ["a foreign file"]
     assert report.exit_code == 4
-    assert verify(store, quick=True).exit_code == 4
-    repair(store, apply=True)
-    cases.write_store(store)
-    assert cases.tree(store) == cases.tree(sealed)
+    assert verify(any_store, quick=True).exit_code == 4
+    repair(any_store, apply=True)
+    cases.write_store(any_store)
+    assert cases.tree(any_store) == cases.tree(sealed)
 
 
 def test_orphans_are_a_warning(store):
@@ -214,11 +225,11 @@ def test_an_unsealed_store_is_no_damage(tmp_path):
     assert report.warnings == ["not sealed: 1 of 5 shards are committed"]
 
 
-def test_a_repair_only_shows_what_it_would_do(store):
-    find(store, "entropy/c/0").unlink()
-    before = cases.tree(store)
-    actions = repair(store, apply=False)
-    assert cases.tree(store) == before
+def test_a_repair_only_shows_what_it_would_do(any_store):
+    cases.drop(any_store, name_of(any_store, "entropy/c/0"))
+    before = cases.tree(any_store)
+    actions = repair(any_store, apply=False)
+    assert cases.tree(any_store) == before
     names = [action.name for action in actions]
     assert names[0].startswith("shards/000001-")
     assert names[1:] == ["sealed.json", "commits/000001.json"], "the seal before the record, the record last"
@@ -226,13 +237,13 @@ def test_a_repair_only_shows_what_it_would_do(store):
 
 
 @pytest.mark.parametrize("name", ["remap", "tokenizer/tokenizer.json.xz"])
-def test_a_repair_names_what_is_missing_though_there_is_nothing_to_move(store, sealed, name):
-    (store / name).unlink()
-    (action,) = repair(store, apply=True)
+def test_a_repair_names_what_is_missing_though_there_is_nothing_to_move(any_store, sealed, name):
+    cases.drop(any_store, name)
+    (action,) = repair(any_store, apply=True)
     assert (action.name, action.missing, action.moved_to) == (name, True, None)
-    cases.write_store(store)
-    assert verify(store).exit_code == 0
-    assert cases.tree(store) == cases.tree(sealed)
+    cases.write_store(any_store)
+    assert verify(any_store).exit_code == 0
+    assert cases.tree(any_store) == cases.tree(sealed)
 
 
 def test_a_repair_that_is_cut_off_is_finished_by_the_next(store, sealed, monkeypatch):
@@ -240,7 +251,7 @@ def test_a_repair_that_is_cut_off_is_finished_by_the_next(store, sealed, monkeyp
 
     real = LocalFiles.quarantine
     for steps in range(3):
-        find(store, "entropy/c/0").unlink()
+        cases.drop(store, name_of(store, "entropy/c/0"))
         moved = []
 
         def limited(self, name, steps=steps, moved=moved):
@@ -260,21 +271,21 @@ def test_a_repair_that_is_cut_off_is_finished_by_the_next(store, sealed, monkeyp
         assert cases.tree(store) == cases.tree(sealed)
 
 
-def test_a_recomputed_shard_that_differs_is_told(store, caplog):
+def test_a_recomputed_shard_that_differs_is_told(any_store, caplog):
     """A repaired shard whose content comes out different: the rest of the store was made under other conditions."""
-    find(store, "entropy/c/0").unlink()
-    repair(store, apply=True)
+    cases.drop(any_store, name_of(any_store, "entropy/c/0"))
+    repair(any_store, apply=True)
     plan = cases.make_plan()
-    writer = cases.open_writer(store, plan)
+    writer = cases.open_writer(any_store, plan)
     (shard,) = writer.missing()
     writer.commit(shard, cases.make_batch(plan, shard, longest=9))
     assert "differs from what it was" in caplog.text
 
 
-def test_a_recomputed_shard_that_is_the_same_is_not(store, caplog):
-    find(store, "entropy/c/0").unlink()
-    repair(store, apply=True)
-    cases.write_store(store)
+def test_a_recomputed_shard_that_is_the_same_is_not(any_store, caplog):
+    cases.drop(any_store, name_of(any_store, "entropy/c/0"))
+    repair(any_store, apply=True)
+    cases.write_store(any_store)
     assert "differs" not in caplog.text
 
 
@@ -310,5 +321,5 @@ def test_sizes_that_contradict_each_other_are_told_of_the_whole_shard(tmp_path, 
 
 
 def test_record_names_its_directory_by_content(sealed):
-    record = CommitRecord.from_json(find(sealed, "record").read_bytes())
-    assert find(sealed, "zarr.json").parent.name == record.directory
+    record = CommitRecord.from_json((sealed / name_of(sealed, "record")).read_bytes())
+    assert name_of(sealed, "zarr.json") == f"{record.path}/zarr.json"

@@ -39,22 +39,22 @@ def with_row_changed(batch, **changes):
     return replace(batch, **arrays)
 
 
-def test_equal_digests_end_at_once(store, tmp_path, monkeypatch):
-    write(tmp_path / "copy")
+def test_equal_digests_end_at_once(store, fresh, monkeypatch):
+    write(fresh)
     monkeypatch.setattr(StoreReader, "read", pytest.fail)
-    found = diff(store, tmp_path / "copy")
+    found = diff(store, fresh)
     assert found.equal
     assert found.splits == {}
     assert found.digests[0] == found.digests[1]
 
 
-def test_one_value_of_one_row(store, tmp_path):
+def test_one_value_of_one_row(store, store_at, fresh):
     def change(shard, batch):
         # The second entry of a head moves a little towards the third: order and mass stay legal.
         return with_row_changed(batch, logprob=(1, -1e-4)) if shard.index == 2 else batch
 
-    other = write(tmp_path / "other", change=change)
-    found = diff(store, other)
+    other = write(fresh, change=change)
+    found = diff(cases.copy(store, store_at("first")), other)
     part = found.splits["train"]
     assert not found.equal
     assert found.plan == []

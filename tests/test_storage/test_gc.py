@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import storage_cases as cases
-from repair_crashes import flip
 from seam import Counter, FailAt, watched
 
 from storage.commit.aside import set_aside
 from storage.commit.claims import Claim, Claims
 from storage.commit.records import CommitRecord, record_name
 from storage.errors import CorruptionError, StorageUnavailableError, UsageError
+from storage.files import open_files
 from storage.files.local import LocalFiles
 from storage.tools import gc
 from storage.tools.gc import collect_garbage
@@ -29,41 +29,57 @@ from storage.tools.verify import verify
 DEAD = 99999999999999999999  # no system has a process of this number
 
 
+ORPHAN = f"shards/000002-{'0' * 16}"
+
+
+def with_garbage(sealed: Path, store: cases.Store) -> cases.Store:
+    """Copy a sealed store, with garbage of every sort."""
+    cases.copy(sealed, store)
+    for name, data in cases.contents(sealed).items():
+        if name.startswith("shards/000002-"):
+            cases.put(store, f"{ORPHAN}/{name.split('/', 2)[2]}", data)
+    cases.put(store, "tmp/77-abc/tokens/c", b"x" * 100)
+    cases.put(store, "tmp/78-def", b"y" * 10)
+    if isinstance(store, Path):
+        (store / "tmp" / "79-empty").mkdir()
+    cases.put(store, "tmp/claim-000003", Claim(host=socket.gethostname(), process=DEAD).to_bytes())
+    cases.put(store, "quarantine/commits-000001.json", b"old")
+    return store
+
+
 @pytest.fixture
 def store(tmp_path, sealed) -> Path:
-    """A sealed store with garbage of every sort."""
-    path = tmp_path / "store"
-    shutil.copytree(sealed, path)
-    orphan = path / "shards" / f"000002-{'0' * 16}"
-    shutil.copytree(next((path / "shards").glob("000002-*")), orphan)
-    (path / "tmp" / "77-abc" / "tokens").mkdir(parents=True)
-    (path / "tmp" / "77-abc" / "tokens" / "c").write_bytes(b"x" * 100)
-    (path / "tmp" / "78-def").write_bytes(b"y" * 10)
-    (path / "tmp" / "79-empty").mkdir()
-    (path / "tmp" / "claim-000003").write_bytes(Claim(host=socket.gethostname(), process=DEAD).to_bytes())
-    (path / "quarantine").mkdir()
-    (path / "quarantine" / "commits-000001.json").write_bytes(b"old")
-    return path
+    """One on disk."""
+    return with_garbage(sealed, tmp_path / "store")
 
 
-def test_it_shows_first_and_then_removes_what_nothing_names(store, sealed):
-    whole = {file: file.read_bytes() for file in sorted(store.rglob("*")) if file.is_file()}
-    shown = collect_garbage(store, apply=False)
-    assert {file: file.read_bytes() for file in sorted(store.rglob("*")) if file.is_file()} == whole
+@pytest.fixture
+def any_store(fresh, sealed) -> cases.Store:
+    """One on disk, or in memory."""
+    return with_garbage(sealed, fresh)
+
+
+def test_it_shows_first_and_then_removes_what_nothing_names(any_store, sealed):
+    on_disk = isinstance(any_store, Path)
+    whole = cases.contents(any_store)
+    shown = collect_garbage(any_store, apply=False)
+    assert cases.contents(any_store) == whole
     assert [item.name for item in shown] == [
         "tmp/77-abc",
         "tmp/78-def",
-        "tmp/79-empty",
+        *(["tmp/79-empty"] if on_disk else []),
         "tmp/claim-000003",
         "quarantine/commits-000001.json",
-        f"shards/000002-{'0' * 16}",
+        ORPHAN,
     ]
-    assert [item.bytes for item in shown[:3]] == [100, 10, 0]
-    assert collect_garbage(store, apply=True) == shown
-    assert cases.tree(store) == cases.tree(sealed)
-    assert not [*(store / "tmp").iterdir(), *(store / "quarantine").iterdir()]
-    assert collect_garbage(store, apply=True) == []
-    assert verify(store).problems == []
+    assert [item.bytes for item in shown[:2]] == [100, 10]
+    assert not on_disk or shown[2].bytes == 0
+    assert collect_garbage(any_store, apply=True) == shown
+    assert cases.tree(any_store) == cases.tree(sealed)
+    files = open_files(any_store)
+    assert files.entries("tmp") | files.entries("quarantine") == set()
+    assert collect_garbage(any_store, apply=True) == []
+    assert verify(any_store).problems == []
 
 
 def test_files_that_are_not_of_a_store_stay(store):
@@ -83,27 +99,25 @@ def test_a_link_in_tmp_is_removed_and_not_followed(store, tmp_path):
     assert (tmp_path / "precious" / "data").read_text() == "mine"
 
 
-def test_with_damage_nothing_is_removed(store):
-    (store / "commits" / "000002.json").unlink()
-    before = cases.tree(store)
+def test_with_damage_nothing_is_removed(any_store):
+    cases.drop(any_store, "commits/000002.json")
+    before = cases.tree(any_store)
     for apply in (False, True):
         with pytest.raises(CorruptionError, match=r"000002\.json"):
-            collect_garbage(store, apply=apply)
-    assert cases.tree(store) == before
-    assert (store / "tmp" / "78-def").exists()
+            collect_garbage(any_store, apply=apply)
+    assert cases.tree(any_store) == before
+    assert "tmp/78-def" in cases.contents(any_store)
 
 
-def test_quarantine_stays_until_the_repaired_store_is_whole_again(tmp_path, sealed):
-    path = tmp_path / "store"
-    shutil.copytree(sealed, path)
-    victim = next((path / "shards").glob("000001-*/logprob/c/0/0"))
-    victim.write_bytes(b"x")
-    repair(path, apply=True)
-    assert [item.name for item in collect_garbage(path, apply=True) if item.name.startswith("quarantine/")] == []
-    cases.write_store(path)
-    removed = [item.name for item in collect_garbage(path, apply=True)]
+def test_quarantine_stays_until_the_repaired_store_is_whole_again(fresh, sealed):
+    cases.copy(sealed, fresh)
+    cases.put(fresh, cases.find(fresh, "shards/000001-*/logprob/c/0/0"), b"x")
+    repair(fresh, apply=True)
+    assert [item.name for item in collect_garbage(fresh, apply=True) if item.name.startswith("quarantine/")] == []
+    cases.write_store(fresh)
+    removed = [item.name for item in collect_garbage(fresh, apply=True)]
     assert "quarantine/commits-000001.json" in removed
-    assert cases.tree(path) == cases.tree(sealed)
+    assert cases.tree(fresh) == cases.tree(sealed)
 
 
 def test_a_worker_of_this_machine_forbids_it(store):
@@ -119,20 +133,20 @@ def test_a_worker_of_this_machine_forbids_it(store):
     assert not (store / "tmp" / "78-def").exists()
 
 
-def test_a_worker_of_another_machine_forbids_it(store):
-    note = store / "tmp" / "claim-000001"
-    note.write_bytes(Claim(host="node17", process=42).to_bytes())
-    before = cases.tree(store)
+def test_a_worker_of_another_machine_forbids_it(any_store):
+    cases.put(any_store, "tmp/claim-000001", Claim(host="node17", process=42).to_bytes())
+    before = cases.tree(any_store)
     with pytest.raises(UsageError, match="process 42 of node17 works on shard 1") as refusal:
-        collect_garbage(store, apply=True)
+        collect_garbage(any_store, apply=True)
     assert "remove tmp/claim-000001 by hand" in str(refusal.value.fix)
-    assert cases.tree(store) == before
-    assert [item.reason for item in collect_garbage(store, apply=False) if item.name == "tmp/claim-000001"] == [
+    assert refusal.value.where == f"{any_store}/tmp/claim-000001"
+    assert cases.tree(any_store) == before
+    assert [item.reason for item in collect_garbage(any_store, apply=False) if item.name == "tmp/claim-000001"] == [
         "a claim: process 42 of node17 works on shard 1, or was cut off there"
     ]
-    assert any("a claim: process 42 of node17" in line for line in verify(store).warnings)
-    note.unlink()
-    assert collect_garbage(store, apply=True)
+    assert any("a claim: process 42 of node17" in line for line in verify(any_store).warnings)
+    cases.drop(any_store, "tmp/claim-000001")
+    assert collect_garbage(any_store, apply=True)
 
 
 def test_what_is_committed_after_the_look_stays(tmp_path, monkeypatch):
@@ -158,38 +172,39 @@ def test_what_is_committed_after_the_look_stays(tmp_path, monkeypatch):
     assert verify(tmp_path / "store").problems == []
 
 
-def test_a_record_that_is_damaged_after_the_look_is_told_and_its_directory_stays(store, monkeypatch):
-    orphan, find = store / "shards" / f"000002-{'0' * 16}", gc._find
+def test_a_record_that_is_damaged_after_the_look_is_told_and_its_directory_stays(any_store, monkeypatch):
+    find = gc._find
 
     def found_before_the_damage(manifest):
         found = find(manifest)
-        (store / "commits" / "000002.json").write_bytes(b"{}")
+        cases.put(any_store, "commits/000002.json", b"{}")
         return found
 
     monkeypatch.setattr(gc, "_find", found_before_the_damage)
     with pytest.raises(CorruptionError, match="its commit record"):
-        collect_garbage(store, apply=True)
-    assert orphan.exists()
+        collect_garbage(any_store, apply=True)
+    assert open_files(any_store).exists(ORPHAN)
 
 
-def test_what_was_set_aside_and_is_committed_after_the_look_comes_back(store, monkeypatch):
+def test_what_was_set_aside_and_is_committed_after_the_look_comes_back(any_store, monkeypatch):
     """A collection was killed; the worker that had found the directory goes on beside the next collection."""
-    files, record, find = LocalFiles(store), store / "commits" / "000001.json", gc._find
-    path = CommitRecord.from_json(record.read_bytes()).path
-    (store / "sealed.json").unlink()
-    record.rename(store.parent / "record")
+    files, find = open_files(any_store), gc._find
+    record = files.read("commits/000001.json")
+    path = CommitRecord.from_json(record).path
+    for name in ("sealed.json", "commits/000001.json"):
+        cases.drop(any_store, name)
     aside = set_aside(files, path)
 
     def found_before_the_commit(manifest):
         found = find(manifest)
         assert aside in [item.name for item in found]
-        (store.parent / "record").rename(record)
+        cases.put(any_store, "commits/000001.json", record)
         return found
 
     monkeypatch.setattr(gc, "_find", found_before_the_commit)
-    assert aside not in [item.name for item in collect_garbage(store, apply=True)]
-    assert (store / path).exists()
-    assert verify(store).problems == []
+    assert aside not in [item.name for item in collect_garbage(any_store, apply=True)]
+    assert files.exists(path)
+    assert verify(any_store).problems == []
 
 
 def test_what_cannot_be_removed_is_not_listed_as_removed(store):
@@ -214,7 +229,7 @@ def test_leftovers_are_not_read_and_claims_a_few_times(store, monkeypatch):
     """There may be many, and large ones."""
     for number in range(20):
         (store / "tmp" / f"90-{number:012x}").write_bytes(b"left")
-        shutil.copytree(store / "shards" / f"000002-{'0' * 16}", store / "shards" / f"000003-{number:016x}")
+        shutil.copytree(store / ORPHAN, store / "shards" / f"000003-{number:016x}")
     read, real = list[str](), LocalFiles.read
 
     def noted(self, name):
@@ -289,24 +304,26 @@ def test_a_collection_killed_while_a_committed_directory_is_out_of_sight(memory,
     assert not (path / "quarantine").exists()
 
 
-def test_what_is_put_back_is_read_before_it_is_trusted(store):
+def test_what_is_put_back_is_read_before_it_is_trusted(any_store):
     """Someone flipped a bit of it meanwhile; its size is as before."""
-    record = CommitRecord.from_json((store / "commits" / "000001.json").read_bytes())
-    aside = set_aside(LocalFiles(store), record.path)
-    flip(store / aside / "entropy/c/0")
-    actions = repair(store, apply=True)
+    files = open_files(any_store)
+    record = CommitRecord.from_json(files.read("commits/000001.json"))
+    aside = set_aside(files, record.path)
+    data = files.read(f"{aside}/entropy/c/0")
+    cases.put(any_store, f"{aside}/entropy/c/0", data[:-1] + bytes([data[-1] ^ 1]))
+    actions = repair(any_store, apply=True)
     assert [action.name for action in actions] == [aside, record.path, "sealed.json", "commits/000001.json"]
     assert [action.moved_to.split("/")[0] for action in actions] == ["shards", *["quarantine"] * 3]
-    cases.write_store(store)
-    assert verify(store).problems == []
+    cases.write_store(any_store)
+    assert verify(any_store).problems == []
 
 
-def test_what_was_set_aside_and_removed_in_part_is_not_put_back(store):
-    record = CommitRecord.from_json((store / "commits" / "000001.json").read_bytes())
-    aside = set_aside(LocalFiles(store), record.path)
-    (store / aside / "entropy/c/0").unlink()
-    assert verify(store).problems[0].message == "the directory is missing"
-    assert aside not in [action.name for action in repair(store, apply=False)]
+def test_what_was_set_aside_and_removed_in_part_is_not_put_back(any_store):
+    record = CommitRecord.from_json(cases.contents(any_store)["commits/000001.json"])
+    aside = set_aside(open_files(any_store), record.path)
+    cases.drop(any_store, f"{aside}/entropy/c/0")
+    assert verify(any_store).problems[0].message == "the directory is missing"
+    assert aside not in [action.name for action in repair(any_store, apply=False)]
 
 
 def test_no_store(tmp_path):

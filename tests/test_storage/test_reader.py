@@ -27,9 +27,9 @@ from storage.segments import cumsum_rows
 ROOT = Path(__file__).parent.parent.parent
 
 
-def test_totals_and_identity(sealed):
-    plan = cases.make_plan()
-    train, heldout = StoreReader(sealed), StoreReader(sealed, split="heldout")
+def test_totals_and_identity(sealed, fresh):
+    plan, store = cases.make_plan(), cases.copy(sealed, fresh)
+    train, heldout = StoreReader(store), StoreReader(store, split="heldout")
     assert train.plan == plan
     assert train.digest == heldout.digest
     for reader in (train, heldout):
@@ -74,30 +74,30 @@ def test_numbers_out_of_range(sealed):
             reader.read([0, wrong])
 
 
-def test_an_unfinished_store_is_refused_with_its_counts(tmp_path):
-    cases.write_store(tmp_path / "store", shards=[0, 2])
+def test_an_unfinished_store_is_refused_with_its_counts(fresh):
+    cases.write_store(fresh, shards=[0, 2])
     with pytest.raises(UsageError, match="2 of 5 shards") as caught:
-        StoreReader(tmp_path / "store")
+        StoreReader(fresh)
     assert "pipeline extract" in caught.value.fix
 
 
-def test_a_partial_store_is_a_frozen_set_of_shards(tmp_path):
-    cases.write_store(tmp_path / "store", shards=[0, 2])
-    partial = StoreReader(tmp_path / "store", allow_partial=True)
+def test_a_partial_store_is_a_frozen_set_of_shards(fresh):
+    cases.write_store(fresh, shards=[0, 2])
+    partial = StoreReader(fresh, allow_partial=True)
     assert [item.shard for item in partial.shards] == [0, 2]
-    again = StoreReader(tmp_path / "store", allow_partial=True)
+    again = StoreReader(fresh, allow_partial=True)
     assert again.digest == partial.digest
-    cases.write_store(tmp_path / "store", shards=[1])
-    more = StoreReader(tmp_path / "store", allow_partial=True)
+    cases.write_store(fresh, shards=[1])
+    more = StoreReader(fresh, allow_partial=True)
     assert more.digest != partial.digest
     assert len(partial.read(range(len(partial)))) == len(partial)
-    cases.write_store(tmp_path / "store")
-    assert StoreReader(tmp_path / "store", allow_partial=True).digest == StoreReader(tmp_path / "store").digest
+    cases.write_store(fresh)
+    assert StoreReader(fresh, allow_partial=True).digest == StoreReader(fresh).digest
 
 
-def test_there_is_no_store(tmp_path):
+def test_there_is_no_store(fresh):
     with pytest.raises(UsageError, match="no store"):
-        StoreReader(tmp_path)
+        StoreReader(fresh)
 
 
 def test_equals_plain_zarr(sealed):
@@ -123,11 +123,11 @@ def test_equals_plain_zarr(sealed):
 
 
 @pytest.fixture
-def many_chunks(tmp_path, monkeypatch):
+def many_chunks(fresh, monkeypatch):
     """A store whose shards have about ten chunks per array."""
     monkeypatch.setattr(storage.format.arrays, "CHUNK_UNITS", 8)
-    cases.write_store(tmp_path / "store")
-    return tmp_path / "store"
+    cases.write_store(fresh)
+    return fresh
 
 
 def test_chunking_does_not_change_what_is_read(many_chunks, sealed):
@@ -183,13 +183,13 @@ def test_damage_after_the_first_read_is_found(many_chunks):
     """The file was checked, then replaced or changed in place."""
     reader = StoreReader(many_chunks, cache_bytes=0)
     reader.read(range(3))
-    (directory,) = (many_chunks / "shards").glob("000000-*")
-    for victim in (directory / "head_ids/c/0/0", directory / "entropy/c/0"):
-        good = victim.read_bytes()
-        victim.write_bytes(good[:-30] + bytes([good[-30] ^ 4]) + good[-29:])
+    for part in ("head_ids/c/0/0", "entropy/c/0"):
+        victim = cases.find(many_chunks, f"shards/000000-{'?' * 16}/{part}")
+        good = cases.contents(many_chunks)[victim]
+        cases.put(many_chunks, victim, good[:-30] + bytes([good[-30] ^ 4]) + good[-29:])
         with pytest.raises(CorruptionError):
             reader.read(range(3))
-        victim.write_bytes(good)
+        cases.put(many_chunks, victim, good)
         reader.read(range(3))
 
 

@@ -13,27 +13,31 @@ from storage.reader import StoreReader
 from storage.tools.status import status
 
 
-def test_a_sealed_store(sealed):
-    found, plan = status(sealed), cases.make_plan()
+def test_a_sealed_store(sealed, fresh):
+    found, plan = status(cases.copy(sealed, fresh)), cases.make_plan()
     batches = [cases.make_batch(plan, shard) for shard in plan.shards()]
+    assert found.path == str(fresh)
     assert (found.shards, found.committed, found.missing) == (5, 5, 0)
     assert found.digest == StoreReader(sealed).digest
     assert found.rows == sum(batch.rows for batch in batches)
     assert found.heldout_rows == batches[-1].rows
     assert found.bytes == sum(len(data) for data in cases.tree(sealed).values())
     assert found.bytes_per_row == pytest.approx(found.bytes / found.rows)
+    growing = ("shards/", "commits/", "sealed.json")
+    growing_bytes = sum(len(data) for name, data in cases.tree(sealed).items() if name.startswith(growing))
+    assert found.shard_bytes_per_row == pytest.approx(growing_bytes / found.rows)
     assert found.shard_bytes_per_row < found.bytes_per_row
     head_mass = np.concatenate([1 / (1 + np.exp(batch.tail_logit)) for batch in batches]).mean()
     assert found.head_mass == pytest.approx(head_mass, abs=1e-3)
 
 
-def test_an_unfinished_store(tmp_path):
-    cases.open_writer(tmp_path / "store", cases.make_plan())
-    empty = status(tmp_path / "store")
+def test_an_unfinished_store(fresh):
+    cases.open_writer(fresh, cases.make_plan())
+    empty = status(fresh)
     assert (empty.committed, empty.missing, empty.rows, empty.bytes_per_row, empty.digest) == (0, 5, 0, None, None)
-    cases.write_store(tmp_path / "store", shards=[1])
-    (tmp_path / "store" / "tmp" / "1-x").write_bytes(b"x" * 10**6)
-    found = status(tmp_path / "store")
+    cases.write_store(fresh, shards=[1])
+    cases.put(fresh, "tmp/1-x", b"x" * 10**6)
+    found = status(fresh)
     assert (found.committed, found.missing, found.digest) == (1, 4, None)
     assert found.bytes < 10**6
 
@@ -52,6 +56,6 @@ def test_the_pace_is_that_of_the_newest_commits(tmp_path, sealed):
     assert status(sealed).pace is None, "it is finished"
 
 
-def test_no_store(tmp_path):
+def test_no_store(fresh):
     with pytest.raises(UsageError):
-        status(tmp_path)
+        status(fresh)
