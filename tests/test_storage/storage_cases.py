@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from storage.codecs import default_codecs
+from storage.codecs import CODECS, DEFAULT_CODEC
 from storage.format.remap import build_remap, remap_sha256
 from storage.plan import HeldoutRule, Plan, ShardSpec, TargetSpec
 from storage.rows import SequenceBatch
@@ -56,7 +56,7 @@ def make_plan(**changes) -> Plan:
         "heldout": HeldoutRule(fraction=0.2, seed=3),
         "documents_per_shard": 6,
         "batching": {"sequences": 4},
-        "codecs": default_codecs(),
+        "codecs": {"logprob": CODECS[DEFAULT_CODEC]().parameters()},
         "remap_sha256": remap_sha256(make_remap(vocab_size)),
         "recorded": {"workers": 1},
     }
