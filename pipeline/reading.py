@@ -94,17 +94,16 @@ def require_hidden_states(backend: str, task: str, *, key: str, otherwise: str =
     Raises:
         UsageError: it gives finished candidates alone, or is not in the table, as in the plan of a newer version.
     """
-    able = [name for name, known in BACKENDS.items() if known.hidden_states]
-    fix = f"use a backend that gives them: {', '.join(able)}{otherwise}"
     if backend not in BACKENDS:
         raise UsageError(
             f"unknown teacher backend {backend!r}", where=key, fix=f"this version has {', '.join(BACKENDS)}"
         )
     if not BACKENDS[backend].hidden_states:
+        able = ", ".join(name for name, known in BACKENDS.items() if known.hidden_states)
         raise UsageError(
             f"teacher backend {backend!r} gives finished candidates alone; {task} needs hidden states and a head",
             where=key,
-            fix=fix,
+            fix=f"use a backend that gives them: {able}{otherwise}",
         )
 
 

@@ -92,7 +92,7 @@ def _check_keys(loss: Mapping[str, Any]) -> None:
     from stages.losses import KDLossConfig
     from stages.losses.divergences import parameters
 
-    for key in SET_ELSEWHERE.keys() & loss.keys():
+    for key in (key for key in loss if key in SET_ELSEWHERE):
         what, fix = f"loss.{key} is not set here: it comes from {SET_ELSEWHERE[key]}", f"leave loss.{key} out"
         raise FieldError(what, path=("loss", key), fix=fix)
     known = ["name", *(field.name for field in dataclasses.fields(KDLossConfig) if field.name not in SET_ELSEWHERE)]

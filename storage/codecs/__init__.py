@@ -89,8 +89,3 @@ def logprob_codec(parameters: Mapping[str, Json]) -> LogprobCodec:
         return CODECS[name](**values)
     except (TypeError, ValueError, OverflowError) as error:
         raise UsageError(f"codec {name}: {error}", where="plan.json: codecs.logprob") from error
-
-
-def default_codecs() -> dict[str, dict[str, Json]]:
-    """Return the `codecs` field of a new plan."""
-    return {"logprob": CODECS[DEFAULT_CODEC]().parameters()}

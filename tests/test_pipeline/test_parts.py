@@ -266,6 +266,9 @@ def test_finished_candidates_make_the_rows_that_logits_make(tmp_path: Path, tiny
     with pytest.raises(UsageError, match="'engine' gives finished candidates alone; evaluation needs hidden") as caught:
         evaluate(tmp_path / "engine", {}, device="cpu")
     assert caught.value.where == "plan.json: teacher.backend"
+    del BACKENDS["engine"]  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match="unknown teacher backend 'engine'"):
+        evaluate(tmp_path / "engine", {}, device="cpu")
 
 
 @pytest.mark.usefixtures("parts")

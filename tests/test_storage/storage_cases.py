@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from storage.codecs import default_codecs
+from storage.codecs import CODECS, DEFAULT_CODEC
 from storage.files import open_files
 from storage.files.memory import MemoryFiles
 from storage.format.remap import build_remap, remap_sha256
@@ -60,7 +60,7 @@ def make_plan(**changes) -> Plan:
         "heldout": HeldoutRule(fraction=0.2, seed=3),
         "documents_per_shard": 6,
         "batching": {"sequences": 4},
-        "codecs": default_codecs(),
+        "codecs": {"logprob": CODECS[DEFAULT_CODEC]().parameters()},
         "remap_sha256": remap_sha256(make_remap(vocab_size)),
         "recorded": {"workers": 1},
     }

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.codecs import CODECS, default_codecs, logprob_codec
+from storage.codecs import CODECS, DEFAULT_CODEC, logprob_codec
 from storage.codecs.sqrt_delta import SqrtDelta
 from storage.errors import UsageError
 from storage.format.decode import scale_heads
@@ -148,7 +148,7 @@ def test_the_largest_code_is_where_the_format_says(root, log):
 
 
 def test_default_is_in_the_table():
-    assert logprob_codec(default_codecs()["logprob"]) == SqrtDelta()
+    assert CODECS[DEFAULT_CODEC]() == SqrtDelta()
 
 
 @settings(max_examples=200, deadline=None)
