@@ -165,19 +165,19 @@ def evaluate(
     warnings = tuple(line for line in told if line is not None)
     for line in warnings:
         logger.warning("%s", line)
-    reads = {"": _read(teacher_files, heldout, plan, torch_device, teacher_dtype, backend=backend)}
-    for name, files in student_files.items():
-        reads[name] = _read(files, heldout, plan, torch_device, student_dtype, backend=REFERENCE)
-
-    document_N = np.repeat(heldout.document, lengths(heldout))[heldout.has_row]
-    marks = _score(list(reads.values()), _following(heldout, torch_device))
-    scores = {
-        name: _summary(mark, document_N, read.seconds, against_teacher=bool(name))
-        for (name, read), mark in zip(reads.items(), marks, strict=True)
+    of_teacher = _read(teacher_files, heldout, plan, torch_device, teacher_dtype, backend=backend)
+    of_students = {
+        name: _read(files, heldout, plan, torch_device, student_dtype, backend=REFERENCE)
+        for name, files in student_files.items()
     }
+    document_N = np.repeat(heldout.document, lengths(heldout))[heldout.has_row]
+    teacher_marks, *student_marks = _score([of_teacher, *of_students.values()], _following(heldout, torch_device))
     return Evaluation(
-        teacher=scores.pop(""),
-        students=scores,
+        teacher=_summary(teacher_marks, document_N, of_teacher.seconds, against_teacher=False),
+        students={
+            name: _summary(marks, document_N, read.seconds, against_teacher=True)
+            for (name, read), marks in zip(of_students.items(), student_marks, strict=True)
+        },
         documents=len(documents),
         tokens=len(document_N),
         store_digest=reader.digest,
