@@ -22,7 +22,7 @@ from seam import watched
 
 from storage.commit.records import SEAL, CommitRecord, record_name
 from storage.errors import DistillError
-from storage.files.local import LocalFiles
+from storage.files.base import Files
 from storage.tools import gc
 from storage.tools.gc import collect_garbage
 from storage.tools.repair import repair
@@ -116,10 +116,10 @@ class RepairCrashes:
         _record(self.store).unlink()
         refuse_workers = gc._refuse_workers
 
-        def commit_and_look(root: Path) -> None:
+        def commit_and_look(files: Files) -> None:
             if not directory.exists():
-                LocalFiles(root).create(record_name(1), record)
-            refuse_workers(root)
+                files.create(record_name(1), record)
+            refuse_workers(files)
 
         with mock.patch.object(gc, "_refuse_workers", commit_and_look):
             disk = self._crash("adoption", lambda: collect_garbage(self.store, apply=True), self._check_repair)

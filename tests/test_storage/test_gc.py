@@ -258,13 +258,13 @@ def test_the_claim_of_a_worker_that_begins_after_the_look_stays(tmp_path, monkey
 
     workers, refuse = [worker()], gc._refuse_workers
 
-    def another_begins(root):
+    def another_begins(place):
         if len(workers) == 1:
             workers[0].close()
-            refuse(root)
+            refuse(place)
             workers.append(worker())
         else:
-            refuse(root)
+            refuse(place)
 
     monkeypatch.setattr(gc, "_refuse_workers", another_begins)
     with pytest.raises(UsageError, match="works on shard 1"):
