@@ -27,16 +27,18 @@ def lengths(batch: SequenceBatch) -> NDArray[np.int64]:
 
 def part(batch: SequenceBatch, first: int, end: int) -> SequenceBatch:
     """Sequences first <= s < end of a batch, as views of its arrays."""
-    changes: dict[str, Any] = {name: _cut(batch, name, axis, first, end) for name, axis in AXES.items()}
+    changes: dict[str, Any] = {}
+    spans = {"sequence": slice(first, end)}
+    for axis, name in OFFSETS.items():
+        offset = getattr(batch, name)
+        changes[name] = offset[first : end + 1] - offset[first]
+        spans[axis] = slice(offset[first], offset[end])
+    changes |= {name: _cut(getattr(batch, name), spans[axis]) for name, axis in AXES.items() if axis in spans}
     return replace(batch, **changes)
 
 
-def _cut(batch: SequenceBatch, name: str, axis: Axis, first: int, end: int) -> Any:
-    values = getattr(batch, name)
-    if axis == "sequence_edge":
-        return values[first : end + 1] - values[first]
-    offset = getattr(batch, OFFSETS[axis]) if axis in OFFSETS else None
-    span = slice(first, end) if offset is None else slice(offset[first], offset[end])
+def _cut(values: Any, span: slice) -> Any:
+    """Cut an array, or columns by name."""
     if isinstance(values, Mapping):
         return {column: array[span] for column, array in values.items()}
     return None if values is None else values[span]
@@ -59,7 +61,7 @@ def _chain(axis: Axis, values: list[Any]) -> Any:
     if isinstance(values[0], Mapping):
         return {column: np.concatenate([columns[column] for columns in values]) for column in values[0]}
     if axis == "sequence_edge":
-        return row_starts(np.concatenate([np.diff(offset) for offset in values]))
+        return row_starts(np.concatenate([offset[1:] - offset[:-1] for offset in values]))
     return np.concatenate(values)
 
 

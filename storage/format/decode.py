@@ -51,12 +51,14 @@ def decode_batch(
     codec, work = logprob_codec(plan.codecs["logprob"]), Work()
     scale_to = found["tail_logit"] if scaled and codec.renormalises else None
     for item in reversed(ARRAYS):  # threads begin with what takes longest: the log-probabilities
+        if item.name in found:
+            continue
         pieces = _pieces(runs, item.name)
         if item.stored == "logprob":
             found[item.name] = _logprob(codec, pieces, found["head_size"], scale_to, work=work)
-        elif item.stored == "id" and item.axis == "tail":
+        elif item.axis == "tail":
             found[item.name] = _tail_ids(remap, pieces, found["tail_size"], work=work)
-        elif item.stored == "id":
+        else:
             found[item.name] = _ids(remap, pieces, work=work)
     list(each(_do, work))
     return SequenceBatch(

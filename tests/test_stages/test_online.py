@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
+import stages.batches.corpus
 from stages.batches.corpus import TokenizedCorpus, split_corpus
 from stages.batches.microbatch import MicroBatch, to_microbatch
 from stages.batches.sequences import join, part
@@ -18,6 +20,7 @@ from stages.corpus.tokenize import TokenWindow
 from stages.models.files import find_model
 from stages.teacher.live import LiveTeacher
 from storage.plan import HeldoutRule
+from storage.rows import ARRAYS, ArrayField, SequenceBatch
 
 REAL_TOKENS = 512
 SHAPE = {
@@ -68,6 +71,16 @@ def test_a_corpus_gives_back_its_sequences_in_any_order() -> None:
     assert len(corpus.read([], targets=False)) == 0
     with pytest.raises(ValueError, match="live teacher"):
         corpus.read([0])
+
+
+def test_a_field_added_to_rows_is_there_without_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    added = ArrayField(name="varentropy", axis="row", dtype=np.float32, stored="real", only_with=None, absent=0)
+    wider = make_dataclass("Wider", [(added.name, Any)], bases=(SequenceBatch,), frozen=True, kw_only=True)
+    monkeypatch.setattr(stages.batches.corpus, "SequenceBatch", wider)
+    monkeypatch.setattr(stages.batches.corpus, "ARRAYS", (*ARRAYS, added))
+    batch: Any = TokenizedCorpus(sequences()).read([1, 0], targets=False)
+    assert batch.varentropy.dtype == np.float32
+    assert batch.varentropy.tolist() == [0.0] * batch.rows
 
 
 def split(given: list[TokenWindow], rule: HeldoutRule) -> tuple[TokenizedCorpus, TokenizedCorpus]:

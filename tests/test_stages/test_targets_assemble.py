@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from dataclasses import make_dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from stages.targets.assemble import assemble
 from stages.targets.positions import document_order, wanted_mask, wanted_positions
 from stages.targets.rows import TargetRows
 from storage.plan import TargetSpec
+from storage.rows import NUMBERS, ArrayField, SequenceBatch
 from storage.segments import merge_draws
 
 K, M = 3, 4
@@ -93,6 +97,23 @@ def test_any_order_of_computation_gives_the_same_batch(computed: list[int]) -> N
     assert batch.count.tolist() == [2, 1, 1] * 5
     assert batch.tokens[:3].tolist() == [0, 1, 2]
     assert batch.window_start.tolist() == [0, 2, 0]
+
+
+def test_a_number_added_to_rows_is_carried_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What computes it puts it into `TargetRows`; nothing else here names it."""
+    added = ArrayField(name="varentropy", axis="row", dtype=np.float32, stored="real", only_with=None, absent=0)
+    wide_rows, wide_batch = (
+        make_dataclass(kind.__name__, [(added.name, Any)], bases=(kind,), frozen=True, kw_only=True)
+        for kind in (TargetRows, SequenceBatch)
+    )
+    for module in ("stages.targets.assemble", "stages.targets.rows"):  # the package has a function of that name
+        monkeypatch.setattr(sys.modules[module], "NUMBERS", (*NUMBERS, added))
+    monkeypatch.setattr(sys.modules["stages.targets.assemble"], "SequenceBatch", wide_batch)
+    rows = rows_for(SEQUENCES)
+    batch: Any = assemble(SEQUENCES, wide_rows(**vars(rows), varentropy=2 * rows.entropy), TARGET)
+    assert batch.varentropy.tolist() == [0, 2, 6, 8, 10, 400]
+    empty: Any = assemble([], wide_rows.empty(TARGET), TARGET)
+    assert empty.varentropy.shape == (0,)
 
 
 def test_an_empty_shard() -> None:

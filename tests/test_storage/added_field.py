@@ -24,7 +24,7 @@ from storage.tools.diff import diff
 from storage.tools.verify import verify
 
 FOLDER = Path(sys.argv[1])
-PLAN = cases.make_plan(codecs=cases.EXACT, target=cases.TARGETS["temperatures"])
+PLAN = cases.make_plan(codecs=cases.EXACT, target=cases.TARGETS["temperatures"], documents=9, documents_per_shard=4)
 
 
 def computed_by(rows_of, offset: float):
@@ -55,7 +55,7 @@ np.testing.assert_array_equal(reader.read([3, 1]).varentropy, join([part(whole, 
 np.testing.assert_array_equal(join(pack(whole, 32)).varentropy, whole.varentropy)
 assert reader.read([3, 1], targets=False).varentropy.tolist() == [0.0] * reader.read([3, 1]).rows
 
-list(convert(FOLDER / "first", FOLDER / "resharded", Conversion(documents_per_shard=8, k=3)))
+list(convert(FOLDER / "first", FOLDER / "resharded", Conversion(documents_per_shard=9, k=3)))
 np.testing.assert_array_equal(read(FOLDER / "resharded").varentropy, whole.varentropy)
 found = diff(FOLDER / "first", FOLDER / "second").splits["train"]
 assert found.rows_different == found.rows == whole.rows

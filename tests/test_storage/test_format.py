@@ -22,6 +22,7 @@ from storage.format.chunks import SMALLEST_PAGE
 from storage.format.encode import group_metadata
 from storage.plan import FORMAT_VERSION, Plan, TargetSpec
 from storage.reader import StoreReader
+from storage.rows import ARRAYS
 from storage.values import canonical_json
 
 TEXT = (Path(storage.__file__).parent / "FORMAT.md").read_text()
@@ -51,17 +52,41 @@ def test_snippets_run_and_agree_with_the_reader(tmp_path, sealed, monkeypatch, c
     assert f"{batch.head_ids.reshape(-1, k)[:3]}" in printed
 
 
+def _table_of_arrays() -> list[tuple[str, str, str, str]]:
+    """Name, axis, dtype and meaning of each array."""
+    table = TEXT[TEXT.index("| array |") :]
+    rows = re.findall(r"^\| (\w+) \| ([\w, ;]+) \| ([\w' ]+) \| (.*) \|$", table[: table.index("\n\n")], re.MULTILINE)
+    return rows[1:]
+
+
+def test_the_table_of_arrays_is_the_one_of_the_fields():
+    words = {"bits": "uint8", "logprob": "the codec's"}
+    conditions = {
+        "k": "; only with k > 0",
+        "draws": "; only with draws",
+        "temperatures": "; only with temperatures",
+        "end_bytes": "; absent if the input was token ids",
+    }
+    table = {name: about for name, *about in _table_of_arrays()}
+    assert table.keys() == {item.name for item in ARRAYS}
+    for item in ARRAYS:
+        axis, dtype, meaning = table[item.name]
+        assert ("token_byte" if item.stored == "bits" else item.axis) in re.split(r"[,; ]+", axis), item
+        assert ("temperature" in axis) == item.by_temperature, item
+        assert dtype == words.get(item.stored, item.stored), item
+        stated = [owner for owner, condition in conditions.items() if meaning.endswith(condition)]
+        assert stated == ([item.only_with] if item.only_with else []), item
+
+
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("kind", cases.TARGETS)
 def test_the_table_of_arrays_is_complete(kind, codec):
     target = cases.TARGETS[kind]
     absent = {"only with k > 0": not target.k, "only with draws": not target.draws}
     absent["only with temperatures"] = not target.temperatures
-    table = TEXT[TEXT.index("| array |") :]
-    rows = re.findall(r"^\| (\w+) \| ([\w, ;]+) \| ([\w' ]+) \| (.*) \|$", table[: table.index("\n\n")], re.MULTILINE)
     documented = {
         name: (axis, dtype)
-        for name, axis, dtype, meaning in rows[1:]
+        for name, axis, dtype, meaning in _table_of_arrays()
         if not any(gone and condition in meaning for condition, gone in absent.items())
     }
     plan = cases.make_plan(target=target, codecs={"logprob": CODECS[codec]().parameters()})
