@@ -27,6 +27,8 @@ MODULES = (
     "storage.target",
     "storage.rows",
     "storage.errors",
+    "storage.files",
+    "storage.codecs",
     "storage.exchange.arrow",
     "storage.exchange.jsonl",
     "storage.tools.status",

@@ -47,7 +47,7 @@ def extract(config: ExtractConfig, *, limit: int | None = None) -> Iterator[Even
     # A new store is not begun for a teacher that does not load: its plan could never be carried out.
     teacher = None if files.exists(PLAN) else load_teacher(planned)
     writer = StoreWriter.create(files, planned.plan, remap=planned.remap, tokenizer_files=planned.tokenizer_files)
-    todo = from_own_place(writer.missing())
+    todo = _from_own_place(writer.missing())
     chosen = todo[:limit]
     shards = len(planned.plan.shards())
     yield Started(store=str(files), shards=shards, missing=len(todo), rows=expected_rows(planned, todo))
@@ -56,7 +56,7 @@ def extract(config: ExtractConfig, *, limit: int | None = None) -> Iterator[Even
         yield from first_row(planned, teacher, chosen, meter)
         meter.begin_work(expected_rows(planned, chosen))
         with closing(Claims(files).turns(todo, writer.is_committed)) as turns:
-            for event in extract_shards(planned, teacher, writer, turns, meter):
+            for event in _extract_shards(planned, teacher, writer, turns, meter):
                 yield event
                 if meter.new_shards == limit:
                     break
@@ -76,7 +76,7 @@ def extract(config: ExtractConfig, *, limit: int | None = None) -> Iterator[Even
     )
 
 
-def extract_shards(
+def _extract_shards(
     planned: Extraction, teacher: Teacher, writer: StoreWriter, shards: Iterator[ShardSpec], meter: Meter
 ) -> Iterator[Progress | ShardDone]:
     """Compute and commit shards one after the other, and keep the rate for `pipeline plan`.
@@ -107,7 +107,7 @@ def extract_shards(
         )
 
 
-def from_own_place(shards: list[ShardSpec]) -> list[ShardSpec]:
+def _from_own_place(shards: list[ShardSpec]) -> list[ShardSpec]:
     """Begin at an evenly spaced place for each process that a launcher started, so that they meet only at the end."""
     number, processes = place_among_processes()
     first = len(shards) * (number % processes) // processes

@@ -27,7 +27,7 @@ class Holds:
     draws: bool
 
 
-KINDS: Mapping[str, Holds] = {
+NAMED_KINDS: Mapping[str, Holds] = {
     "topk": Holds(head=True, mass=False, draws=False),
     "topp": Holds(head=True, mass=True, draws=False),
     "sampled": Holds(head=False, mass=False, draws=True),
@@ -67,7 +67,7 @@ class TargetSpec:
     def check(self) -> None:
         """Check that the fields have the right types and fit the kind. Raises ValueError."""
         self._check_types()
-        holds = KINDS.get(self.kind, Holds(head=self.k > 0, mass=self.p is not None, draws=self.draws > 0))
+        holds = NAMED_KINDS.get(self.kind, Holds(head=self.k > 0, mass=self.p is not None, draws=self.draws > 0))
         if not holds.head and (not holds.draws or holds.mass):
             raise ValueError(f"kind {self.kind} needs k > 0, or k: 0 without p and draws > 0")
         if not holds.head and self.k != 0:
@@ -100,7 +100,7 @@ class TargetSpec:
 
     def _check_types(self) -> None:
         if not isinstance(self.kind, str) or not _NAME.fullmatch(self.kind):
-            raise ValueError(f"kind must be a name, such as {', '.join(KINDS)}, found {short(self.kind)}")
+            raise ValueError(f"kind must be a name, such as {', '.join(NAMED_KINDS)}, found {short(self.kind)}")
         require_whole("k", self.k, least=0, most=LARGEST_VOCABULARY)
         require_whole("draws", self.draws, least=0, most=LARGEST_DRAWS)
         require_whole("seed", self.seed, least=0, most=LARGEST_SEED)

@@ -32,7 +32,9 @@ def test_the_architecture_is_short_and_shows_the_floors() -> None:
 
 
 def test_the_tables_that_the_architecture_names_exist() -> None:
-    for table, path in re.findall(r"`([A-Z]{3,}|open_files)` in `([\w/.]+)`", ARCHITECTURE):
+    tables = dict(re.findall(r"`([A-Z]{3,}|open_files)` in `([\w/.]+)`", ARCHITECTURE))
+    assert set(tables) == {"SOURCES", "BACKENDS", "KINDS", "DIVERGENCES", "CODECS", "COMMANDS", "open_files"}
+    for table, path in tables.items():
         assert re.search(rf"^(?:def )?{table}\b", (ROOT / path).read_text(), flags=re.MULTILINE), (table, path)
 
 

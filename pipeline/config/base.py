@@ -37,7 +37,7 @@ class NameIn:
 
 @contextmanager
 def section(key: str, model: type[BaseModel]) -> Iterator[None]:
-    """Complete the place of what a stage raises: it names its own parameters, a configuration has them at `key`.
+    """Complete the keys in what a stage raises: it names its own parameters, a configuration has them at `key`.
 
     Args:
         key: of the section; it is also the place of what has none.
@@ -51,6 +51,9 @@ def section(key: str, model: type[BaseModel]) -> Iterator[None]:
             error.where = key
         elif named is not None and named[0] in model.model_fields:
             error.where = f"{key}.{error.where}"
+        if error.fix is not None:
+            names = "|".join(model.model_fields)
+            error.fix = re.sub(rf"\b(set|try) (?=(?:{names})\b)", rf"\1 {key}.", error.fix)
         raise
 
 

@@ -107,17 +107,29 @@ def _check_keys(loss: Mapping[str, Any]) -> None:
 
 def _build(loss: Mapping[str, Any]) -> None:
     from stages.losses import KDLossConfig
-    from stages.losses.divergences import parameters
 
     try:
         KDLossConfig(**loss_fields(loss))
     except (TypeError, ValueError) as error:
+        defaults = _defaults(loss)
         # Only what stands behind a divergence's name is told without its key.
-        key = next((key for key in loss if re.search(rf"\b{key}\b", str(error))), "divergence")
-        default = getattr(KDLossConfig, key) if hasattr(KDLossConfig, key) else parameters(loss["divergence"])[key]
-        what = f"loss: {error}"
+        key = next((key for key in loss if key in defaults and re.search(rf"\b{key}\b", str(error))), "divergence")
+        what, fix = f"loss: {error}", f"leave loss.{key} out for its default, {json.dumps(defaults[key])}"
         if isinstance(error, TypeError):
-            expected = {float: "a number", bool: "true or false"}.get(type(default), "text")
-            what = f"loss.{key}: expected {expected}, found {shown(loss[key])}"
-        fix = f"leave loss.{key} out for its default, {json.dumps(default)}"
+            expected = {float: "a number", bool: "true or false"}.get(type(defaults[key]), "text")
+            what = f"loss.{key}: expected {expected}, found {shown(loss.get(key))}"
+        elif key not in vars(KDLossConfig) and "(" in str(loss.get("divergence", "")):
+            fix = f"leave loss.{key} out, or the parentheses behind the divergence"
         raise FieldError(what, path=("loss", key), fix=fix) from error
+
+
+def _defaults(loss: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the default of each key that the section may have, as far as its divergence is known."""
+    from stages.losses import KDLossConfig
+    from stages.losses.divergences import parameters
+
+    own = {field.name: getattr(KDLossConfig, field.name) for field in dataclasses.fields(KDLossConfig)}
+    try:
+        return own | parameters(loss.get("divergence", own["divergence"]))
+    except (TypeError, ValueError):
+        return own

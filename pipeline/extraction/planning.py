@@ -201,9 +201,9 @@ def _planned(config: ExtractConfig, *, weights: bool) -> Extraction:
     reading = open_reading(config.corpus, config.rendering, config.teacher, weights=weights)
     model, vocab_size, target = reading.model, reading.vocab_size, config.target.spec()
     require_k(target.k, vocab_size, key="target.k")
-    sample = take_sample(reading.corpus, reading.tokenizer, reading.rendering)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.teacher.dtype, device)
+    sample = take_sample(reading.corpus, reading.tokenizer, reading.rendering)
     states: tuple[FileState, ...] = ()
     teacher: dict[str, Json] = {}
     if weights:

@@ -14,6 +14,8 @@ from itertools import chain
 import numpy as np
 import torch
 
+from pipeline.config.base import section
+from pipeline.config.extract import TeacherConfig
 from pipeline.extraction.events import FirstRow, Meter, Progress
 from pipeline.extraction.planning import Extraction, bytes_per_row, is_bound
 from stages.corpus.tokenize import TokenWindow, render
@@ -82,7 +84,7 @@ def target_rows(planned: Extraction, teacher: Teacher, sequences: Sequence[Token
     """Return the rows of one batch of sequences, in their order, chunk by chunk."""
     target, step = planned.plan.target, planned.batching.chunk_size
     at = wanted_positions(sequences)
-    with _memory_advice():
+    with _memory_advice(), section("teacher", TeacherConfig):
         if isinstance(teacher, CandidateTeacher):
             return [teacher.rows(sequences, target)]
         hidden_BTD = teacher.hidden(pad(sequences, teacher.device))

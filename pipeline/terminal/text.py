@@ -6,12 +6,9 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-
-if TYPE_CHECKING:
-    pass
 
 
 def write(text: str = "", *, err: bool = False, bold: bool = False) -> None:

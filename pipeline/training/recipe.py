@@ -27,6 +27,7 @@ from stages.student.identity import check_positions, check_tokenizer, check_voca
 from stages.student.model import Student
 from stages.student.save import CardFacts
 from stages.student.source import StudentSource, build_student
+from stages.teacher import BACKENDS
 from stages.teacher.live import LiveTeacher
 from stages.training.checkpoint import TrainingProgress
 from stages.training.schedule import RatioSchedule, Schedule
@@ -160,7 +161,7 @@ def _live_teacher(
             device=device,
             dtype=resolve_dtype(config.teacher_model.dtype, device),
             attention=config.teacher_model.attention,
-            backend=config.teacher_model.backend,
+            load=BACKENDS[config.teacher_model.backend].load(),
         )
     return replace(teacher, files=data.teacher_files)
 

@@ -58,7 +58,7 @@ def is_finite(tensor: Tensor) -> bool:
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     wrong = (~local.isfinite()).any().to(torch.int32)
     if isinstance(tensor, DTensor):
-        for dimension in tensor.device_mesh.mesh_dim_names or ():
+        for dimension in range(tensor.device_mesh.ndim):
             dist.all_reduce(wrong, group=tensor.device_mesh.get_group(dimension))
     return not bool(wrong)
 

@@ -25,8 +25,8 @@ from stages.models.files import ModelDirectory
 from stages.models.head import HeadRule
 from stages.models.packed import packed_hidden, use_packed_attention
 from stages.parallel.tensor_parallel import cut_model, cut_rows
-from stages.teacher import BACKENDS, REFERENCE
-from stages.teacher.backend import CandidateTeacher
+from stages.teacher.backend import CandidateTeacher, Loader
+from stages.teacher.hf import HFTeacher
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,17 +57,16 @@ class LiveTeacher:
         device: torch.device,
         dtype: torch.dtype,
         attention: str,
-        backend: str = REFERENCE,
+        load: Loader = HFTeacher.load,
         key: str = "teacher_model",
     ) -> LiveTeacher:
         """Load the weights, and prove that its head is understood and that it keeps packed sequences apart.
 
-        Args: as `HFTeacher.load`, and the name of a backend that gives hidden states.
+        Args: as `HFTeacher.load`, and `load` of a backend that gives hidden states.
 
         Raises:
             UsageError, NumericsError, OutOfSpaceError: as `HFTeacher.load`; or it mixes packed sequences.
         """
-        load = BACKENDS[backend].load()
         loaded = load(files, vocab_size=vocab_size, device=device, dtype=dtype, attention=attention, key=key)
         assert not isinstance(loaded, CandidateTeacher), "callers ask for a backend that gives hidden states"
         use_packed_attention(loaded.model, attention, role="teacher", key=f"{key}.attention")

@@ -8,6 +8,7 @@ the class: LocalFiles for a directory, MemoryFiles for tests. All errors are of 
 from __future__ import annotations
 
 import os
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -38,6 +39,8 @@ class Stamp:
 class Files(Protocol):
     """The files of one store. Several processes and threads may use it at once.
 
+    A class of files names this one as its base: what it leaves out is found when it is built, not when it is missed.
+
     *Durable* means that a power loss after the call takes nothing of it back. A directory is what names with a common
     beginning have in common: a place without directories of its own has those in which there is a file.
 
@@ -46,26 +49,32 @@ class Files(Protocol):
         StorageUnavailableError: the place refuses for any other reason, in every method.
     """
 
+    @abstractmethod
     def __str__(self) -> str:
         """Return the store as messages name it, and as `open_files` takes it."""
         ...
 
+    @abstractmethod
     def place(self, name: str) -> str:
         """Return a file or directory of the store as messages name it."""
         ...
 
+    @abstractmethod
     def root_is_file(self) -> bool:
         """Tell whether a file stands where the store should be, so that no store can be there."""
         ...
 
+    @abstractmethod
     def contains(self, other: Files) -> bool:
         """Tell whether another store is this one, or would lie inside of it."""
         ...
 
+    @abstractmethod
     def read(self, name: str) -> bytes | None:
         """Return the content of a file, or None if there is no such file."""
         ...
 
+    @abstractmethod
     def read_stamped(self, name: str) -> tuple[bytes, Stamp] | None:
         """Return the content of a file and its stamp, or None if there is no such file.
 
@@ -73,10 +82,12 @@ class Files(Protocol):
         """
         ...
 
+    @abstractmethod
     def read_range(self, name: str, start: int, size: int, stamp: int) -> bytes | None:
         """Return `size` bytes from `start`, or None if the file is gone or its stamp no longer has this hash."""
         ...
 
+    @abstractmethod
     def prepare(self, *directories: str) -> None:
         """Make the store and these directories of it ready for files to be created in them, durably.
 
@@ -84,10 +95,12 @@ class Files(Protocol):
         """
         ...
 
+    @abstractmethod
     def settle(self, name: str) -> None:
         """Make durable what any process has created in a directory: it may have died, or sleep, before it could."""
         ...
 
+    @abstractmethod
     def create(self, name: str, data: bytes, *, point: str | None = None, durable: bool = True) -> bool:
         """Create a file whole, exclusively and durably. Return False if the name is taken.
 
@@ -101,6 +114,7 @@ class Files(Protocol):
         """
         ...
 
+    @abstractmethod
     def create_directory(self, name: str, objects: Mapping[str, bytes], *, point: str) -> bool:
         """Create a directory with all its files, whole, exclusively and durably. Return False if the name is taken.
 
@@ -114,6 +128,7 @@ class Files(Protocol):
         """
         ...
 
+    @abstractmethod
     def tree(self, name: str) -> dict[str, int] | None:
         """Return the size of every file below a directory by its name inside it, or None if there is no directory.
 
@@ -121,14 +136,17 @@ class Files(Protocol):
         """
         ...
 
+    @abstractmethod
     def entries(self, name: str = ".") -> set[str]:
         """Return the names in a directory; none if there is no directory."""
         ...
 
+    @abstractmethod
     def exists(self, name: str) -> bool:
         """Tell whether there is a file or directory of this name."""
         ...
 
+    @abstractmethod
     def quarantine(self, name: str) -> str | None:
         """Move a file or directory below `quarantine/`, durably, and return its name there, which was not taken.
 
@@ -136,6 +154,7 @@ class Files(Protocol):
         """
         ...
 
+    @abstractmethod
     def move_directory(self, name: str, target: str) -> bool:
         """Rename a directory, durably there. Return False if that name is taken, or there is none of this name.
 
@@ -143,6 +162,7 @@ class Files(Protocol):
         """
         ...
 
+    @abstractmethod
     def remove(self, name: str, *, durable: bool = True) -> None:
         """Remove a file or directory that nothing refers to, if it is there."""
         ...

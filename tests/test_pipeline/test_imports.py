@@ -41,6 +41,10 @@ def test_help_loads_no_heavy_library(arguments: list[str]) -> None:
     assert not loaded & (MODEL_LIBRARIES | {"zarr", "numpy", "pyarrow", "pydantic", "matplotlib", "rich"})
 
 
+def test_a_start_loads_no_model_library() -> None:
+    assert not loaded_by("from pipeline.init import starter_files; starter_files()") & MODEL_LIBRARIES
+
+
 def test_help_answers_in_half_a_second() -> None:
     """Of processor time: what it takes on a machine that does nothing else."""
     took = []

@@ -46,8 +46,9 @@ def test_data_files_are_inside(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
     templates = {
         path.relative_to(ROOT).as_posix()
-        for folder in ("config/starter", "report/templates")
+        for folder in ("config/starter", "config/starter/schema", "report/templates")
         for path in (ROOT / "pipeline" / folder).iterdir()
+        if path.is_file()
     }
     assert templates
     assert names >= {"storage/FORMAT.md", *(f"{package}/py.typed" for package in PACKAGES), *templates}
