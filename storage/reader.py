@@ -177,7 +177,7 @@ class StoreReader:
             shards = [self._shard(item) for item, _, _ in runs]
             names = list(dict.fromkeys(name for shard in shards for name in shard.specs))
             loaded = dict(zip(names, each(load, names), strict=True))
-        return [{name: loaded[name][place] for name in shard.specs} for place, shard in enumerate(shards)]
+        return [{name: loaded[name][index] for name in shard.specs} for index, shard in enumerate(shards)]
 
     def _decode_alone(self, item: SealedShard, cut: Slices) -> None:
         try:

@@ -82,8 +82,8 @@ class Zarr:
                    for shard in self.shards]  # fmt: skip
         starts = np.cumsum([0, *(len(edges["row_offset"]) - 1 for edges in offsets)])
         for number in numbers:
-            place = int(np.searchsorted(starts, number, side="right")) - 1
-            shard, edges, at = self.shards[place], offsets[place], int(number - starts[place])
+            index = int(np.searchsorted(starts, number, side="right")) - 1
+            shard, edges, at = self.shards[index], offsets[index], int(number - starts[index])
             span = {name: slice(*edge[at : at + 2]) for name, edge in edges.items()}
             rows, tail = span["row_offset"], span["tail_offset"]
             values = {name: shard[name][rows] for name in ("head_ids", "head_size", "tail_size", "tail_logit")}

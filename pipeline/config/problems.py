@@ -34,7 +34,7 @@ _EXPECTED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class ConfigSource:
     """Where the values of a configuration came from.
 
     Attributes:
@@ -49,7 +49,7 @@ class Source:
     origins: Mapping[KeyPath, str]
     values: Mapping[str, Any]
 
-    def place(self, path: KeyPath) -> str:
+    def where(self, path: KeyPath) -> str:
         """`file:line`, or the `--set` argument, that says what stands at `path` (or at the section around it)."""
         prefixes = [path[:length] for length in range(len(path), -1, -1)]
         for prefix in prefixes:
@@ -76,7 +76,7 @@ class _Problem:
     fix: str | None
 
 
-def explain(error: ValidationError, model: type[BaseModel], source: Source) -> UsageError:
+def explain(error: ValidationError, model: type[BaseModel], source: ConfigSource) -> UsageError:
     """Turn a validation error into the problem to put right first, with a pointer to the others."""
     groups: dict[KeyPath, list[ErrorDetails]] = {}
     for details in error.errors(include_url=False):
@@ -93,10 +93,10 @@ def explain(error: ValidationError, model: type[BaseModel], source: Source) -> U
     if others:
         more = f"{len(others)} more: " + ", ".join(dotted(problem.path) for problem in others)
         fix = more if fix is None else f"{fix}; then {more}"
-    return UsageError(first.what, where=source.place(first.path), fix=fix)
+    return UsageError(first.what, where=source.where(first.path), fix=fix)
 
 
-def _line(path: KeyPath, source: Source) -> int:
+def _line(path: KeyPath, source: ConfigSource) -> int:
     return next((source.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in source.lines), 0)
 
 

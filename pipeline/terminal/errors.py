@@ -87,13 +87,13 @@ def _known(error: BaseException, command: str) -> DistillError | None:
             fix="lower chunk_size, batch_size or tokens_per_batch, or use a machine with more memory",
         )
     if isinstance(error, OSError):
-        place = None if error.filename is None else str(error.filename)
+        where = None if error.filename is None else str(error.filename)
         if error.errno in NO_SPACE:
-            return no_space(str(error.strerror), place)
+            return no_space(str(error.strerror), where)
         # With a file's name it is about that file, whatever the number: gone, a loop of links, a name too long.
-        if error.errno in _UNAVAILABLE or (error.errno is not None and place is not None):
+        if error.errno in _UNAVAILABLE or (error.errno is not None and where is not None):
             fix = "check that it is there, its permissions and mounts; pipeline doctor PATH tests a directory"
-            return StorageUnavailableError(f"storage unavailable: {error.strerror}", where=place, fix=fix)
+            return StorageUnavailableError(f"storage unavailable: {error.strerror}", where=where, fix=fix)
     return None
 
 

@@ -207,9 +207,9 @@ class ArrayLayout:
         """
         try:
             content = json.loads(data)
-            place = 1 if by_rank else 0
-            length = content["shape"][place]
-            chunk = content["codecs"][0]["configuration"]["chunk_shape"][place]
+            index = 1 if by_rank else 0
+            length = content["shape"][index]
+            chunk = content["codecs"][0]["configuration"]["chunk_shape"][index]
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(f"zarr.json is not an array of this format: {error!r}") from error
         if type(length) is not int or type(chunk) is not int or not 0 < chunk <= max(1, length):
