@@ -48,7 +48,7 @@ class StoreReader:
         threads: that a large `read` may use; None for one per core, at most 4. The result is the same.
 
     Attributes:
-        plan: of the store.
+        plan: what the store was made from and what its rows hold.
         remap: uint32 [V], token id of each frequency rank.
         digest: sha256 (hex) of the seal; of a partial store, of the seal that its frozen set of shards would have.
         shards: the shards of this split that are read, in order.

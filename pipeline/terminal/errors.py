@@ -58,7 +58,6 @@ def failure_of(error: BaseException, *, command: str, resumable: bool) -> Failur
     """Describe any exception that reached the command line.
 
     Args:
-        error: the exception.
         command: the command that ran, such as `pipeline extract`.
         resumable: whether running the same command again goes on where it stopped.
     """
@@ -103,7 +102,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _origin(error: BaseException) -> str:
-    """File and line of the innermost frame in our own packages."""
+    """Return file and line of the innermost frame in our own packages."""
     root = Path(__file__).resolve().parents[2]
     own = [root / package for package in ("pipeline", "stages", "storage")]
     for frame in reversed(traceback.extract_tb(error.__traceback__)):

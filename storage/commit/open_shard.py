@@ -115,7 +115,7 @@ class OpenShard:
     """A shard whose metadata has been checked against plan and record.
 
     Args:
-        objects: its files.
+        objects: reads its files and checks them against the record.
         cache: for decoded chunks, shared between shards.
 
     Attributes:

@@ -62,7 +62,7 @@ def encode_chunk(values: NDArray[Any], *, by_rank: bool = False) -> bytes:
 
 
 def _paging(values: NDArray[Any], by_rank: bool) -> PagingSpec:
-    """One model for each group of ranks, if there are enough values to pay for its header."""
+    """Give each group of ranks a model of its own, if there are enough values to pay for its header."""
     if not by_rank or len(values) < SMALLEST_PAGE:
         return PagingSpec.equal_pages_up_to(LARGEST_PAGE)
     rows, ranks = values.shape

@@ -101,7 +101,7 @@ def _offsets(runs: Sequence[Slices]) -> dict[str, Any]:
 
 
 def _plain(item: ArrayField, runs: Sequence[Slices], *, rows: int) -> NDArray[Any] | None:
-    """Return the values of an array that need no decoding; those that stand for it if there is none."""
+    """Return the values of an array that need no decoding; its default values if the plan has no such array."""
     pieces = _pieces(runs, item.name)
     if item.absent is None and not all(item.name in run for run in runs):
         return None

@@ -46,7 +46,6 @@ class ColumnFile:
 
     Args:
         name: of the column, in the file and in the store.
-        path: of the file.
 
     Attributes:
         axis: `row` or `sequence`.
