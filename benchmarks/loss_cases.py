@@ -53,7 +53,7 @@ class Inputs:
 
     @classmethod
     def make(cls, setting: Setting) -> Inputs:
-        """Random numbers of a teacher's usual shape, made without ever holding [tokens, vocab]."""
+        """Draw random numbers of a teacher's usual shape, made without ever holding [tokens, vocab]."""
         torch.manual_seed(0)
         dtype = getattr(torch, setting.dtype)
         tokens, vocab = setting.tokens, setting.vocab
@@ -67,15 +67,15 @@ class Inputs:
         )
 
     def teacher(self) -> TeacherHead:
-        """The teacher as hidden states and head."""
+        """Return the teacher as hidden states and head."""
         return TeacherHead(hidden_ND=self.teacher_hidden_ND, weight_VD=self.teacher_weight_VD)
 
     def logits(self) -> Tensor:
-        """The student's, whole."""
+        """Return the student's logits, whole."""
         return self.hidden_ND @ self.weight_VD.t()
 
     def teacher_logits(self) -> Tensor:
-        """The teacher's, whole."""
+        """Return the teacher's logits, whole."""
         return self.teacher_hidden_ND @ self.teacher_weight_VD.t()
 
     @cached_property
@@ -85,7 +85,7 @@ class Inputs:
 
 
 def sparse_rows(setting: Setting) -> SparseTargets:
-    """A row of k entries for every token, 8 of them samples, with 0.14 of the mass in the tail."""
+    """Return a row of k entries for every token, 8 of them samples, with 0.14 of the mass in the tail."""
     tokens, vocab, head = setting.tokens, setting.vocab, setting.k - 8
     step = vocab // setting.k
     ids_NE = (torch.randint(vocab, (tokens, 1)) + step * torch.arange(setting.k)) % vocab
@@ -117,12 +117,12 @@ Case = Callable[[Inputs], Step]
 
 
 def cross_entropy(inputs: Inputs) -> Step:
-    """What everything is measured against: logits in the model's precision, torch's own loss."""
+    """Compute what everything is measured against: logits in the model's precision, torch's own loss."""
     return lambda: torch.autograd.backward(F.cross_entropy(inputs.logits(), inputs.labels_N))
 
 
 def three_products(inputs: Inputs) -> Step:
-    """The limit: logits, gradient of hidden, gradient of weight, in chunks, and nothing else."""
+    """Compute the limit: logits, gradient of hidden, gradient of weight, in chunks, and nothing else."""
 
     @torch.no_grad()
     def step() -> None:
@@ -180,7 +180,7 @@ def liger(inputs: Inputs) -> Step:
 
 
 def _file_of(distribution: str, path: str) -> Any:
-    """One file of a distribution as a module, without its package and what that imports."""
+    """Load one file of a distribution as a module, without its package and what that imports."""
     file = Path(str(importlib.metadata.distribution(distribution).locate_file(path)))
     spec = importlib.util.spec_from_file_location(file.stem + "_of_" + distribution.replace("-", "_"), file)
     if spec is None or spec.loader is None or not file.exists():
@@ -210,7 +210,7 @@ def load_trl() -> Any:
 
 
 def trl_chunked(beta: float) -> Case:
-    """Its newest form, from hidden states of both sides, in tiles; autograd function called as its trainer does."""
+    """Run its newest form: hidden states of both sides, in tiles, the autograd function called as its trainer does."""
 
     def case(inputs: Inputs) -> Step:
         from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # type: ignore[import-not-found]
@@ -229,7 +229,7 @@ def trl_chunked(beta: float) -> Case:
 
 
 def trl_sparse(inputs: Inputs) -> Step:
-    """Its forward KL on a server's top-k log-probabilities with a tail bucket, after the whole log-softmax."""
+    """Run its forward KL on a server's top-k log-probabilities with a tail bucket, after the whole log-softmax."""
     from trl.experimental.server_distillation.server_distillation_trainer import (  # type: ignore[import-not-found]
         ServerDistillationTrainer,
     )

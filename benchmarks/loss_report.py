@@ -77,7 +77,7 @@ class Goal:
         return "met" if (self.found >= self.allowed if self.at_least else self.found <= self.allowed) else "MISSED"
 
     def line(self, case: str) -> str:
-        """Its row of the table."""
+        """Return its row of the table."""
         sign = "≥" if self.at_least else "≤"
         allowed, found, floor = (self._text(value) for value in (self.allowed, self.found, self.floor))
         return f"| {case} | {self.what} | {sign} {allowed} | {found} | {self.verdict} | {floor} |"
@@ -96,15 +96,15 @@ class Standing:
     others: list[Result]
 
     def ratio(self, name: str) -> float | None:
-        """Time, in times of cross-entropy's."""
+        """Return its time as a multiple of cross-entropy's."""
         return next((item.ratio[name] for item in self._same_work() if name in item.ratio), None)
 
     def mib(self, name: str) -> float | None:
-        """Peak."""
+        """Return its peak in MiB."""
         return next((item.mib[name] for item in self._same_work() if name in item.mib), None)
 
     def mib_at(self, tokens: int, name: str) -> float | None:
-        """Peak of the setting that differs in the number of tokens alone."""
+        """Return the peak of the setting that differs in the number of tokens alone."""
         wanted = {**vars(self.result.setting), "tokens": tokens}
         return next((item.mib.get(name) for item in self.others if vars(item.setting) == wanted), None)
 
@@ -114,7 +114,7 @@ class Standing:
         yield from (item for item in self.others if {**vars(item.setting), "k": None} == mine)
 
     def goals(self, name: str) -> Iterator[Goal]:
-        """All that one of our cases is held to in this setting."""
+        """Return all that one of our cases is held to in this setting."""
         aim, products = AIMS[name], self.ratio("three products")
         least = self._least_peak(chunks=2 if aim.peak == "full" else 1)
         # The teacher's logits are a fourth product, as large as each of the three.
@@ -129,7 +129,7 @@ class Standing:
         yield from self._peers(name, floor, least)
 
     def _least_peak(self, chunks: int) -> float:
-        """Gradient of the weight and one chunk of logits for each side, MiB."""
+        """Return the gradient of the weight and one chunk of logits for each side, MiB."""
         setting = self.result.setting
         return (WIDTH + chunks * CHUNK) * setting.vocab * setting.bytes / MIB
 
@@ -186,7 +186,7 @@ class Standing:
 
 
 def table(result: Result, others: list[Result]) -> list[str]:
-    """A setting's times and peaks, and its goals, as markdown.
+    """Return a setting's times and peaks, and its goals, as markdown.
 
     Args:
         result: of this setting.
@@ -214,7 +214,7 @@ def table(result: Result, others: list[Result]) -> list[str]:
 
 
 def save(results: list[Result], folder: Path) -> None:
-    """Adds results to losses.jsonl, in place of earlier ones of their settings, and writes losses.md anew."""
+    """Add results to losses.jsonl, in place of earlier ones of their settings, and writes losses.md anew."""
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "losses.jsonl"
     new = [item.setting for item in results]
@@ -225,7 +225,7 @@ def save(results: list[Result], folder: Path) -> None:
 
 
 def render(folder: Path) -> None:
-    """Writes losses.md from losses.jsonl."""
+    """Write losses.md from losses.jsonl."""
     results = _load(folder / "losses.jsonl")
     lines = [line for item in results for line in table(item, results)]
     (folder / "losses.md").write_text("\n".join([*_HEAD, *lines]))

@@ -47,7 +47,7 @@ Value = TypeVar("Value")
 
 
 def measure(settings: list[Setting], names: list[str], rounds: int, clock_name: str) -> list[Result]:
-    """Memory of each case in a process of its own, then all of them in turn in this one.
+    """Measure the memory of each case in a process of its own, then the time of all in turn in this one.
 
     Args:
         settings: they differ in k alone; cases that do not depend on k are measured in the first only.
@@ -87,7 +87,7 @@ def measure(settings: list[Setting], names: list[str], rounds: int, clock_name: 
 def _times(
     first: Setting, cases: list[tuple[Setting, str]], rounds: int, clock: Callable[[], float]
 ) -> dict[tuple[Setting, str], list[float]]:
-    """Seconds of each case in each round, all on the same hidden states and heads."""
+    """Return the seconds of each case in each round, all on the same hidden states and heads."""
     for setting, name in cases:
         _first_use(setting, CASES[name])
     inputs = Inputs.make(first)
@@ -105,7 +105,7 @@ def _times(
 
 
 def _first_use(setting: Setting, case: Case) -> None:
-    """Libraries load and allocate what they keep."""
+    """Let libraries load and allocate what they keep."""
     case(Inputs.make(Setting(tokens=8, vocab=512, k=16, dtype=setting.dtype)))()
 
 
@@ -114,12 +114,12 @@ def _depends_on_k(name: str) -> bool:
 
 
 def _of(setting: Setting, first: Setting, values: dict[tuple[Setting, str], Value]) -> dict[str, Value]:
-    """What was found for one setting, and what all settings are compared with."""
+    """Return what was found for one setting, and what all settings are compared with."""
     return {name: value for (s, name), value in values.items() if s == setting or (s == first and name in BASE)}
 
 
 def peak_mib(setting: Setting, name: str) -> float | None:
-    """High-water mark of a fresh process over one step, in MiB beyond its inputs; None where it cannot be had.
+    """Return a fresh process's high-water mark over one step, in MiB beyond its inputs; None if it cannot be had.
 
     Every tensor of that process has a mapping of its own, so that freed memory leaves the resident set at once. glibc
     keeps it otherwise, by chance: now and then 40 to 60 MiB that the making of the inputs had freed.
@@ -156,13 +156,13 @@ def _memory_of(argument: str) -> None:
 
 
 def _status(key: str) -> int:
-    """A line of /proc/self/status, in KiB."""
+    """Return a line of /proc/self/status, in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
 
 
 def settings_of(arguments: argparse.Namespace) -> list[list[Setting]]:
-    """The brief look, or all settings of a full one that were asked for; those that differ in k alone together."""
+    """Return the brief look, or the settings of a full one asked for; those that differ in k alone together."""
     if not arguments.full:
         return [[Setting()]]
     return [

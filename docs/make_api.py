@@ -77,7 +77,7 @@ def _public(module: ModuleType) -> Iterator[tuple[str, type]]:
 
 
 def _parameters(function: object) -> str:
-    """Names alone: types and defaults are in the code."""
+    """Return the names alone: types and defaults are in the code."""
     parts: list[str] = []
     for parameter in inspect.signature(function).parameters.values():  # type: ignore[arg-type]
         if parameter.kind is parameter.KEYWORD_ONLY and not any(part.startswith("*") for part in parts):

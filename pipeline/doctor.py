@@ -71,7 +71,7 @@ def examine(path: Path) -> Iterator[Check]:
 
 
 def exit_code(checks: Sequence[Check]) -> int:
-    """0 if nothing failed, else the code of the worst: storage before the rest."""
+    """Return 0 if nothing failed, else the code of the worst: storage before the rest."""
     return max((check.exit_code for check in checks if check.level == "fail"), default=0)
 
 
@@ -99,7 +99,7 @@ def _source_tree_project() -> dict[str, dict[str, list[str]]]:
 
 
 def _libraries() -> Iterator[Check]:
-    """Required libraries that are missing or out of range fail; extras that are missing are only told."""
+    """Check versions: a required library that is missing or out of range fails, a missing extra is only told."""
     good: list[str] = []
     absent: dict[str, list[str]] = {}
     for requirement in declared_requirements():
@@ -159,7 +159,7 @@ def _memory() -> Check:
 
 
 def _available_memory() -> int | None:
-    """Bytes: what the kernel says is available, or what the control group leaves, if that is less (Linux only)."""
+    """Return the bytes that the kernel says are available, or what the control group leaves if that is less (Linux)."""
     try:
         information = Path("/proc/meminfo").read_text(encoding="ascii")
         free = int(re.findall(r"MemAvailable:\s+(\d+) kB", information)[0]) * 1024
@@ -257,7 +257,7 @@ def _model_cache() -> Iterator[Check]:
 
 
 def _existing(path: Path) -> Path:
-    """The path itself, or the nearest directory above it that exists."""
+    """Return the path itself, or the nearest directory above it that exists."""
     place = path.absolute()
     while not place.is_dir():
         place = place.parent

@@ -93,7 +93,7 @@ class Evaluation:
     warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for summary.json and --json."""
+        """Return plain values for summary.json and --json."""
         return asdict(self)
 
 
@@ -132,7 +132,7 @@ def evaluate(
     A warning names each run whose own rule did not hold all of them out.
 
     Args:
-        store: directory of the store.
+        store: its directory; sealed, with documents held out.
         models: run or model directory of each student by name.
         teacher: directory of the teacher; None: where the store says that it was.
         device: auto, cpu, cuda, cuda:1, mps.
@@ -186,7 +186,7 @@ def evaluate(
 
 
 def model_directory(path: Path) -> Path:
-    """RUN/model if `path` is a run directory, else `path` itself.
+    """Return RUN/model if `path` is a run directory, else `path` itself.
 
     Raises:
         UsageError: the run is not finished, or there is no such directory.
@@ -201,7 +201,7 @@ def model_directory(path: Path) -> Path:
 
 
 def _heldout(reader: StoreReader, max_tokens: int | None) -> SequenceBatch:
-    """Held-out sequences from the first on, whole documents, at most `max_tokens` tokens but at least one document."""
+    """Read whole held-out documents from the first on: at most `max_tokens` tokens, but at least one document."""
     if len(reader) == 0:
         raise UsageError(
             "the store holds no documents out",
@@ -220,7 +220,7 @@ def _heldout(reader: StoreReader, max_tokens: int | None) -> SequenceBatch:
 
 
 def _check_teacher(plan: Plan, given: Path | None) -> ModelDirectory:
-    """The teacher's directory, proven by the hashes in the plan to be the store's teacher."""
+    """Return the teacher's directory, proven by the hashes in the plan to be the store's teacher."""
     recorded = plan.recorded.get("teacher", {})
     path = str(given if given is not None else recorded.get("directory", ""))
     found = find_model(path, key="--teacher")
@@ -237,7 +237,7 @@ def _check_teacher(plan: Plan, given: Path | None) -> ModelDirectory:
 
 
 def _of_teacher(plan: Plan, key: str) -> Any:
-    """What the plan says of the teacher. A plan that others wrote may say nothing."""
+    """Return what the plan says of the teacher. A plan that others wrote may say nothing."""
     if key not in plan.teacher:
         raise UsageError(
             f"the store does not say the {key} of its teacher, so no teacher can be proven to be the one",
@@ -269,7 +269,7 @@ def _read(
 
 
 def _forwards(length_S: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Neighbouring sequences whose padded size stays below a bound, as (first, end)."""
+    """Yield (first, end) of neighbouring sequences whose padded size stays below a bound."""
     first, longest = 0, 0
     for index, length in enumerate(length_S.tolist()):
         if index > first and max(longest, length) * (index + 1 - first) > _TOKENS_PER_FORWARD:
@@ -280,7 +280,7 @@ def _forwards(length_S: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
 
 
 def _padded(batch: SequenceBatch) -> Tensor:
-    """ids_BT, padded on the right: no position of a causal model sees what comes after it."""
+    """Return ids_BT, padded on the right: no position of a causal model sees what comes after it."""
     ids_BT = np.zeros((len(batch), int(lengths(batch).max())), dtype=np.int64)
     for index, (first, end) in enumerate(zip(batch.token_offset, batch.token_offset[1:], strict=False)):
         ids_BT[index, : end - first] = batch.tokens[first:end]
@@ -288,13 +288,13 @@ def _padded(batch: SequenceBatch) -> Tensor:
 
 
 def _following(heldout: SequenceBatch, device: torch.device) -> Tensor:
-    """The token that follows each scored position, int64 [N]."""
+    """Return the token that follows each scored position, int64 [N]."""
     following = np.flatnonzero(heldout.has_row) + 1
     return torch.from_numpy(heldout.tokens[following].astype(np.int64)).to(device)
 
 
 def _score(reads: list[_Read], label_N: Tensor) -> list[_Marks]:
-    """Marks of every model; the first is the teacher."""
+    """Mark every model; the first is the teacher."""
     parts: list[list[tuple[Tensor, ...]]] = [[] for _ in reads]
     for first in range(0, len(label_N), _CHUNK):
         span = slice(first, first + _CHUNK)
@@ -345,7 +345,7 @@ def _summary(marks: _Marks, document_N: NDArray[np.int64], seconds: float, *, ag
 
 
 def reliability(confidence_N: NDArray[np.float64], right_N: NDArray[np.bool_]) -> tuple[Bin, ...]:
-    """Positions by confidence in `BINS` equal bins of (0, 1], empty ones left out."""
+    """Count positions by confidence in `BINS` equal bins of (0, 1], empty ones left out."""
     index_N = np.clip(np.ceil(confidence_N * BINS).astype(np.int64) - 1, 0, BINS - 1)
     bins = []
     for index in np.unique(index_N):
@@ -356,7 +356,7 @@ def reliability(confidence_N: NDArray[np.float64], right_N: NDArray[np.bool_]) -
 
 
 def bootstrap_interval(value_N: NDArray[Any], document_N: NDArray[np.int64], *, seed: int = 0) -> tuple[float, float]:
-    """95% percentile interval of the mean of value_N, resampling whole documents (Davison and Hinkley 1997).
+    """Return the 95% percentile interval of the mean of value_N, resampling whole documents (Davison and Hinkley 1997).
 
     Positions of one document are not independent; documents are.
     """

@@ -45,7 +45,6 @@ def export_store(
     """Write a split of a store into a file, or to stdout.
 
     Args:
-        reader: the store.
         form: parquet (zstd) and arrow (IPC file) have one line per target row, columns as in
             `storage.exchange.arrow.schema`; row-jsonl has the same as one JSON object per line, null for what is not
             finite; jsonl has one line per sequence, as in `storage.exchange.jsonl`.

@@ -37,9 +37,9 @@ def extract(config: ExtractConfig, *, limit: int | None = None) -> Iterator[Even
 
     Raises:
         UsageError: bad configuration, corpus or teacher.
-        IdentityError: the store there was made with another plan, or corpus or teacher change under the run.
+        IdentityError: the store was begun with another plan, or the corpus or teacher changes during the run.
         NumericsError: the teacher gives NaN or infinity; names document and position.
-        OutOfSpaceError, StorageUnavailableError: memory or disk; what is committed stays valid.
+        OutOfSpaceError, StorageUnavailableError: memory or disk gives out; what is committed stays valid.
     """
     files = open_files(config.store)
     meter = Meter()
@@ -81,12 +81,12 @@ def _extract_shards(
 ) -> Iterator[Progress | ShardDone]:
     """Compute and commit shards one after the other, and keep the rate for `pipeline plan`.
 
-    A shard that another process commits meanwhile is given up.
+    A shard that another process commits in the meantime is skipped.
     """
     total = len(planned.plan.shards())
     for shard in shards:
         began = time.perf_counter()
-        with unchanged(*planned.teacher_files):  # torch may map them: what changes in them changes the weights in use
+        with unchanged(*planned.teacher_files):  # torch may map them: a change in them changes the weights in use
             batch = yield from extract_shard(planned, teacher, shard, meter, done_elsewhere=writer.is_committed)
         if batch is None:
             continue
@@ -108,7 +108,7 @@ def _extract_shards(
 
 
 def _from_own_place(shards: list[ShardSpec]) -> list[ShardSpec]:
-    """Begin at an evenly spaced place for each process that a launcher started, so that they meet only at the end."""
+    """Rotate the shards, so that processes that a launcher started begin far apart and meet only at the end."""
     number, processes = place_among_processes()
     first = len(shards) * (number % processes) // processes
     return shards[first:] + shards[:first]

@@ -67,7 +67,7 @@ def generate(
 
 
 def teacher_directory(path: Path) -> Path:
-    """Directory of the teacher that a run learned from.
+    """Return the directory of the teacher that a run learned from.
 
     Raises:
         UsageError: `path` is not a run, or its teacher is not where it was.

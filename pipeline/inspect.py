@@ -204,7 +204,7 @@ def row_text(batch: SequenceBatch, row: int, text: TokenText, candidates: int) -
 
 
 def _head_mass(batch: SequenceBatch) -> np.ndarray[tuple[int], np.dtype[np.float64]] | None:
-    """1 - r for r = sigmoid(tail_logit), without cancellation; None without rows or without any head."""
+    """Return 1 - r for r = sigmoid(tail_logit), without cancellation; None without rows or without any head."""
     if len(batch.head_ids) == 0:
         return None
     return sigmoid(-batch.tail_logit)

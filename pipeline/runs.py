@@ -89,7 +89,7 @@ def warn_if_trained_on(path: Path, plan: Plan, documents: Sequence[int]) -> str 
 
 
 def _corpus_and_rule(record: Path) -> tuple[list[Json], HeldoutRule] | None:
-    """The corpus of a run and what it held out: by its record, or by the plan of its store if that is still there.
+    """Return a run's corpus and what it held out: from its record, or from its store's plan if that is still there.
 
     Raises:
         UsageError: the record is damaged.
@@ -118,5 +118,5 @@ def _corpus_and_rule(record: Path) -> tuple[list[Json], HeldoutRule] | None:
 
 
 def _contents(corpus: list[Json]) -> set[str]:
-    """Every sha256 that identifies a corpus: of its files, or of the texts themselves."""
+    """Return every sha256 that identifies a corpus: of its files, or of the texts themselves."""
     return set(re.findall(r"\b[0-9a-f]{64}\b", json.dumps(corpus)))

@@ -1,8 +1,8 @@
 """Phase 2: a student learns from a store of teacher distributions, or from a live teacher on the same batches.
 
-Reading order: `train` is the whole phase. What its steps are made of lies in stages/batches (which tokens), stages/
-student (which model), stages/losses (what is minimised) and stages/training (how weights move and are saved). Whether
-rows come from a store or from a live teacher is settled in pipeline/training/data.py and asked nowhere else.
+Reading order: `train` is the whole phase. The parts of a step lie in stages/batches (which tokens), stages/student
+(which model), stages/losses (what is minimised) and stages/training (how weights move and are saved). Only
+pipeline/training/data.py decides whether rows come from a store or from a live teacher.
 
 The same configuration again resumes from the newest valid checkpoint; a finished run says so and does nothing.
 """
@@ -38,13 +38,13 @@ from storage.errors import IdentityError
 
 
 def train(config: TrainConfig) -> Iterator[Event]:
-    """Train a student, yielding an event for all that happens.
+    """Train a student, yielding an event for each thing that happens.
 
     Raises:
-        UsageError: no store, corpus, teacher or student of that name, sequences longer than a micro-batch, another
-            number of processes than `distributed` says, or processes with different configurations.
+        UsageError: a store, corpus, teacher or student does not exist, a sequence is longer than a micro-batch, the
+            number of processes is not what `distributed` says, or their configurations differ.
         IdentityError: the student's tokenizer is not the teacher's, the run directory belongs to another run or to one
-            that finished and lost its checkpoints, or the processes do not learn from the same.
+            that finished and lost its checkpoints, or the processes do not learn from the same data.
         CorruptionError: the store is damaged.
         NumericsError: loss, gradient or weights are not finite; the newest checkpoint is untouched.
         OutOfSpaceError, StorageUnavailableError: a checkpoint, the curve or the model cannot be written.
@@ -70,8 +70,8 @@ def train(config: TrainConfig) -> Iterator[Event]:
 def _begin(
     config: TrainConfig, data: TrainingData, recipe: Recipe, *, run: RunDirectory, checkpoints: Checkpoints
 ) -> Finish | None:
-    """Make the run directory this run's, or check that it is; its totals if it is finished."""
-    # What dtype auto means here is part of the run: on another machine it may be another one.
+    """Claim the run directory for this run, or check that it is this run's; return its totals if it is finished."""
+    # What dtype auto means here is part of the run: on another machine it may mean another one.
     dtype = dtype_name(recipe.dtype)
     run.begin(
         config.model_dump(mode="json") | {"dtype": dtype},
@@ -95,7 +95,7 @@ def _begin(
 
 
 def _with_dtype(stored: Mapping[str, Any], dtype: str) -> Mapping[str, Any]:
-    """The first runs kept `auto` and not what it meant: they go on with what it means here."""
+    """Replace `auto`, which the first runs kept instead of what it meant, by what it means here."""
     return {**stored, "dtype": dtype} if stored.get("dtype") == "auto" else stored
 
 
@@ -191,6 +191,6 @@ def _started(
 
 
 def _metrics_line(event: str, done: StepDone | Validated) -> dict[str, str | int | float | None]:
-    """A line of metrics.jsonl: the event without what only progress needs."""
+    """Return a line of metrics.jsonl: the event without what only progress needs."""
     values = {key: value for key, value in vars(done).items() if key not in ("steps", "seconds_left")}
     return {"event": event, **values}

@@ -33,7 +33,7 @@ class Permutation:
 
     Args:
         n: number of items.
-        seed: of the run.
+        seed: a new order for each.
         epoch: a new order for each.
         digest: of the store, so that another set of shards gets another order.
     """

@@ -236,7 +236,7 @@ class Plan:
         return max(self.documents_per_shard, round(step))
 
     def documents_of(self, shard: ShardSpec) -> list[int]:
-        """Document numbers of a shard, in order: its range, restricted to its split."""
+        """Return the document numbers of a shard, in order: its range, restricted to its split."""
         numbers = range(shard.first_document, shard.end_document)
         wanted = shard.split == "heldout"
         return [number for number in numbers if self.heldout.holds_out(number) == wanted]

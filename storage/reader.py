@@ -48,7 +48,7 @@ class StoreReader:
         threads: that a large `read` may use; None for one per core, at most 4. The result is the same.
 
     Attributes:
-        plan: of the store.
+        plan: what the store was made from and what its rows hold.
         remap: uint32 [V], token id of each frequency rank.
         digest: sha256 (hex) of the seal; of a partial store, of the seal that its frozen set of shards would have.
         shards: the shards of this split that are read, in order.
@@ -177,7 +177,7 @@ class StoreReader:
             shards = [self._shard(item) for item, _, _ in runs]
             names = list(dict.fromkeys(name for shard in shards for name in shard.specs))
             loaded = dict(zip(names, each(load, names), strict=True))
-        return [{name: loaded[name][place] for name in shard.specs} for place, shard in enumerate(shards)]
+        return [{name: loaded[name][index] for name in shard.specs} for index, shard in enumerate(shards)]
 
     def _decode_alone(self, item: SealedShard, cut: Slices) -> None:
         try:

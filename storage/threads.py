@@ -54,6 +54,6 @@ def in_threads(threads: int) -> Iterator[Each]:
 
             others = [pool.submit(share, first) for first in range(1, threads)]
             shares = [share(0), *(other.result() for other in others)]
-            return [shares[place % threads][place // threads] for place in range(len(items))]
+            return [shares[index % threads][index // threads] for index in range(len(items))]
 
         yield each

@@ -208,13 +208,13 @@ class StoreWriter:
         self._unseen.pop(record.shard, None)
 
     def _check_directories(self) -> None:
-        """A repair that was cut off leaves records of shards that it has moved away: such a store is not whole."""
+        """Check that each record has its directory: a repair that was cut off may have moved it away already."""
         for record in self._records.values():
             if not self._files.exists(record.path):
                 raise self._manifest.damage.shard(record.spec(), "its directory is missing", name=record.path)
 
     def _write_directory(self, record: CommitRecord, objects: Mapping[str, bytes]) -> None:
-        """Step 4: the directory exists, whole and durable, when this returns."""
+        """Take step 4: when this returns, the directory exists, whole and durable."""
         for _ in range(3):
             if self._files.create_directory(record.path, objects, point="shard"):
                 return

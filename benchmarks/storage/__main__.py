@@ -94,7 +94,7 @@ def report_reading(material: Material, folder: Path, rounds: speed.Rounds) -> di
 
 
 def report_looking(material: Material, folder: Path) -> dict[str, Any]:
-    """Rows for other tools: a Parquet export, and sequences as slices of a decoded shard."""
+    """Measure rows for other tools: a Parquet export, and sequences as slices of a decoded shard."""
     reader = StoreReader(replicated(material.kinds[MAIN], folder / "looking", 1))
     found = speed.looking(reader, folder / "export.parquet")
     print(f"\nParquet export {found['export_rows_per_second']:,.0f} rows per second of processor time;", end=" ")

@@ -33,7 +33,7 @@ ANGLE_TOKENS = 4096
 
 
 def decode_kl(kind: Kind) -> float:
-    """Mean divergence in nats of decoded rows from exact ones: over the head's entries and the rest as one outcome."""
+    """Return the mean divergence of decoded rows from exact ones in nats, over head entries and the rest as one."""
     decoded = StoreReader(kind.store).read(range(sum(len(batch) for batch in kind.batches)))
     log_p = np.concatenate([batch.logprob for batch in kind.batches]).astype(np.float64)
     tail_logit = np.concatenate([batch.tail_logit for batch in kind.batches]).astype(np.float64)
@@ -47,7 +47,7 @@ def decode_kl(kind: Kind) -> float:
 
 
 def warm_student(material: Material, store: StoreReader) -> Student:
-    """A cut of the teacher, trained for a few steps as the demo trains its students."""
+    """Return a cut of the teacher, trained for a few steps as the demo trains its students."""
     torch.manual_seed(0)
     source = StudentSource(init="layers_of_teacher", path=str(material.teacher_path), layers=LAYERS)
     student = Student.of(build_student(source, seed=0), torch.bfloat16)
@@ -70,7 +70,7 @@ def warm_student(material: Material, store: StoreReader) -> Student:
 
 
 def angles(material: Material) -> dict[str, float]:
-    """Angle in degrees to the full-vocabulary gradient: of every kind, and of the top 50 renormalised."""
+    """Return the angle in degrees to the full-vocabulary gradient: of every kind, and of the top 50 renormalised."""
     readers = {name: StoreReader(kind.store) for name, kind in material.kinds.items()}
     student = warm_student(material, readers[MAIN])
     chosen = _chosen(next(iter(readers.values())))
@@ -86,7 +86,7 @@ def angles(material: Material) -> dict[str, float]:
 
 
 def _chosen(reader: StoreReader) -> np.ndarray:
-    """Sequences from all over the store, as many as make up the tokens."""
+    """Choose sequences from all over the store, as many as make up the tokens."""
     length_S = reader.lengths()
     order = np.random.default_rng(0).permutation(len(length_S))
     return order[: int(np.searchsorted(np.cumsum(length_S[order]), ANGLE_TOKENS)) + 1]
@@ -95,7 +95,7 @@ def _chosen(reader: StoreReader) -> np.ndarray:
 def _with_teacher(
     material: Material, parts: tuple[MicroBatch, ...], chosen: np.ndarray
 ) -> Iterator[tuple[MicroBatch, TeacherHead, None]]:
-    """The same micro-batches with the teacher's own hidden states, from which the rows were made."""
+    """Return the same micro-batches with the teacher's own hidden states, from which the rows were made."""
     rows_S = np.concatenate([np.diff(batch.row_offset) for batch in material.kinds["topk 64"].batches])
     start_S = row_starts(rows_S)
     hidden_ND = material.hidden_ND[
@@ -108,7 +108,7 @@ def _with_teacher(
 
 
 def _gradient(student: Student, parts: Iterator[tuple[MicroBatch, object, str | None]]) -> Tensor:
-    """The gradient of the forward KL over all weights, one vector."""
+    """Return the gradient of the forward KL over all weights, one vector."""
     student.model.zero_grad()
     for batch, targets, tail in parts:
         with warnings.catch_warnings():

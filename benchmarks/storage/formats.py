@@ -28,7 +28,7 @@ DISTILLKIT = {"recommended": (128, 16, 6), "budget": (50, 1, 3)}
 
 
 def table(batch: SequenceBatch, first_sequence: int = 0) -> pa.Table:
-    """One line per row: sequence and token, head as uint32 and float16 lists, tail as lists, scalars as float16."""
+    """Lay rows out as a table: sequence, token, head as uint32 and float16 lists, tail as lists, scalars as float16."""
 
     def lists(values: np.ndarray, size: np.ndarray) -> pa.ListArray:
         return pa.ListArray.from_arrays(pa.array(row_starts(size).astype(np.int32)), pa.array(values))
@@ -48,7 +48,7 @@ def table(batch: SequenceBatch, first_sequence: int = 0) -> pa.Table:
 
 
 def sizes(batches: list[SequenceBatch], folder: Path) -> dict[str, float | None]:
-    """Bytes per row of each format; None where it has no place for such rows."""
+    """Return the bytes per row of each format; None where it has no place for such rows."""
     rows = sum(batch.rows for batch in batches)
     whole = pa.concat_tables([table(batch) for batch in batches])
     found: dict[str, float | None] = {}
@@ -70,6 +70,6 @@ def _nemo_bytes(batch: SequenceBatch) -> int:
 
 
 def distillkit_bytes(vocab_size: int) -> dict[str, float]:
-    """Arithmetic, not a measurement: bit-packed ids, the exact values, and the polynomial's coefficients."""
+    """Calculate, not measure: bit-packed ids, the exact values, and the polynomial's coefficients."""
     bits = math.ceil(math.log2(vocab_size))
     return {name: math.ceil(k * bits / 8) + 2 * exact + 4 * terms for name, (k, exact, terms) in DISTILLKIT.items()}

@@ -22,7 +22,7 @@ Goal = tuple[str, float, float, bool]  # what, measured, goal, met
 
 
 def goals(found: dict[str, Any]) -> list[Goal]:
-    """Every number that has a goal."""
+    """Return every number that has a goal."""
     at_most = [(what, value, limit, value <= limit) for what, value, limit in _at_most(found)]
     return at_most + [(what, value, limit, value >= limit) for what, value, limit in _at_least(found)]
 

@@ -15,7 +15,7 @@ SEQUENCES_PER_READ = 16
 
 
 def growth(store: Path, order: str, cache_bytes: int) -> float:
-    """MiB by which a fresh process grows while it reads every sequence once, beyond what opening took."""
+    """Return the MiB by which a fresh process grows while it reads every sequence once, beyond what opening took."""
     argument = json.dumps({"store": str(store), "order": order, "cache_bytes": cache_bytes})
     command = [sys.executable, "-m", "benchmarks.storage.memory", argument]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -23,7 +23,7 @@ def growth(store: Path, order: str, cache_bytes: int) -> float:
 
 
 def _status(key: str) -> int:
-    """A line of /proc/self/status, in KiB."""
+    """Return a line of /proc/self/status, in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
 

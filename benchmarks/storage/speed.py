@@ -34,7 +34,7 @@ Side = Callable[[], int]  # reads, and returns how many rows
 
 
 def split(batch: SequenceBatch) -> Iterator[Rows]:
-    """The heads and tails of each sequence, as views."""
+    """Yield the heads and tails of each sequence, as views."""
     for head, tail in zip(np.c_[batch.head_offset[:-1], batch.head_offset[1:]],
                           np.c_[batch.tail_offset[:-1], batch.tail_offset[1:]], strict=True):  # fmt: skip
         yield (batch.head_ids[slice(*head)], batch.logprob[slice(*head)],
@@ -71,19 +71,19 @@ class Zarr:
         return sum(len({name: array[:] for name, array in shard.items()}["entropy"]) for shard in self.shards)
 
     def decoded(self, remap: np.ndarray) -> Iterator[Rows]:
-        """Whole shards at once, then cut into sequences."""
+        """Read whole shards at once, then cut them into sequences."""
         for shard in self.shards:
             values = {name: array[:] for name, array in shard.items()}
             yield from self._sequences(values, remap)
 
     def sequences(self, remap: np.ndarray, numbers: np.ndarray) -> Iterator[Rows]:
-        """One sequence after another; offsets are read once for all."""
+        """Yield one sequence after another; offsets are read once for all."""
         offsets = [{name: shard[name][:].astype(int) for name in shard if name.endswith("_offset")}
                    for shard in self.shards]  # fmt: skip
         starts = np.cumsum([0, *(len(edges["row_offset"]) - 1 for edges in offsets)])
         for number in numbers:
-            place = int(np.searchsorted(starts, number, side="right")) - 1
-            shard, edges, at = self.shards[place], offsets[place], int(number - starts[place])
+            index = int(np.searchsorted(starts, number, side="right")) - 1
+            shard, edges, at = self.shards[index], offsets[index], int(number - starts[index])
             span = {name: slice(*edge[at : at + 2]) for name, edge in edges.items()}
             rows, tail = span["row_offset"], span["tail_offset"]
             values = {name: shard[name][rows] for name in ("head_ids", "head_size", "tail_size", "tail_logit")}
@@ -114,7 +114,7 @@ class Zarr:
 
 
 def parquet_sequences(table: Any) -> Iterator[Rows]:
-    """The rows of each sequence of a table with the columns of `formats.table`."""
+    """Yield the rows of each sequence of a table with the columns of `formats.table`."""
     columns = {name: table[name].combine_chunks() for name in table.column_names}
     number = columns["sequence"].to_numpy()
     edges = np.concatenate([[0], np.flatnonzero(np.diff(number)) + 1, [len(number)]])
@@ -144,7 +144,7 @@ def rates(sides: Mapping[str, Side], rounds: Rounds) -> tuple[dict[str, float], 
 
 
 def sequential(store: Path, parquet: Mapping[str, Path], rounds: Rounds, k: int) -> tuple[dict[str, float], ...]:
-    """Every row of a store, in order."""
+    """Read every row of a store, in order."""
     remap = StoreReader(store).remap
     starts = range(0, len(StoreReader(store)), SEQUENCES_PER_READ)
     requests = [range(first, first + SEQUENCES_PER_READ) for first in starts]
@@ -167,7 +167,7 @@ def sequential(store: Path, parquet: Mapping[str, Path], rounds: Rounds, k: int)
 
 
 def random_sequences(store: Path, parquet: Path, rounds: Rounds, k: int) -> tuple[dict[str, float], ...]:
-    """Full-length sequences in random order, everything opened before; nothing is served from a cache of values."""
+    """Read full-length sequences in random order, everything opened before; no values come from a cache."""
     numbers = _long_sequences(store)
     reader, zarr = StoreReader(store, cache_bytes=0), Zarr(store)
     file = pq.ParquetFile(parquet)
@@ -200,7 +200,7 @@ def _long_sequences(store: Path) -> np.ndarray:
 
 
 def open_sealed(path: Path, plan: Plan, writer_of: Callable[[Plan], Any], shards: int) -> float:
-    """Seconds to open a sealed store of this many shards, with a synthetic seal."""
+    """Return the seconds to open a sealed store of this many shards, with a synthetic seal."""
     many = replace(plan, documents=shards, documents_per_shard=1, heldout=HeldoutRule())
     writer_of(many)
     sealed = tuple(
@@ -217,7 +217,7 @@ warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr 
 
 
 def looking(reader: StoreReader, parquet: Path) -> dict[str, float]:
-    """Rows per second of processor time of an export, and microseconds of one sequence of a decoded shard."""
+    """Time an export (rows per second of processor time) and one sequence of a decoded shard (microseconds)."""
     start = time.process_time()
     rows = to_parquet(reader, parquet)
     export = time.process_time() - start

@@ -37,10 +37,10 @@ class NameIn:
 
 @contextmanager
 def section(key: str, model: type[BaseModel]) -> Iterator[None]:
-    """Complete the keys in what a stage raises: it names its own parameters, a configuration has them at `key`.
+    """Make errors of a stage point into the configuration: it names its own parameters, which stand below `key`.
 
     Args:
-        key: of the section; it is also the place of what has none.
+        key: of the section; errors that name no parameter point at the section itself.
         model: of the section, whose fields are those parameters.
     """
     try:

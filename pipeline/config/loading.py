@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.config.extract import ExtractConfig
 from pipeline.config.overrides import apply_overrides
-from pipeline.config.problems import Source, explain, shown
+from pipeline.config.problems import ConfigSource, explain, shown
 from pipeline.config.train import TrainConfig
 from pipeline.config.yaml_text import MAX_BYTES, Located, parse
 from storage.errors import StorageUnavailableError, UsageError
@@ -45,7 +45,9 @@ def load(model: type[M], path: Path, overrides: Sequence[str] = ()) -> M:
     """
     located = _read(path)
     values: dict[str, Any] = located.values
-    source = Source(name=str(path), lines=located.lines, origins=apply_overrides(values, overrides), values=values)
+    source = ConfigSource(
+        name=str(path), lines=located.lines, origins=apply_overrides(values, overrides), values=values
+    )
     try:
         return model.model_validate(values)
     except ValidationError as error:

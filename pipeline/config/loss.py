@@ -78,7 +78,7 @@ def loss_schema(schema: dict[str, Any]) -> None:
 
 
 def loss_spelled_out(loss: Mapping[str, Any]) -> dict[str, Any]:
-    """What a valid `loss` section computes, with all defaults: jsd and jsd(0.5) are the same."""
+    """Return what a valid `loss` section computes, with all defaults: jsd and jsd(0.5) are the same."""
     from stages.losses import KDLossConfig
     from stages.losses.divergences import spelled_out
 

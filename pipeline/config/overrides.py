@@ -29,13 +29,13 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[Ke
         parts = keys.strip().split(".")
         if not separator or not all(parts):
             raise UsageError("expected section.key=value", where=name, fix="for example --set target.k=64")
-        path = _place(values, parts, parse(text, name=name).values, name)
+        path = _set(values, parts, parse(text, name=name).values, name)
         origins = {other: origin for other, origin in origins.items() if other[: len(path)] != path}
         origins[path] = name
     return origins
 
 
-def _place(values: dict[str, Any], parts: list[str], value: Any, name: str) -> KeyPath:
+def _set(values: dict[str, Any], parts: list[str], value: Any, name: str) -> KeyPath:
     """Set one value, making the sections on the way to it."""
     container: Any = values
     path: KeyPath = ()

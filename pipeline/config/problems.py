@@ -34,7 +34,7 @@ _EXPECTED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class ConfigSource:
     """Where the values of a configuration came from.
 
     Attributes:
@@ -49,8 +49,8 @@ class Source:
     origins: Mapping[KeyPath, str]
     values: Mapping[str, Any]
 
-    def place(self, path: KeyPath) -> str:
-        """`file:line`, or the `--set` argument, that says what stands at `path` (or at the section around it)."""
+    def where(self, path: KeyPath) -> str:
+        """Return the `file:line` or `--set` argument that set `path`, or else the section around it."""
         prefixes = [path[:length] for length in range(len(path), -1, -1)]
         for prefix in prefixes:
             if prefix in self.origins:
@@ -76,7 +76,7 @@ class _Problem:
     fix: str | None
 
 
-def explain(error: ValidationError, model: type[BaseModel], source: Source) -> UsageError:
+def explain(error: ValidationError, model: type[BaseModel], source: ConfigSource) -> UsageError:
     """Turn a validation error into the problem to put right first, with a pointer to the others."""
     groups: dict[KeyPath, list[ErrorDetails]] = {}
     for details in error.errors(include_url=False):
@@ -93,10 +93,10 @@ def explain(error: ValidationError, model: type[BaseModel], source: Source) -> U
     if others:
         more = f"{len(others)} more: " + ", ".join(dotted(problem.path) for problem in others)
         fix = more if fix is None else f"{fix}; then {more}"
-    return UsageError(first.what, where=source.place(first.path), fix=fix)
+    return UsageError(first.what, where=source.where(first.path), fix=fix)
 
 
-def _line(path: KeyPath, source: Source) -> int:
+def _line(path: KeyPath, source: ConfigSource) -> int:
     return next((source.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in source.lines), 0)
 
 
@@ -172,7 +172,7 @@ def _unknown_key(path: KeyPath, model: type[BaseModel]) -> _Problem:
 
 
 def right_key(key: str, valid: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
-    """What to write in place of an unknown key: one like it, its own place, or any of those that are known."""
+    """Suggest what to write instead of an unknown key: one like it, the section it belongs to, or the known keys."""
     nearest = difflib.get_close_matches(key, valid, n=1)
     if nearest:
         return f"did you mean {nearest[0]!r}?"
@@ -180,7 +180,7 @@ def right_key(key: str, valid: Sequence[str], elsewhere: Sequence[str] = ()) -> 
 
 
 def _describe(path: KeyPath, model: type[BaseModel]) -> str | None:
-    """The documentation of a key, with its default: what the reader of an error would look up next."""
+    """Return the documentation of a key, with its default: what the reader of an error would look up next."""
     owner = _model_at(model, path[:-1])
     field = None if owner is None or not path else owner.model_fields.get(str(path[-1]))
     if field is None or field.description is None:
@@ -202,7 +202,7 @@ def _model_at(model: type[BaseModel], section: KeyPath) -> type[BaseModel] | Non
 
 
 def _model_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The model that a field holds, alone or in a list."""
+    """Return the model that a field holds, alone or in a list."""
     for candidate in (field.annotation, *get_args(field.annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate

@@ -139,9 +139,9 @@ class DistributedConfig(Model):
 
 
 def spelled_out(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A configuration as a run keeps it, with all defaults, also of fields that are newer than the run.
+    """Return a configuration as a run keeps it, with all defaults, also of fields that are newer than the run.
 
-    One that this version does not know is returned as it is.
+    A configuration that this version cannot read is returned as it is.
     """
     try:
         known = TrainConfig.model_validate(config)

@@ -74,9 +74,9 @@ def parse(text: str, *, name: str) -> Located:
         values = None if node is None else _build(loader, node, (), lines, name)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = name if mark is None else f"{name}:{mark.line + 1}, column {mark.column + 1}"
+        where = name if mark is None else f"{name}:{mark.line + 1}, column {mark.column + 1}"
         problem = ", ".join(part for part in (error.context, error.problem) if part)
-        raise UsageError(f"not valid YAML: {problem}", where=place, fix=_syntax_advice(problem)) from error
+        raise UsageError(f"not valid YAML: {problem}", where=where, fix=_syntax_advice(problem)) from error
     except yaml.YAMLError as error:
         what = " ".join(str(error).split())
         raise UsageError(f"not valid YAML: {what}", where=name, fix="save the file as plain UTF-8 text") from error
@@ -93,19 +93,19 @@ def _check_shape(text: str, name: str) -> None:
     """Refuse anchors, aliases, tags and deep nesting on the event stream, before anything recursive reads the text."""
     depth = 0
     for event in yaml.parse(text, Loader=_CoreLoader):
-        place = name if event.start_mark is None else f"{name}:{event.start_mark.line + 1}"
+        where = name if event.start_mark is None else f"{name}:{event.start_mark.line + 1}"
         anchor, tag = getattr(event, "anchor", None), getattr(event, "tag", None)
         if anchor is not None:
             raise UsageError(
                 f"anchors and aliases are not supported, found {anchor!r}",
-                where=place,
+                where=where,
                 fix="write the value out; in front of text, put quotes around a leading & or *",
             )
         if tag is not None:
-            raise UsageError(f"tags are not supported, found {tag!r}", where=place, fix="leave the tag out")
+            raise UsageError(f"tags are not supported, found {tag!r}", where=where, fix="leave the tag out")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
-            raise UsageError(f"nested deeper than {MAX_DEPTH} levels", where=place)
+            raise UsageError(f"nested deeper than {MAX_DEPTH} levels", where=where)
 
 
 def _build(loader: _CoreLoader, node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], name: str) -> Any:

@@ -58,12 +58,12 @@ def summarise(
 
 
 def trained_lines(run: Path) -> list[dict[str, Any]]:
-    """The training curve of a student, empty for an untrained one."""
+    """Return the training curve of a student, empty for an untrained one."""
     return [dict(line) for line in read_metrics(run / "metrics.jsonl")]
 
 
 def store_facts(store: Status) -> dict[str, Any]:
-    """The store's part of the summary."""
+    """Return the store's part of the summary."""
     return {
         "rows": store.rows,
         "bytes": store.bytes,
@@ -75,7 +75,7 @@ def store_facts(store: Status) -> dict[str, Any]:
 
 
 def verdict(summary: Mapping[str, Any]) -> list[str]:
-    """Two lines that explain the table, win or lose, and what it cannot show."""
+    """Explain the table, win or lose, and what it cannot show."""
     kd, ce = summary["students"][KD], summary["students"][CE]
     outcomes = []
     for key, title in (("kl", "KL"), ("nll", "NLL"), ("ece", "calibration error")):
@@ -93,7 +93,7 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
 
 
 def table(summary: Mapping[str, Any]) -> list[str]:
-    """Lines of the comparison table."""
+    """Return the lines of the comparison table."""
     heldout = summary["heldout"]
     lines = [
         f"{heldout['tokens']:,} positions of {heldout['documents']} held-out topics; KL(teacher || student) over the "

@@ -238,13 +238,13 @@ def show_summary(
 
 
 def planned_time(summary: Mapping[str, Any]) -> str:
-    """The time that the plan states, in words."""
+    """Return the time that the plan states, in words."""
     seconds = summary["plan"]["seconds"]
     return "nothing" if seconds is None else duration_text(seconds)
 
 
 def next_commands(directory: Path, settings: DemoSettings) -> list[str]:
-    """Three commands to try next, as they can be typed in this shell."""
+    """Return three commands to try next, as they can be typed in this shell."""
     program = program_name()
     return [
         f"{program} inspect {directory / 'store'} --sample 3",

@@ -35,7 +35,7 @@ class RateKey:
 
 
 def read_rate(key: RateKey) -> float | None:
-    """Return the measured tokens per second, or None if there is none."""
+    """Return the measured tokens per second, or None if nothing was measured."""
     try:
         value = json.loads(_path(key).read_bytes())["tokens_per_second"]
     except (OSError, ValueError, KeyError, TypeError):

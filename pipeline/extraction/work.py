@@ -127,7 +127,7 @@ def first_row(planned: Extraction, teacher: Teacher, shards: Sequence[ShardSpec]
 
 
 def _head_mass(prob_V: torch.Tensor, target: TargetSpec) -> float | None:
-    """Mass of the head of one distribution: of k entries, or of as many of them as reach p."""
+    """Return the mass of the head of one distribution: of k entries, or of as many of them as reach p."""
     if target.k == 0:
         return None
     mass_K = prob_V.topk(target.k).values.double().cumsum(0)

@@ -123,13 +123,12 @@ def write_comparison_report(
     """Write the report that compares students of one store, and return its path.
 
     Args:
-        path: the file to write.
+        path: the HTML file; an older one is replaced.
         runs: run directory by student; students without a run (the untrained one) are left out.
         summary: `teacher`, `students`, `store`, `timings` as in the demo's summary.json. A student's `calibration`,
             a list of {confidence, accuracy, count}, adds a reliability diagram; `<field>_interval` adds bounds.
         samples: rows of the store to show.
         prompt, answers: one prompt, and its continuation by each model.
-        title: of the page.
         notes: sentences that explain the table.
         wording: what the models are called, and which of them are references.
     """
@@ -214,7 +213,7 @@ def _run_facts(config: Mapping[str, Any], curves: Curves) -> list[tuple[str, str
 
 
 def _learned_from(config: Mapping[str, Any]) -> str:
-    """The store, or corpus and live teacher, of a run's configuration."""
+    """Return the store, or corpus and live teacher, of a run's configuration."""
     if config["store"]:
         return str(config["store"])
     sources = ", ".join(str(source["path"] or source["source"]) for source in config["corpus"])
@@ -222,7 +221,7 @@ def _learned_from(config: Mapping[str, Any]) -> str:
 
 
 def _comparison_headline(summary: Mapping[str, Any], wording: Wording) -> list[dict[str, str]]:
-    """How far distillation closed the gap, where there is a twin to compare with; the store."""
+    """Return how far distillation closed the gap, where there is a twin to compare with, and the store's numbers."""
     students, store = summary["students"], summary["store"]
     headline = []
     if wording.headline.keys() <= students.keys():

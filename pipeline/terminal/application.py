@@ -67,7 +67,7 @@ class Application(click.Group):
 
 
 def distribution_version() -> str:
-    """Return the installed version, or a note that there is none."""
+    """Return the installed version, or a note that it is not installed."""
     try:
         return metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:

@@ -58,7 +58,6 @@ def failure_of(error: BaseException, *, command: str, resumable: bool) -> Failur
     """Describe any exception that reached the command line.
 
     Args:
-        error: the exception.
         command: the command that ran, such as `pipeline extract`.
         resumable: whether running the same command again goes on where it stopped.
     """
@@ -87,13 +86,13 @@ def _known(error: BaseException, command: str) -> DistillError | None:
             fix="lower chunk_size, batch_size or tokens_per_batch, or use a machine with more memory",
         )
     if isinstance(error, OSError):
-        place = None if error.filename is None else str(error.filename)
+        where = None if error.filename is None else str(error.filename)
         if error.errno in NO_SPACE:
-            return no_space(str(error.strerror), place)
+            return no_space(str(error.strerror), where)
         # With a file's name it is about that file, whatever the number: gone, a loop of links, a name too long.
-        if error.errno in _UNAVAILABLE or (error.errno is not None and place is not None):
+        if error.errno in _UNAVAILABLE or (error.errno is not None and where is not None):
             fix = "check that it is there, its permissions and mounts; pipeline doctor PATH tests a directory"
-            return StorageUnavailableError(f"storage unavailable: {error.strerror}", where=place, fix=fix)
+            return StorageUnavailableError(f"storage unavailable: {error.strerror}", where=where, fix=fix)
     return None
 
 
@@ -103,7 +102,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _origin(error: BaseException) -> str:
-    """File and line of the innermost frame in our own packages."""
+    """Return file and line of the innermost frame in our own packages."""
     root = Path(__file__).resolve().parents[2]
     own = [root / package for package in ("pipeline", "stages", "storage")]
     for frame in reversed(traceback.extract_tb(error.__traceback__)):

@@ -14,7 +14,7 @@ from pipeline.config.extract import HeldoutConfig, RenderingConfig
 from pipeline.config.train import TrainConfig
 from pipeline.reading import Reading, open_reading, require_hidden_states
 from stages.batches.corpus import Tokenized, split_corpus
-from stages.batches.steps import Source
+from stages.batches.steps import SequenceSource
 from stages.corpus.tokenize import render
 from stages.corpus.tokenizer import tokenizer_files, tokenizer_identity
 from stages.devices import resolve_device, resolve_dtype
@@ -46,8 +46,8 @@ class TrainingData:
         teacher_files: its files as they were before they were hashed.
     """
 
-    train: Source
-    heldout: Source
+    train: SequenceSource
+    heldout: SequenceSource
     digest: str
     order_digest: str
     vocab_size: int

@@ -38,7 +38,7 @@ class Tokenized:
 class TokenizedCorpus:
     """Sequences in memory, in the order in which they come: 5 bytes a token, 24 a sequence.
 
-    Read like a store's split (`stages.batches.steps.Source`); rows have no targets.
+    Read like a store's split (`stages.batches.steps.SequenceSource`); rows have no targets.
     """
 
     def __init__(self, sequences: Iterable[TokenWindow] = ()) -> None:

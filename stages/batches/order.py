@@ -20,7 +20,7 @@ class Order:
 
     Attributes:
         sequences: sequences in the store's split, n.
-        seed: of the run.
+        seed: the run's; another seed, another order.
         digest: of the store (or of its frozen set of shards): another set of sequences, another order.
     """
 

@@ -21,12 +21,12 @@ from storage.segments import row_starts
 
 
 def lengths(batch: SequenceBatch) -> NDArray[np.int64]:
-    """Tokens of each sequence, int64 [S]."""
+    """Return the tokens of each sequence, int64 [S]."""
     return np.diff(batch.token_offset)
 
 
 def part(batch: SequenceBatch, first: int, end: int) -> SequenceBatch:
-    """Sequences first <= s < end of a batch, as views of its arrays."""
+    """Return sequences first <= s < end of a batch, as views of its arrays."""
     changes: dict[str, Any] = {}
     spans = {"sequence": slice(first, end)}
     for axis, name in OFFSETS.items():
@@ -45,7 +45,7 @@ def _cut(values: Any, span: slice) -> Any:
 
 
 def join(parts: Sequence[SequenceBatch]) -> SequenceBatch:
-    """All sequences of several batches, in order. `token_end_byte` survives only if every part has it."""
+    """Join all sequences of several batches, in order. `token_end_byte` survives only if every part has it."""
     if len(parts) == 1:
         return parts[0]
     joined: dict[str, Any] = {
@@ -66,7 +66,7 @@ def _chain(axis: Axis, values: list[Any]) -> Any:
 
 
 def pack(batch: SequenceBatch, tokens_per_batch: int) -> list[SequenceBatch]:
-    """Parts of at most `tokens_per_batch` tokens each, filled greedily without changing the order.
+    """Cut a batch into parts of at most `tokens_per_batch` tokens, filled greedily without changing the order.
 
     Raises:
         UsageError: a single sequence is longer than that.

@@ -30,7 +30,7 @@ _READ_TOKENS = 32_768
 _POSITIONS = 2**20
 
 
-class Source(Protocol):
+class SequenceSource(Protocol):
     """Sequences by number: a split of a store (`StoreReader`) or a corpus in memory (`TokenizedCorpus`)."""
 
     def __len__(self) -> int:
@@ -81,7 +81,7 @@ class Step:
     cursor: int
 
 
-def training_steps(source: Source, order: Order, shape: StepShape, *, cursor: int = 0) -> Iterator[Step]:
+def training_steps(source: SequenceSource, order: Order, shape: StepShape, *, cursor: int = 0) -> Iterator[Step]:
     """Yield endless steps from position `cursor` of the order on. A sequence is never cut.
 
     Raises:
@@ -150,7 +150,7 @@ def _step(batch: SequenceBatch, shape: StepShape, cursor: int) -> Step:
     return Step(batches=batches, tokens=len(batch.tokens), rows=sum(b.rows for b in batches), cursor=cursor)
 
 
-def _sequences(source: Source, order: Order, cursor: int, *, targets: bool) -> Iterator[SequenceBatch]:
+def _sequences(source: SequenceSource, order: Order, cursor: int, *, targets: bool) -> Iterator[SequenceBatch]:
     """Yield single sequences in order, read a block at a time."""
     if len(source) == 0:
         raise UsageError("there are no training sequences", fix="take more documents, or hold out fewer")
@@ -162,7 +162,7 @@ def _sequences(source: Source, order: Order, cursor: int, *, targets: bool) -> I
             yield waiting.popleft()
 
 
-def evenly_spaced(source: Source, count: int, shape: StepShape) -> tuple[MicroBatch, ...]:
+def evenly_spaced(source: SequenceSource, count: int, shape: StepShape) -> tuple[MicroBatch, ...]:
     """Pack so many sequences, spread evenly over a source; fewer if there are fewer, and none without rows."""
     count = min(count, len(source))
     if count == 0:

@@ -232,10 +232,11 @@ def make_divergence(divergence: str | Divergence) -> Divergence:
 
 
 def with_parameters(divergence: str, values: Mapping[str, object]) -> Divergence:
-    """The divergence of that name, with parameters by name.
+    """Return the divergence of that name, with parameters by name.
 
     Raises:
-        ValueError: unknown name or parameter, one in parentheses too, a value that is no number or out of range.
+        ValueError: the name or a parameter is unknown, parameters are also given in parentheses, or a value is not a
+            number or out of range.
     """
     name, written = _split(divergence)
     for key, value in values.items():
@@ -249,7 +250,7 @@ def with_parameters(divergence: str, values: Mapping[str, object]) -> Divergence
 
 
 def parameters(divergence: str) -> dict[str, float]:
-    """The parameters that a divergence of the table takes, in order, with their defaults.
+    """Return the parameters that a divergence of the table takes, in order, with their defaults.
 
     Raises:
         ValueError: unknown name.
@@ -259,7 +260,7 @@ def parameters(divergence: str) -> dict[str, float]:
 
 
 def _split(divergence: str) -> tuple[str, str | None]:
-    """A name of the table, and what is written in parentheses behind it."""
+    """Split into a name of the table and what is written in parentheses behind it."""
     parts = re.fullmatch(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*", divergence)
     name = parts[1] if parts else divergence
     if parts is None or name not in DIVERGENCES:

@@ -118,7 +118,7 @@ def load_config(model: ModelDirectory) -> PretrainedConfig:
 
 
 def position_limit(model_config: PretrainedConfig) -> int | None:
-    """How many positions a model knows; None for a model without a limit."""
+    """Return how many positions a model knows; None for a model without a limit."""
     text = model_config.get_text_config()
     limits = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions")]
     # A model without a limit has none, None or -1 here.

@@ -36,7 +36,7 @@ class Student:
     """A model with float32 weights whose forward runs in `dtype`.
 
     Attributes:
-        model: the causal language model.
+        model: a causal language model of transformers.
         dtype: of the forward (autocast) and of the products with the head; float32 switches autocast off.
         rule: what the model does to its logits after the product with the head.
     """

@@ -45,8 +45,8 @@ def top_entries(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
         blocks_NGB = blocked(logits_NV, -torch.inf)
         best_NK = blocks_NGB.amax(-1).topk(k, sorted=False).indices
         candidates_NKB = blocks_NGB.gather(1, best_NK[..., None].expand(-1, -1, BLOCK))
-        logit_NK, place_NK = candidates_NKB.flatten(1).topk(k)
-        ids_NK = best_NK.gather(1, place_NK // BLOCK) * BLOCK + place_NK % BLOCK
+        logit_NK, index_NK = candidates_NKB.flatten(1).topk(k)
+        ids_NK = best_NK.gather(1, index_NK // BLOCK) * BLOCK + index_NK % BLOCK
     ids_NK, by_id_NK = ids_NK.sort(dim=1)
     logit_NK, falling_NK = logit_NK.gather(1, by_id_NK).sort(dim=1, descending=True, stable=True)
     return logit_NK, ids_NK.gather(1, falling_NK)

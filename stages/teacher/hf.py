@@ -50,7 +50,6 @@ class HFTeacher:
         """Load safetensors weights and check on a few tokens that hidden states and head give the model's own logits.
 
         Args:
-            files: the model.
             vocab_size: real tokens.
             device, dtype, attention: how it computes.
             key: the section of the configuration that names the model, for what messages advise; None: no section does.

@@ -67,11 +67,7 @@ class Finish:
 
 @dataclass(frozen=True, kw_only=True)
 class RunDirectory:
-    """A run directory.
-
-    Attributes:
-        path: RUN.
-    """
+    """The directory of a training run, RUN in messages and documents: its record, curve, checkpoints and model."""
 
     path: Path
 

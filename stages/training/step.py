@@ -40,8 +40,7 @@ class Learner:
     """What is minimised: (1 - kd_ratio) * cross-entropy + kd_ratio * divergence, in one pass over the head.
 
     Attributes:
-        student: the model that learns.
-        loss: the fused loss.
+        student, loss: the model that learns, and the fused loss over its head.
         kd_ratio: share of the divergence; 0 reads no targets, 1 computes no cross-entropy.
         teacher: of an online run; None: the teacher's rows come with the micro-batches, or kd_ratio is 0.
     """

@@ -38,7 +38,7 @@ def put_back(files: Files, name: str) -> bool:
 
 
 def discard(files: Files, path: str) -> None:
-    """Remove a shard's directory that no record names, if it is there. What cannot be removed stays in `tmp`."""
+    """Remove a shard's directory that no record names, if it exists. What cannot be removed stays in `tmp`."""
     name = set_aside(files, path)
     if name is not None:
         with suppress(StorageUnavailableError):

@@ -79,7 +79,7 @@ class CommittedObjects:
         self._record = record
         self._cache = cache
         self._checked = no_stamps(record) if checked is None else checked
-        self._place = {name: place for place, name in enumerate(record.objects)}
+        self._number = {name: number for number, name in enumerate(record.objects)}
 
     def whole(self, name: str) -> bytes:
         """Read a file and check it against the record."""
@@ -93,14 +93,14 @@ class CommittedObjects:
             raise DamageError(f"{size}; the commit record says {expected.size}", name)
         if sha256(data) != expected.sha256:
             raise DamageError("its sha256 is not the one in the commit record", name)
-        self._checked[self._place[name]] = hash(stamp)
+        self._checked[self._number[name]] = hash(stamp)
         return data
 
     def part(self, name: str, start: int, size: int) -> bytes | memoryview:
         """Read a part of a file; all of it the first time, or when the file has been replaced."""
         key = (self._record.shard, name)
         whole: memoryview | None = self._cache.get(key)
-        stamp = int(self._checked[self._place[name]])
+        stamp = int(self._checked[self._number[name]])
         if whole is None and stamp:
             data = self._files.read_range(f"{self._record.path}/{name}", start, size, stamp)
             if data is not None:
@@ -115,7 +115,7 @@ class OpenShard:
     """A shard whose metadata has been checked against plan and record.
 
     Args:
-        objects: its files.
+        objects: reads its files and checks them against the record.
         cache: for decoded chunks, shared between shards.
 
     Attributes:

@@ -44,7 +44,7 @@ class CommitRecord:
     """The record of one shard.
 
     Attributes:
-        store_id: of the plan.
+        store_id: hash of the plan: a record of another store is refused.
         shard, split, first_document, end_document: the shard, as the plan has it.
         directory: below `shards/`; carries the hash of `objects`.
         objects: every file in that directory, by name.

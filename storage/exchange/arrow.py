@@ -223,7 +223,7 @@ def _array(values: pa.Array | NDArray[np.generic], field: pa.Field) -> pa.Array:
 
 
 def _by_temperature(batch: SequenceBatch) -> list[pa.ListArray]:
-    """The temperatures, and tail mass and entropy at each, as lists per row."""
+    """Return the temperatures, and tail mass and entropy at each, as lists per row."""
     at = np.asarray(batch.temperatures, dtype=np.float32)
     if batch.tail_logit_T is None or batch.entropy_T is None:
         at = at[:0]

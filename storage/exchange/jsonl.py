@@ -70,7 +70,7 @@ def sequence_lines(batch: SequenceBatch, *, numbers: Sequence[int], padding: int
 
 
 def _of_row(batch: SequenceBatch) -> dict[str, list[Any]]:
-    """What a row has one of, by key: lists [R + 1], of which the last stands at positions without a row."""
+    """Return the single values of rows by key, lists [R + 1]; the last item stands at positions without a row."""
     numbers: dict[str, NDArray[Any]] = {
         "log_sum_exp_logits": batch.logsumexp,
         "tail_mass": sigmoid(batch.tail_logit),

@@ -23,7 +23,7 @@ class Stamp:
 
     Not the time of the last status change: a store that is copied by hard links, or given other rights, under its
     readers would be hashed anew. A change that leaves all three as they were is found by the checksums of chunks.
-    Where there are no inodes, any number stands there that no replacement of the file has.
+    Where there are no inodes, `inode` is any number that a replacement of the file would not share.
     """
 
     inode: int
@@ -41,8 +41,8 @@ class Files(Protocol):
 
     A class of files names this one as its base: what it leaves out is found when it is built, not when it is missed.
 
-    *Durable* means that a power loss after the call takes nothing of it back. A directory is what names with a common
-    beginning have in common: a place without directories of its own has those in which there is a file.
+    *Durable* means that a power loss after the call takes nothing of it back. Where a place has no directories
+    of its own, a directory is the common beginning of names, and exists while a file is in it.
 
     Raises:
         OutOfSpaceError: there is no room, in every method that writes.
@@ -107,8 +107,7 @@ class Files(Protocol):
         No reader ever sees a part of it, and of several that create the same name exactly one is told True.
 
         Args:
-            name: of the file, in a prepared directory.
-            data: its content.
+            name: in a prepared directory.
             point: prefix of the fault points that the way of creating it has.
             durable: without it, a power loss may leave an empty file or none.
         """
@@ -132,7 +131,7 @@ class Files(Protocol):
     def tree(self, name: str) -> dict[str, int] | None:
         """Return the size of every file below a directory by its name inside it, or None if there is no directory.
 
-        What is there and is not a plain file counts as one of size -1, so that it never passes for an object.
+        Anything but a plain file counts as one of size -1, so that it never passes for an object.
         """
         ...
 
@@ -156,7 +155,7 @@ class Files(Protocol):
 
     @abstractmethod
     def move_directory(self, name: str, target: str) -> bool:
-        """Rename a directory, durably there. Return False if that name is taken, or there is none of this name.
+        """Rename a directory, durably there. Return False if that name is taken, or this one does not exist.
 
         Where this cannot be done in one step, a call that was cut off is finished by the next one.
         """

@@ -27,11 +27,7 @@ _NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOTSUP
 
 @dataclass(frozen=True)
 class LocalFiles(Files):
-    """File operations under one directory.
-
-    Attributes:
-        root: the store's directory.
-    """
+    """File operations under one directory, the root of the store."""
 
     root: Path
 
@@ -44,7 +40,7 @@ class LocalFiles(Files):
         return str(self.root / name)
 
     def root_is_file(self) -> bool:
-        """Tell whether the root is there and is no directory."""
+        """Tell whether something other than a directory stands at the root."""
         return self.root.exists() and not self.root.is_dir()
 
     def contains(self, other: Files) -> bool:
@@ -113,8 +109,6 @@ class LocalFiles(Files):
         no reader ever sees a part. A failed fsync is not tried again on the same file: its pages may be lost already.
 
         Args:
-            name: of the file.
-            data: its content.
             point: prefix of the fault points `<point>-link` and `<point>-linked`.
             durable: without it, nothing is synced, and a power loss may leave an empty file or none.
         """
@@ -147,7 +141,6 @@ class LocalFiles(Files):
         """Create a directory with all its files, whole, exclusively and durably. Return False if the name is taken.
 
         Args:
-            name: of the directory.
             objects: content by name inside it; names may have subdirectories.
             point: prefix of the fault points `<point>-write` (before each file), `<point>-rename`, `<point>-renamed`.
         """

@@ -11,7 +11,7 @@ from storage.files.base import QUARANTINE, Files, Stamp
 
 
 class MemoryFiles(Files):
-    """Files in a dictionary. There are no directories but those in which there is a file. Threads may share it.
+    """Files in a dictionary. A directory exists while a file is in it. Threads may share it.
 
     Args:
         name: of the store, in messages.
@@ -85,7 +85,7 @@ class MemoryFiles(Files):
             return True
 
     def tree(self, name: str) -> dict[str, int] | None:
-        """Return the size of every file below a directory by its name inside it, or None if there is none."""
+        """Return the size of every file below a directory by its name inside it, or None if it does not exist."""
         start = "" if name == "." else f"{name}/"
         with self._lock:
             below = [found for found in self.objects if found.startswith(start)]
@@ -100,7 +100,7 @@ class MemoryFiles(Files):
         return name in self.objects or self.tree(name) is not None
 
     def quarantine(self, name: str) -> str | None:
-        """Move a file or directory below `quarantine/`, and return its name there; None if there is none."""
+        """Move a file or directory below `quarantine/`, and return its name there; None if it does not exist."""
         with self._lock:
             target = f"{QUARANTINE}/{name.replace('/', '-')}"
             if self.exists(target):
@@ -108,7 +108,7 @@ class MemoryFiles(Files):
             return target if self._move(name, target) else None
 
     def move_directory(self, name: str, target: str) -> bool:
-        """Rename a directory. Return False if that name is taken, or there is none of this name."""
+        """Rename a directory. Return False if that name is taken, or this one does not exist."""
         with self._lock:
             return not self.exists(target) and self._move(name, target)
 

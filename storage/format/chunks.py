@@ -62,7 +62,7 @@ def encode_chunk(values: NDArray[Any], *, by_rank: bool = False) -> bytes:
 
 
 def _paging(values: NDArray[Any], by_rank: bool) -> PagingSpec:
-    """One model for each group of ranks, if there are enough values to pay for its header."""
+    """Give each group of ranks a model of its own, if there are enough values to pay for its header."""
     if not by_rank or len(values) < SMALLEST_PAGE:
         return PagingSpec.equal_pages_up_to(LARGEST_PAGE)
     rows, ranks = values.shape
@@ -207,9 +207,9 @@ class ArrayLayout:
         """
         try:
             content = json.loads(data)
-            place = 1 if by_rank else 0
-            length = content["shape"][place]
-            chunk = content["codecs"][0]["configuration"]["chunk_shape"][place]
+            index = 1 if by_rank else 0
+            length = content["shape"][index]
+            chunk = content["codecs"][0]["configuration"]["chunk_shape"][index]
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(f"zarr.json is not an array of this format: {error!r}") from error
         if type(length) is not int or type(chunk) is not int or not 0 < chunk <= max(1, length):

@@ -101,7 +101,7 @@ def _offsets(runs: Sequence[Slices]) -> dict[str, Any]:
 
 
 def _plain(item: ArrayField, runs: Sequence[Slices], *, rows: int) -> NDArray[Any] | None:
-    """Return the values of an array that need no decoding; those that stand for it if there is none."""
+    """Return the values of an array that need no decoding; its default values if the plan has no such array."""
     pieces = _pieces(runs, item.name)
     if item.absent is None and not all(item.name in run for run in runs):
         return None
@@ -130,7 +130,7 @@ def _ids(remap: NDArray[np.uint32], pieces: Sequence[NDArray[Any]], *, work: Wor
     edges = _edges([len(piece) for piece in pieces])
     ids = np.empty(edges[-1], np.uint32)
     work.extend(
-        partial(_take, remap, piece, ids[edges[place] : edges[place + 1]]) for place, piece in enumerate(pieces)
+        partial(_take, remap, piece, ids[edges[index] : edges[index + 1]]) for index, piece in enumerate(pieces)
     )
     return ids
 
@@ -201,14 +201,14 @@ def _even_heads(
     edges = _edges([piece.shape[1] for piece in pieces])
     logprob_RK = np.empty((len(head_size_R), k), np.float32)
 
-    def fill(place: int) -> None:
-        rows = slice(edges[place], edges[place + 1])
-        logprob_KN = codec.decode_ranks(pieces[place])
+    def fill(index: int) -> None:
+        rows = slice(edges[index], edges[index + 1])
+        logprob_KN = codec.decode_ranks(pieces[index])
         if tail_logit_R is not None:
             logprob_KN += _shift(np.exp(logprob_KN).sum(axis=0, dtype=np.float64), tail_logit_R[rows])
         logprob_RK[rows] = logprob_KN.T
 
-    work.extend(partial(fill, place) for place in range(len(pieces)))
+    work.extend(partial(fill, index) for index in range(len(pieces)))
     return logprob_RK.reshape(-1)
 
 

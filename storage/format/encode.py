@@ -28,7 +28,7 @@ def encode_shard(plan: Plan, spec: ShardSpec, batch: SequenceBatch, rank: NDArra
     """Return the files of a shard by name. The batch must have passed `validate.check_batch`.
 
     Args:
-        batch: its sequences.
+        batch: all sequences of the shard.
         rank: frequency rank of each token id [V].
     """
     objects = {GROUP: canonical_json(group_metadata(plan, spec))}

@@ -54,7 +54,7 @@ def _lengths(batch: SequenceBatch) -> dict[str, int]:
 
 
 def _check_shapes(batch: SequenceBatch) -> None:
-    """Every array has the length of its axis. The field of one that the batch lacks is None."""
+    """Check that every array has the length of its axis. An array that the batch lacks is None."""
     lengths = _lengths(batch)
     for item in ARRAYS:
         wanted: tuple[int, ...] = (lengths[item.axis],)
@@ -69,7 +69,7 @@ def _check_shapes(batch: SequenceBatch) -> None:
 
 
 def _check_columns(plan: Plan, batch: SequenceBatch) -> None:
-    """Added columns are those of the plan, of its types, with a value per row or sequence."""
+    """Check that added columns are those of the plan, of its types, with a value per row or sequence."""
     for axis, columns, length in (
         ("row", batch.row_columns or {}, batch.rows),
         ("sequence", batch.sequence_columns or {}, len(batch)),
@@ -171,7 +171,7 @@ def _check_numbers(batch: SequenceBatch) -> None:
 
 
 def _check_mass(batch: SequenceBatch) -> None:
-    """Head and tail mass add up to 1: readers scale the head by the tail's."""
+    """Check that head and tail mass add up to 1: readers scale the head by the tail's."""
     row_H = np.repeat(np.arange(batch.rows), batch.head_size)
     mass_R = np.bincount(row_H, weights=np.exp(batch.logprob.astype(np.float64)), minlength=batch.rows)
     total_R = mass_R + sigmoid(batch.tail_logit)
@@ -179,7 +179,7 @@ def _check_mass(batch: SequenceBatch) -> None:
 
 
 def _check_reach(plan: Plan, batch: SequenceBatch) -> None:
-    """Heads that end before k entries reach the p of the plan, up to how a codec rounds their tail's mass.
+    """Check that heads that end before k entries reach the p of the plan, up to how a codec rounds their tail's mass.
 
     A converted store may hold what the codec of its origin had rounded further away: there it is not asked.
     """

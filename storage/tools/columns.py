@@ -46,7 +46,6 @@ class ColumnFile:
 
     Args:
         name: of the column, in the file and in the store.
-        path: of the file.
 
     Attributes:
         axis: `row` or `sequence`.
@@ -121,10 +120,10 @@ class ColumnFile:
         at = np.minimum(np.searchsorted(keys, _records(wanted)), max(len(keys) - 1, 0))
         absent = np.ones(len(wanted), bool) if len(keys) == 0 else keys[at] != _records(wanted)
         if np.any(absent):
-            place = ", ".join(
+            where = ", ".join(
                 f"{key} {value}" for key, value in zip(self._keys, wanted[np.argmax(absent)], strict=True)
             )
-            raise self._refused(f"{int(absent.sum())} values are missing, the first for {place}")
+            raise self._refused(f"{int(absent.sum())} values are missing, the first for {where}")
         return self._checked(table[self.name])[first[at]]
 
     def _checked(self, column: pa.ChunkedArray) -> NDArray[Any]:

@@ -37,7 +37,7 @@ class Conversion:
     Attributes:
         codec: of log-probabilities: id and parameters, as plans hold them.
         k: entries of the exact head.
-        documents_per_shard: as in plans.
+        documents_per_shard: size of the new shards.
         columns: columns to add.
     """
 
@@ -69,7 +69,7 @@ class Converted:
     """How far a conversion is.
 
     Attributes:
-        store: the new store.
+        store: the new store, as `open_files` takes it.
         shards, committed: shards of the new store, and how many of them are known to be committed.
         rows: written by this run.
         bytes: of the shards written by this run.
@@ -94,7 +94,7 @@ def convert(source: StorePath, target: StorePath, conversion: Conversion) -> Ite
 
     Args:
         source: a sealed store. It is read only, and verified while it is read.
-        target: of the new store; a conversion that was cut off goes on there.
+        target: where the new store goes; a conversion that was cut off goes on there.
         conversion: what changes.
 
     Raises:
@@ -115,20 +115,20 @@ def convert(source: StorePath, target: StorePath, conversion: Conversion) -> Ite
         # Whoever began a store that is there has checked the same files: its plan names their hashes.
         yield from _check_values(readers, plan, columns=conversion.columns)
     writer = StoreWriter.create(new, plan, remap=remap, tokenizer_files=tokenizer_files)
-    progress = _Progress(store=str(new), plan=plan, writer=writer)
+    meter = _Meter(store=str(new), plan=plan, writer=writer)
     with closing(Claims(new).turns(writer.missing(), writer.is_committed)) as turns:
         for spec in turns:
             reader = readers[spec.split]
             numbers = _sequences(reader, spec)
             batch = _converted(reader, numbers, plan=plan, columns=conversion.columns)
             points = reader.read(numbers, scaled=False).logprob if _keeps_heads(plan, reader.plan) else None
-            progress.count(batch.rows, writer.commit(spec, batch, logprob=points).size)
-            yield progress.told()
-    yield progress.told(writer.seal())
+            meter.count(batch.rows, writer.commit(spec, batch, logprob=points).size)
+            yield meter.told()
+    yield meter.told(writer.seal())
 
 
-class _Progress:
-    """How far this run is, and the store, at which others may work too."""
+class _Meter:
+    """Counts what this run writes, and tells how far the store is, at which others may work too."""
 
     def __init__(self, *, store: str, plan: Plan, writer: StoreWriter) -> None:
         self._store, self._writer, self._shards = store, writer, len(plan.shards())

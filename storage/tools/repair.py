@@ -71,7 +71,7 @@ def command_after(path: StorePath) -> str:
 
 
 def _planned(files: Files) -> list[Action]:
-    """Everything to move, in order: parts and what is put back, damaged directories, seal, records."""
+    """Return everything to move, in order: parts and what is put back, damaged directories, seal, records."""
     report = verify(files)
     for problem in report.problems:
         if problem.name == PLAN:

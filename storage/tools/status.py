@@ -37,7 +37,7 @@ class Status:
     """What a store holds.
 
     Attributes:
-        path: of the store.
+        path: the store, as `open_files` takes it.
         store_id: hash of the plan.
         teacher: its name as recorded, if it is.
         written_by: the command that writes it, and goes on with it.

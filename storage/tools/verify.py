@@ -70,7 +70,7 @@ class Report:
         return CorruptionError.exit_code if self.problems else 0
 
     def add(self, error: str | DistillError, *, name: str, shard: int | None = None) -> None:
-        """Note a damage."""
+        """Note damage."""
         message = error.what if isinstance(error, DistillError) else error
         self.problems.append(Problem(shard=shard, name=name, message=message))
 
@@ -79,7 +79,6 @@ def require_whole(path: StorePath, *, advice: str) -> None:
     """Check that everything committed is where it should be, by name and size.
 
     Args:
-        path: of the store.
         advice: the last line of the message: what to do.
 
     Raises:

@@ -50,7 +50,7 @@ class Mix:
 
 
 class RowKernel(Protocol):
-    """Turns a chunk of logits into row losses and, in place, the gradient for it."""
+    """Computes the row losses of a chunk of logits, and overwrites the logits with their gradient."""
 
     mix: Mix
 
