@@ -1,40 +1,42 @@
 """Shared fixtures: a tiny tokenizer, teacher, corpus and store made from nothing, and the real teacher converted once.
 
 Everything here is seeded, offline and read-only by convention: a test that alters a file copies the directory first.
-The environment below must stand before any library is imported.
+The environment below must stand before any library is imported. Under pytest-xdist, workers inherit it, and share what
+is made here. Model libraries are imported where they are used: neither the process that only hands tests to workers nor
+the tests of storage pay for them.
 """
 
 # ruff: noqa: E402
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-_SCRATCH = Path(tempfile.mkdtemp(prefix="topk-distill-tests-"))
-os.environ |= {
-    "HF_HUB_OFFLINE": "1",
-    "HF_HOME": str(_SCRATCH / "huggingface"),
-    "HF_DATASETS_CACHE": str(_SCRATCH / "datasets"),
-    "XDG_CACHE_HOME": str(_SCRATCH / "cache"),
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+
+if not WORKER:
+    _SCRATCH = tempfile.mkdtemp(prefix="topk-distill-tests-")
+    atexit.register(shutil.rmtree, _SCRATCH, ignore_errors=True)
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": f"{_SCRATCH}/huggingface",
+        "HF_DATASETS_CACHE": f"{_SCRATCH}/datasets",
+        "XDG_CACHE_HOME": f"{_SCRATCH}/cache",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 
 import json
-import shutil
 import signal
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
-import torch
+from filelock import FileLock
 from hypothesis import settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-sys.path.insert(0, str(Path(__file__).parent))  # for torture_results
 
 settings.register_profile("seeded", deadline=None, derandomize=True)
 settings.load_profile("seeded")
@@ -43,17 +45,46 @@ settings.load_profile("seeded")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-REAL_TOKENS = 512
-TEACHER_STEPS = 100
-HEAD_ROWS = 520  # the teacher's vocabulary is padded: its last 8 rows stand for no token
+Make = Callable[[Path], object]
+MadeOnce = Callable[[str, Make], Path]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _scratch() -> Iterator[None]:
-    """One thread, and no scratch files left behind."""
-    torch.set_num_threads(1)
-    yield
-    shutil.rmtree(_SCRATCH, ignore_errors=True)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--refresh-goldens", action="store_true", help="rewrite golden bytes instead of comparing them")
+
+
+@pytest.fixture(scope="session")
+def golden(request: pytest.FixtureRequest) -> Callable[[Path, str, object], None]:
+    """Compares one entry of a golden file; only with --refresh-goldens, writes it."""
+
+    def check(path: Path, name: str, found: object) -> None:
+        goldens = json.loads(path.read_text()) if path.exists() else {}
+        if request.config.getoption("refresh_goldens"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps({**goldens, name: found}, indent=1, sort_keys=True) + "\n")
+        else:
+            assert found == goldens.get(name), "bytes have changed: what is stored would be read wrongly"
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """Makes a directory that all workers share: the first that asks for a name fills it, and the others wait."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if WORKER else base
+
+    def make_once(name: str, make: Make) -> Path:
+        path, unfinished = shared / name, shared / f"{name}.unfinished"
+        with FileLock(shared / f"{name}.lock"):
+            if not path.exists():
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+                make(unfinished)
+                unfinished.rename(path)
+        return path
+
+    return make_once
 
 
 @pytest.fixture(scope="session")
@@ -65,71 +96,28 @@ def topic_texts() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory, topic_texts: list[str]) -> Path:
+def tiny_tokenizer_dir(made_once: MadeOnce, topic_texts: list[str]) -> Path:
     """A byte-level BPE tokenizer of 512 tokens with <s>, </s> and <pad>, saved as a fast tokenizer."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=REAL_TOKENS,
-        special_tokens=["<s>", "</s>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(topic_texts[:12], trainer)
-    directory = tmp_path_factory.mktemp("tokenizer")
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)
-    return directory
+    from tiny_models import save_tokenizer
+
+    return made_once("tokenizer", lambda directory: save_tokenizer(directory, topic_texts[:12]))
 
 
 @pytest.fixture(scope="session")
-def tiny_teacher_dir(
-    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path, topic_texts: list[str]
-) -> Path:
-    """A seeded Llama (4 layers, width 64, 520 head rows for 512 tokens), trained for two seconds on the topics.
+def tiny_teacher_dir(made_once: MadeOnce, tiny_tokenizer_dir: Path, topic_texts: list[str]) -> Path:
+    """A seeded Llama (4 layers, width 64, 520 head rows for 512 tokens), trained for two seconds on the topics."""
+    from tiny_models import save_teacher
 
-    So its distributions are those of a language model, if a poor one, and its weights are a pure function of the code.
-    """
-    directory = tmp_path_factory.mktemp("teacher")
-    shutil.copytree(tiny_tokenizer_dir, directory, dirs_exist_ok=True)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=HEAD_ROWS,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-        tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_tokenizer_dir)
-    ids = torch.tensor(tokenizer("".join(topic_texts[:12]), verbose=False)["input_ids"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    for _ in range(TEACHER_STEPS):
-        starts = torch.randint(len(ids) - 64, (8,))
-        batch = torch.stack([ids[start : start + 64] for start in starts.tolist()])
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(directory)
-    return directory
+    return made_once("teacher", lambda directory: save_teacher(directory, tiny_tokenizer_dir, topic_texts[:12]))
 
 
 @pytest.fixture(scope="session")
-def tiny_corpus(tmp_path_factory: pytest.TempPathFactory, topic_texts: list[str]) -> Path:
+def tiny_corpus(made_once: MadeOnce, topic_texts: list[str]) -> Path:
     """A jsonl file of 40 documents of 80 to 470 characters, field `text`, some with characters beyond ASCII."""
-    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     texts = [text[: 80 + 10 * number] for number, text in enumerate(topic_texts[:40])]
     texts[3] += " – naïve café, 語, 🙂."
-    path.write_text("".join(json.dumps({"text": text, "number": n}) + "\n" for n, text in enumerate(texts)))
-    return path
+    lines = "".join(json.dumps({"text": text, "number": n}) + "\n" for n, text in enumerate(texts))
+    return made_once("corpus", lambda directory: (directory / "corpus.jsonl").write_text(lines)) / "corpus.jsonl"
 
 
 @pytest.fixture(scope="session")
@@ -147,20 +135,21 @@ def tiny_extraction(tiny_teacher_dir: Path, tiny_corpus: Path) -> dict[str, Any]
 
 
 @pytest.fixture(scope="session")
-def tiny_store(tmp_path_factory: pytest.TempPathFactory, tiny_extraction: dict[str, Any]) -> Path:
+def tiny_store(made_once: MadeOnce, tiny_extraction: dict[str, Any]) -> Path:
     """The sealed store of that extraction."""
     from pipeline.config.extract import ExtractConfig
     from pipeline.extract import extract
 
-    path = tmp_path_factory.mktemp("store") / "store"
-    for _ in extract(ExtractConfig.model_validate({**tiny_extraction, "store": path})):
-        pass
-    return path
+    def make(directory: Path) -> None:
+        list(extract(ExtractConfig.model_validate({**tiny_extraction, "store": directory / "store"})))
+
+    return made_once("store", make) / "store"
 
 
 @pytest.fixture(scope="session")
-def real_teacher_dir() -> Path:
-    """SmolLM2-135M-Instruct from the PyPI package, converted once per session (about 20 s)."""
+def real_teacher_dir(made_once: MadeOnce) -> Path:
+    """SmolLM2-135M-Instruct from the PyPI package, converted once for all workers (about 20 s)."""
     from pipeline.demo.teacher import convert
 
+    made_once("real-teacher", lambda directory: convert())  # into the cache, which the workers share
     return convert()

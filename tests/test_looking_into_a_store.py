@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import warm_process
 from click.testing import CliRunner
 
 from pipeline.cli import main
@@ -34,7 +33,7 @@ def demo(tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 @pytest.mark.parametrize("snippet", blocks("python"), ids=["duckdb", "polars", "pyarrow", "zarr"])
 def test_snippets(snippet: str, demo: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", snippet], cwd=demo, capture_output=True, text=True, check=False)
+    done = warm_process.run(warm_process.script, snippet, folder=demo)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import click
 import pytest
+import warm_process
 
 from pipeline.cli import main
 from pipeline.config.loading import load_extract
@@ -30,13 +29,7 @@ def pipeline_commands() -> list[list[str]]:
 @pytest.mark.parametrize("snippet", blocks("python"), ids=["zarr", "pyarrow"])
 def test_snippets_run_and_are_short(snippet: str, tiny_store: Path, tmp_path: Path) -> None:
     assert len([line for line in snippet.splitlines() if line]) <= 5
-    done = subprocess.run(
-        [sys.executable, "-c", snippet.replace("demo/store", str(tiny_store))],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = warm_process.run(warm_process.script, snippet.replace("demo/store", str(tiny_store)), folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 

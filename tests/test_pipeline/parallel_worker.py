@@ -1,6 +1,6 @@
-"""One process of the tensor-parallel tests: `parallel_worker.py RANK DIRECTORY`.
+"""One process of the tensor-parallel tests: `main(rank, directory)`, which warm_process.py calls.
 
-Runs DIRECTORY/cases.json in one of two processes, and writes DIRECTORY/RANK.json: name -> [kind of error or null,
+Runs cases.json in the directory in one of two processes, and writes RANK.json: name -> [kind of error or null,
 message]. A case has `name`, `port`, `config`, and what is special about it:
 
     act            a name of ACTS; default: train as `pipeline train` does
@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import signal
-import sys
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
@@ -206,7 +205,6 @@ def do(case: Mapping[str, Any], rank: int) -> None:
 
 
 def main(rank: int, directory: Path) -> None:
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     outcome: dict[str, tuple[str | None, str]] = {}
     for case in json.loads((directory / "cases.json").read_text()):
@@ -216,7 +214,3 @@ def main(rank: int, directory: Path) -> None:
         except BaseException as error:
             outcome[case["name"]] = type(error).__name__, f"{error}\n{traceback.format_exc()[-3000:]}"
         (directory / f"{rank}.json").write_text(json.dumps(outcome))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -33,12 +33,6 @@ def fails(result: Result, code: int, *words: str) -> None:
         assert word in result.stderr
 
 
-def process(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process of its own."""
-    command = [sys.executable, "-m", "pipeline", *(str(argument) for argument in arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)  # type: ignore[call-overload,no-any-return]
-
-
 @pytest.fixture
 def config(tmp_path: Path, tiny_teacher_dir: Path, tiny_corpus: Path) -> Path:
     """An extract configuration of the tiny teacher and corpus."""
@@ -218,7 +212,7 @@ def test_termination_ends_in_75_and_the_same_command_goes_on(config: Path) -> No
     assert stopped.returncode == 75, told
     assert "error: interrupted" in told
     assert "Traceback" not in told
-    assert process("extract", config).returncode == 0
+    assert run("extract", config).exit_code == 0
 
 
 def test_damage_is_found_repaired_and_computed_anew(config: Path) -> None:
@@ -268,6 +262,6 @@ def test_no_space_left_on_stdout(tiny_store: Path) -> None:
 
 
 def test_python_m_pipeline() -> None:
-    done = process("--help")
+    done = subprocess.run([sys.executable, "-m", "pipeline", "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert done.stdout.startswith("Usage: pipeline ")

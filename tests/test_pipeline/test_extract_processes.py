@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from warm_process import WarmProcess, pipeline, wait_for_all
 
 from pipeline.config.extract import ExtractConfig
 from pipeline.extract import extract
@@ -99,10 +100,9 @@ def test_two_processes_share_the_work_and_a_dead_one_blocks_nothing(
     assert subprocess.run(command, env=killed, capture_output=True, check=False).returncode == -signal.SIGKILL
     assert list((tmp_path / "store" / "tmp").glob("claim-*"))
 
-    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     done = []
-    for worker in workers:
-        events = [json.loads(line) for line in worker.communicate(timeout=120)[0].splitlines()]
+    for worker in wait_for_all([WarmProcess(pipeline, "extract", config, "--json") for _ in range(2)]):
+        events = [json.loads(line) for line in worker.stdout.splitlines()]
         assert worker.returncode == 0
         done += [event["shard"] for event in events if event["event"] == "ShardDone"]
     shards = len(list((tmp_path / "store" / "commits").iterdir()))

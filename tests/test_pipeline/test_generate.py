@@ -62,11 +62,11 @@ def test_the_chat_template_frames_the_prompt(run: Path, tmp_path: Path) -> None:
     assert answer.text == naive(run / "model", f"Q: {PROMPT} A:", 6)
 
 
-def test_a_teacher_that_moved_is_told(run: Path, tmp_path: Path) -> None:
+def test_a_teacher_that_moved_is_told(run: Path, tiny_teacher_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     record = tmp_path / "run" / "run.json"
     assert teacher_directory(tmp_path / "run").is_dir()
-    record.write_text(record.read_text().replace("teacher0", "elsewhere0"))
+    record.write_text(record.read_text().replace(str(tiny_teacher_dir), str(tmp_path / "elsewhere")))
     with pytest.raises(UsageError, match="not where it was"):
         list(generate(tmp_path / "run", PROMPT, teacher=True, device="cpu"))
 

@@ -1,13 +1,13 @@
 """kill -9 anywhere, then the same command: the same store byte for byte, the same loss curve to the last digit.
 
-Everything runs through the command line in processes of their own, on a tiny real teacher.
+Everything runs through the command line in processes of their own, on a tiny real teacher. What nothing disturbs is
+made by the real commands; the others are forked from a process that has imported them (warm_process.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import subprocess
 import sys
@@ -15,8 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
+import warm_process
 import yaml
 from torture_results import save
+from warm_process import WarmProcess, pipeline
 
 SEED = 20261122
 TIME_KEYS = {"seconds", "tokens_per_second"}
@@ -31,17 +33,8 @@ LATEST_HIT = {"seal-link": 1, "checkpoint-write": 2, "checkpoint-rename": 2, "op
 
 
 def run(command: str, config: Path, fault: str | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    if fault is not None:
-        environment["TOPK_DISTILL_FAULT"] = fault
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline", command, str(config)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    environment = {} if fault is None else {"TOPK_DISTILL_FAULT": fault}
+    return warm_process.run(pipeline, command, config, environment=environment)
 
 
 def run_to_the_end(command: str, config: Path) -> None:
@@ -119,8 +112,10 @@ def uninterrupted(
 ) -> tuple[Path, Path]:
     """Store and run directory that nothing disturbed."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    run_to_the_end("extract", write_extract_config(folder, tiny_teacher_dir, tiny_corpus))
-    run_to_the_end("train", write_train_config(folder, tiny_teacher_dir, folder / "store"))
+    extraction = write_extract_config(folder, tiny_teacher_dir, tiny_corpus)
+    training = write_train_config(folder, tiny_teacher_dir, folder / "store")
+    for command, config in (("extract", extraction), ("train", training)):
+        subprocess.run([sys.executable, "-m", "pipeline", command, config], check=True, timeout=300)
     return folder / "store", folder / "run"
 
 
@@ -145,18 +140,11 @@ def test_train_killed_and_run_again_gives_the_same_curve_and_model(
     assert (tmp_path / "run" / weights).read_bytes() == (reference / weights).read_bytes()
 
 
-def start_extract(config: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "pipeline", "extract", str(config)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def kill_after(process: subprocess.Popen[bytes], seconds: float) -> bool:
+def kill_after(started: WarmProcess, seconds: float) -> bool:
     """Kill a process unless it ends before; tell whether it was killed."""
-    try:
-        process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-    return process.wait() == -9
+    started.process.join(seconds)
+    started.process.kill()
+    return started.wait().returncode == -9
 
 
 @pytest.mark.torture
@@ -175,7 +163,7 @@ def test_extract_killed_at_random_moments(
         stores += 1
         config = write_extract_config(tmp_path / str(stores), tiny_teacher_dir, tiny_corpus)
         for _ in range(6 // workers):
-            processes = [start_extract(config) for _ in range(workers)]
+            processes = [WarmProcess(pipeline, "extract", config) for _ in range(workers)]
             killed += sum(kill_after(process, moments.uniform(0.3, 1.0) * alone) for process in processes)
             if (tmp_path / str(stores) / "store" / "sealed.json").exists():
                 break

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm_process
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -175,32 +173,14 @@ def test_a_run_that_was_interrupted_before_its_model_was_saved_only_saves_it(
     assert weights(tmp_path / "run") == weights(reference)
 
 
-RUN_PROCESS = """
-import sys
-import torch
-from pipeline.config.train import TrainConfig
-from pipeline.train import train
-torch.set_num_threads(1)
-for _ in train(TrainConfig.model_validate_json(sys.stdin.read())):
-    pass
-"""
-
-
 @pytest.mark.parametrize("point", ["optimizer-step:5", "checkpoint-write:2", "checkpoint-rename:2"])
 def test_a_killed_run_goes_on_to_the_same_end(
     point: str, reference: Path, tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path
 ) -> None:
     config = make_config(tiny_store, tiny_teacher_dir, tmp_path / "run")
-    killed = subprocess.run(
-        [sys.executable, "-c", RUN_PROCESS],
-        input=config.model_dump_json(),
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TOPK_DISTILL_FAULT": point},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    fault = {"TOPK_DISTILL_FAULT": point}
+    killed = warm_process.run(warm_process.pipeline, "train", tmp_path / "train.yaml", environment=fault)
     assert killed.returncode == -9, killed.stderr
     assert f"fault point {point} reached" in killed.stderr
     started = next(iter(train(config)))

@@ -5,24 +5,22 @@ What they do together is in test_train_parallel.py.
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+import warm_process
 import yaml
+from warm_process import WarmProcess, pipeline
 
 from pipeline.config.train import TrainConfig
 from pipeline.runtime import signals_end_process, termination_as_interrupt
 from pipeline.training.processes import processes_of
 from storage.errors import PeerLostError, UsageError
 
-ROOT = Path(__file__).parents[2]
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -105,18 +103,13 @@ def test_both_signals_end_a_process_that_waits_unless_they_are_ignored() -> None
 
 def test_a_signal_ends_a_process_that_waits_for_one_that_failed(port: int, config: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    command = [sys.executable, "-m", "pipeline", "train", str(tmp_path / "train.yaml")]
-    variables = os.environ | {"OMP_NUM_THREADS": "1"}
-    waiting = subprocess.Popen(command, env=variables, cwd=ROOT)
-    try:
-        failing = [*command, "--set", "no_such_key=1"]
-        assert subprocess.run(failing, env=variables | {"RANK": "1"}, cwd=ROOT, timeout=120).returncode == 2
-        reach(port)
-        waiting.terminate()
-        assert waiting.wait(timeout=60) == -signal.SIGTERM
-    finally:
-        waiting.kill()
-        waiting.wait()
+    command = (pipeline, "train", tmp_path / "train.yaml")
+    waiting = WarmProcess(*command)
+    failing = warm_process.run(*command, "--set", "no_such_key=1", environment={"RANK": "1"})
+    assert failing.returncode == 2, failing.stderr
+    reach(port)
+    waiting.process.terminate()
+    assert waiting.wait(timeout=60).returncode == -signal.SIGTERM
 
 
 def reach(port: int) -> None:

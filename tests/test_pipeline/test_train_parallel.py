@@ -1,6 +1,6 @@
 """pipeline.train with `distributed: {tp: 2}`: two gloo processes are one student, to the rounding of float32.
 
-The processes start once for all cases, see parallel_worker.py; torchrun itself starts one more run.
+The processes start once for all cases, see parallel_worker.py; torchrun starts one more run, of the real command.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import parallel_worker
 import pytest
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM, PhiConfig, Qwen3Config
+from warm_process import WarmProcess, pipeline, wait_for_all
 
 from pipeline.config.train import TrainConfig
 from pipeline.train import train
@@ -32,10 +34,6 @@ SHAPE = {"num_hidden_layers": 2, "initializer_range": 0.1}
 ODD = {**SHAPE, "vocab_size": 515, "tie_word_embeddings": True}  # 515 rows: 258 and 257
 
 Outcomes = list[dict[str, list[str | None]]]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
 
 
 def free_ports(count: int) -> list[int]:
@@ -151,31 +149,6 @@ def stop_after_checkpoint(config: dict[str, Any], step: int) -> None:
     events.close()  # type: ignore[attr-defined]  # a generator
 
 
-PIPES: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-
-
-def finish(processes: list[subprocess.Popen[str]]) -> list[subprocess.CompletedProcess[str]]:
-    """Wait for the processes; none outlives the test."""
-    try:
-        return [
-            subprocess.CompletedProcess(process.args, stdout=out, stderr=err, returncode=process.returncode)
-            for process, (out, err) in [(process, process.communicate(timeout=240)) for process in processes]
-        ]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
-
-
-def start(directory: Path) -> list[str]:
-    """Run the worker in two processes, and return what they wrote to stderr."""
-    command = [sys.executable, str(Path(__file__).parent / "parallel_worker.py")]
-    ranks = [[*command, str(rank), str(directory)] for rank in range(2)]
-    told = finish([subprocess.Popen(one, env=environment(), **PIPES) for one in ranks])
-    return [one.stderr[-3000:] for one in told]
-
-
 @pytest.fixture(scope="module")
 def outcomes(cases: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """What each process reports, by rank."""
@@ -208,7 +181,8 @@ def outcomes(cases: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPath
     for name in ("traffic", "traffic, untied"):
         cases[name]["act"] = "watch"
     (directory / "cases.json").write_text(json.dumps(list(cases.values())))
-    errors = start(directory)
+    told = wait_for_all([WarmProcess(parallel_worker.main, rank, directory) for rank in range(2)])
+    errors = [one.stderr[-3000:] for one in told]
     missing = [rank for rank in range(2) if not (directory / f"{rank}.json").exists()]
     assert not missing, f"processes {missing} left no report: {errors}"
     return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(2)]
@@ -343,8 +317,9 @@ def test_torchrun_and_the_command_line(
     config = tmp_path / "train.yaml"
     config.write_text(yaml.safe_dump(content(tmp_path / "run")))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pipeline"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [*command, "train", str(config)], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=240
+        [*command, "train", str(config)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("10 steps, ") == 1
@@ -366,8 +341,7 @@ def test_when_one_process_is_killed_the_other_ends_and_the_run_goes_on(
     own = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
     ranks = [own | {"RANK": str(number), "LOCAL_RANK": str(number)} for number in range(2)]
     ranks[rank]["TOPK_DISTILL_FAULT"] = point
-    command = [sys.executable, "-m", "pipeline", "train", str(tmp_path / "train.yaml")]
-    told = finish([subprocess.Popen(command, env=environment() | one, cwd=ROOT, **PIPES) for one in ranks])
+    told = wait_for_all([WarmProcess(pipeline, "train", tmp_path / "train.yaml", environment=one) for one in ranks])
     assert told[rank].returncode == -signal.SIGKILL
     survivor = told[1 - rank]
     assert survivor.returncode == 75, survivor.stderr

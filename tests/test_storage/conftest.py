@@ -1,17 +1,13 @@
-"""Fixtures of the storage tests. Test modules import `storage_cases`, so its folder goes on the path here."""
+"""Fixtures of the storage tests."""
 
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 import storage_cases as cases
 from workers import Workers
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,8 @@ from storage.errors import UsageError
 from storage.format.decode import scale_heads
 from storage.segments import cumsum_rows, diff_rows
 
+TESTS = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "codecs.json"
-REFRESH = os.environ.get("TOPK_DISTILL_REFRESH_GOLDENS") == "1"
 
 head = st.lists(st.floats(-9000, 0, width=32) | st.floats(-20, 0, width=32), min_size=0, max_size=12)
 heads = st.lists(head.map(lambda values: sorted(values, reverse=True)), min_size=1, max_size=20)
@@ -72,17 +74,33 @@ class TestEveryCodec:
         codec, nothing = CODECS[name](), np.zeros(0, np.int32)
         assert len(codec.decode(codec.encode(np.zeros(0, np.float32), nothing), nothing)) == 0
 
-    def test_golden(self, name):
+    def test_golden(self, name, golden):
         codec = CODECS[name]()
         logprob, sizes = flat([[-1e-7, -0.1, -2.5, -4.1, -7.0], [-0.693], [], [-3.0, -3.0, -12.5, -40.0, -9e3]])
         codes = codec.encode(logprob, sizes)
-        found = {"codes": codes.tobytes().hex(), "decoded": codec.decode(codes, sizes).tobytes().hex()}
-        goldens = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
-        if REFRESH:
-            GOLDEN.parent.mkdir(exist_ok=True)
-            GOLDEN.write_text(json.dumps({**goldens, name: found}, indent=1, sort_keys=True) + "\n")
-        else:
-            assert found == goldens[name], "bytes have changed: stored stores would be read wrongly"
+        golden(GOLDEN, name, {"codes": codes.tobytes().hex(), "decoded": codec.decode(codes, sizes).tobytes().hex()})
+
+
+@pytest.mark.parametrize(("flags", "code"), [([], 1), (["--refresh-goldens"], 0)], ids=["compared", "refreshed"])
+def test_goldens_change_with_the_flag_and_never_without(flags, code, tmp_path):
+    """In a copy of these tests, whose golden bytes are wrong."""
+    folder = tmp_path / "tests" / "test_storage"
+    (folder / "golden").mkdir(parents=True)
+    shutil.copy(TESTS / "conftest.py", tmp_path / "tests")
+    test = shutil.copy(__file__, folder)
+    right = json.loads(GOLDEN.read_text())
+    wrong = json.dumps(right | {"exact": right["sqrt-delta"]})
+    (folder / "golden" / "codecs.json").write_text(wrong)
+    command = [sys.executable, "-m", "pytest", "-c", TESTS.parent / "pyproject.toml", *flags]
+    done = subprocess.run(
+        [*command, f"{test}::TestEveryCodec::test_golden"],
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout
+    assert (folder / "golden" / "codecs.json").read_text() == (GOLDEN.read_text() if flags else wrong)
 
 
 @settings(max_examples=200, deadline=None)

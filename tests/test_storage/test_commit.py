@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import storage_cases as cases
+from warm_process import WarmProcess, wait_for_all
 
 import storage.writer
 from storage.commit.records import CommitRecord, Seal
@@ -27,9 +24,6 @@ from storage.files.local import LocalFiles
 from storage.plan import HeldoutRule, TargetSpec
 from storage.reader import StoreReader
 from storage.writer import StoreWriter
-
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
 
 
 def test_a_store_is_sealed_and_a_second_run_changes_nothing(fresh):
@@ -265,10 +259,8 @@ def test_a_target_that_cannot_be_created(tmp_path):
 
 
 def test_two_processes_at_once(tmp_path, sealed):
-    command = [sys.executable, str(HERE / "write_store_process.py"), str(tmp_path / "store")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    workers = [subprocess.Popen(command, env=environment) for _ in range(2)]
-    assert [worker.wait(60) for worker in workers] == [0, 0]
+    workers = [WarmProcess(cases.write_store, tmp_path / "store") for _ in range(2)]
+    assert [worker.returncode for worker in wait_for_all(workers)] == [0, 0]
     assert cases.tree(tmp_path / "store") == cases.tree(sealed)
 
 

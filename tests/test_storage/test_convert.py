@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import storage_cases as cases
+import warm_process
 
 from storage.codecs.sqrt_delta import SqrtDelta
 from storage.errors import CorruptionError, IdentityError, UsageError
@@ -344,11 +342,10 @@ def test_in_place_unfinished_foreign_and_damaged(sealed, store_at):
 
 @pytest.mark.parametrize("fault", ["plan-linked:1", "encode:30", "shard-write:90", "record-link:2", "seal-link:1"])
 def test_killed_in_the_middle_it_ends_in_the_same_bytes(sealed, tmp_path, fault):
-    command = [sys.executable, "-m", "pipeline", "convert", str(sealed), str(tmp_path / "new"), "--k", "3"]
-    environment = {**os.environ, "TOPK_DISTILL_FAULT": fault}
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = (warm_process.pipeline, "convert", sealed, tmp_path / "new", "--k", "3")
+    killed = warm_process.run(*command, environment={"TOPK_DISTILL_FAULT": fault})
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    again = warm_process.run(*command)
     assert again.returncode == 0, again.stderr
     run(sealed, tmp_path / "uninterrupted", k=3)
     assert cases.tree(tmp_path / "new") == cases.tree(tmp_path / "uninterrupted")

@@ -1,13 +1,12 @@
-"""One process of the tensor-parallel and FSDP2 tests: `losses_worker.py RANK WORLD DIRECTORY`.
+"""One process of the tensor-parallel and FSDP2 tests: `main(rank, world, directory)`, which warm_process.py calls.
 
-Runs every case of CASES with gloo and writes DIRECTORY/RANK.json: case name -> null, or the traceback. All processes
+Runs every case with gloo and writes RANK.json into the directory: case name -> null, or the traceback. All processes
 start from the same seeds and hold the unsharded numbers, so each compares its own part with the float64 reference.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -341,7 +340,6 @@ def cases() -> dict[str, tuple[int, Check]]:
 
 
 def main(rank: int, world: int, directory: Path) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world, timeout=timedelta(seconds=20)
     )
@@ -359,7 +357,3 @@ def main(rank: int, world: int, directory: Path) -> None:
             break  # the other processes may wait in a collective that this one left: end here, and they time out
     (directory / f"{rank}.json").write_text(json.dumps(outcome))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
