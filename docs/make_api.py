@@ -1,4 +1,4 @@
-"""The index of what is public, from the docstrings: `python docs/make_api.py` writes docs/api.md.
+"""What is written from the code: docs/api.md, the index of what is public, and configs/schema. `make api` runs it.
 
 Public is what the modules below define under a name without an underscore (or list in `__all__`). Everything else may
 change at any time.
@@ -11,6 +11,8 @@ import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+
+from pipeline.config.schema import MODELS, json_schema
 
 MODULES = (
     "pipeline.extract",
@@ -40,7 +42,7 @@ MODULES = (
 )
 HEAD = """# Public interface
 
-Made by `python docs/make_api.py`; a test keeps it current. Each docstring tells shapes, units and errors.
+Made by `make api`; a test keeps it current. Each docstring tells shapes, units and errors.
 Configurations are documented by `pipeline schema extract` and `pipeline schema train`, the store by
 [storage/FORMAT.md](../storage/FORMAT.md).
 """
@@ -94,4 +96,7 @@ def _first_sentence(documented: object) -> str:
 
 
 if __name__ == "__main__":
-    (Path(__file__).parent / "api.md").write_text(index())
+    folder = Path(__file__).parent
+    (folder / "api.md").write_text(index())
+    for phase in MODELS:
+        (folder.parent / "configs/schema" / f"{phase}.json").write_text(json_schema(phase))

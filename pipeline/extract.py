@@ -17,7 +17,7 @@ from pipeline.config.extract import ExtractConfig
 from pipeline.extraction.events import Event, ExtractSummary, Meter, Progress, ShardDone, Started
 from pipeline.extraction.planning import Extraction, build_plan
 from pipeline.extraction.rates import write_rate
-from pipeline.extraction.work import expected_rows, extract_shard, first_row, load_teacher
+from pipeline.extraction.work import compute_shard, expected_rows, first_row, load_teacher
 from pipeline.launchers import place_among_processes
 from stages.input_files import unchanged
 from stages.teacher.backend import Teacher
@@ -87,7 +87,7 @@ def _extract_shards(
     for shard in shards:
         began = time.perf_counter()
         with unchanged(*planned.teacher_files):  # torch may map them: a change in them changes the weights in use
-            batch = yield from extract_shard(planned, teacher, shard, meter, done_elsewhere=writer.is_committed)
+            batch = yield from compute_shard(planned, teacher, shard, meter, done_elsewhere=writer.is_committed)
         if batch is None:
             continue
         record = writer.commit(shard, batch)

@@ -4,7 +4,7 @@ Phase 1 fills a `SequenceBatch` per shard and hands it to the writer; the reader
 
 What there is to know of an array, its axis above all, stands beside its field and nowhere else. `ARRAYS` is the table
 that cutting, joining, checking, encoding and decoding go through: to add an array, add a field here, its line in
-FORMAT.md, and what computes it.
+FORMAT.md, and what computes it. Stores hold exactly the arrays of their format version, so it takes a new one.
 
 Axis legend: T tokens, S sequences, R rows, H head entries, C tail entries (distinct sampled ids), all concatenated
 over the batch; P temperatures; X+1 marks an offset array whose first value is 0 and last value the length of the axis.

@@ -45,7 +45,7 @@ def test_the_index_of_what_is_public_is_current() -> None:
     make_api = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make_api)
     written = (ROOT / "docs/api.md").read_text(encoding="utf-8")
-    assert written == make_api.index(), "run: python docs/make_api.py"
+    assert written == make_api.index(), "run: make api"
     assert not re.search(r": ?$", written, flags=re.MULTILINE), "a docstring is missing"
 
 

@@ -100,7 +100,7 @@ def diff(first: Path, second: Path, as_json: bool) -> int:
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--codec", metavar="ID[,NAME=VALUE...]", help="Codec of log-probabilities: exact, or sqrt-delta,...")
+@click.option("--codec", metavar="ID[,NAME=VALUE...]", help="Codec of log-probabilities and its parameters.")
 @click.option("--k", type=click.IntRange(min=1), metavar="N", help="A smaller exact head.")
 @click.option("--documents-per-shard", type=click.IntRange(min=1), metavar="N", help="Another sharding.")
 @click.option("--add-column", "columns", metavar="NAME=FILE", multiple=True, help="Values from a Parquet file.")

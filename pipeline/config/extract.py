@@ -44,10 +44,10 @@ class SourceConfig(Model):
     path: str | None = None
     """File, glob pattern, dataset name or dataset directory (not for topics)."""
     field: str = "text"
-    """Column that holds the text (jsonl, parquet, dataset)."""
+    """Column that holds the text, of sources with columns."""
     prompt_field: str | None = None
-    """Column that holds a prompt (jsonl, parquet, dataset). It is put before the text as it is, read by the teacher,
-    and gets no target rows: the student learns the text alone."""
+    """Column that holds a prompt. It is put before the text as it is, read by the teacher, and gets no target rows: the
+    student learns the text alone."""
     name: str | None = None
     """Configuration name of a dataset."""
     split: str = "train"

@@ -49,7 +49,7 @@ def load_teacher(planned: Extraction) -> Teacher:
         )
 
 
-def extract_shard(
+def compute_shard(
     planned: Extraction,
     teacher: Teacher,
     shard: ShardSpec,

@@ -8,6 +8,7 @@ A reader finds a codec by the id in the plan and in no other way, so nothing in 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -84,6 +85,13 @@ def logprob_codec(parameters: Mapping[str, Json]) -> LogprobCodec:
             f"unknown log-probability codec {name!r}; this version knows {', '.join(sorted(CODECS))}",
             where="plan.json: codecs.logprob.id",
             fix="install a version of topk-distill that knows it",
+        )
+    known = [item.name for item in fields(CODECS[name])]  # type: ignore[arg-type]  # a protocol cannot say dataclass
+    unknown = sorted(values.keys() - set(known))
+    if unknown:
+        raise UsageError(
+            f"codec {name} has no parameter {unknown[0]!r}; it has {', '.join(known) or 'none'}",
+            where="plan.json: codecs.logprob",
         )
     try:
         return CODECS[name](**values)

@@ -242,7 +242,7 @@ def test_damage_is_found_repaired_and_computed_anew(config: Path) -> None:
 
 
 def test_reader_that_has_seen_enough_is_no_error(tiny_store: Path) -> None:
-    command = [sys.executable, "-m", "pipeline", "inspect", str(tiny_store), "--format", "json"]
+    command = [sys.executable, "-m", "pipeline", "inspect", str(tiny_store), "--format", "row-jsonl"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as reader:
         assert reader.stdout is not None
         assert reader.stderr is not None
@@ -255,7 +255,7 @@ def test_reader_that_has_seen_enough_is_no_error(tiny_store: Path) -> None:
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_no_space_left_on_stdout(tiny_store: Path) -> None:
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "pipeline", "inspect", str(tiny_store), "--format", "json"]
+        command = [sys.executable, "-m", "pipeline", "inspect", str(tiny_store), "--format", "row-jsonl"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     assert done.returncode == 6
     assert "no space left" in done.stderr

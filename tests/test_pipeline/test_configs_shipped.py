@@ -34,7 +34,7 @@ def test_it_loads_as_what_its_first_line_names(path: Path) -> None:
 @pytest.mark.parametrize("phase", MODELS)
 def test_schema_in_the_tree_is_what_the_command_prints(phase: str) -> None:
     stored = (ROOT / "configs" / "schema" / f"{phase}.json").read_text()
-    assert stored == json_schema(phase), f"run: pipeline schema {phase} > configs/schema/{phase}.json"  # type: ignore[arg-type]
+    assert stored == json_schema(phase), "run: make api"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("phase", MODELS)

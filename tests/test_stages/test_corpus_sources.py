@@ -216,7 +216,11 @@ def test_damaged_parquet_is_found_at_opening(tmp_path: Path) -> None:
     assert caught.value.where == f"{path}, row group 1"
 
 
-FILE_KINDS = ("text", "jsonl", "parquet")
+FILE_KINDS = [kind for kind, source in SOURCES.items() if source.path and kind != "dataset"]
+
+
+def test_every_source_is_written_for_these_tests() -> None:
+    assert WRITERS.keys() == SOURCES.keys()
 
 
 def touch(path: Path) -> None:

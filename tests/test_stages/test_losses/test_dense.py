@@ -20,6 +20,10 @@ def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
 LABELS = torch.tensor([1, 2, -100, 4, 5, -100, 7, 8, 16])
 
 
+def test_every_divergence_has_a_reference() -> None:
+    assert {name.split("(")[0] for name in reference.MEASURES} == DIVERGENCES.keys()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 @pytest.mark.parametrize("name", reference.MEASURES)
 def test_from_logits(name: str, temperature: float) -> None:
