@@ -37,19 +37,20 @@ def row_of(target: TargetSpec) -> SparseTargets:
     )
 
 
+LINEAR_ONLY = ("sampled", "renormalize", "residual_to_label")  # what a divergence that is not linear refuses
+CHOICES = [("forward_kl", tail) for tail in (None, *TAIL_POLICIES)]
+CHOICES += [("jsd", tail) for tail in (None, *TAIL_POLICIES) if tail not in LINEAR_ONLY]
+
+
 @pytest.mark.parametrize("kind", SPECS)
-@pytest.mark.parametrize("tail", [None, *TAIL_POLICIES])
+@pytest.mark.parametrize(("divergence", "tail"), CHOICES)
 @pytest.mark.parametrize("scales", [(1.0, 1.0), (2.0, 1.0), (1.0, 2.0), (4.0, 2.0), (3.0, 1.0)])
-@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 @pytest.mark.filterwarnings("ignore:tail=.*biased gradient")
 def test_a_spec_fits_exactly_where_its_rows_do(
     kind: str, tail: str | None, scales: tuple[float, float], divergence: str
 ) -> None:
     target, chosen = SPECS[kind], make_divergence(divergence)
-    try:
-        objective = Objective(divergence=chosen, tail=tail, temperature=scales[0], target_logits_scale=scales[1])
-    except ValueError:
-        pytest.skip("a policy that the divergence does not admit")
+    objective = Objective(divergence=chosen, tail=tail, temperature=scales[0], target_logits_scale=scales[1])
     temperature, label_N = scales[0] / scales[1], torch.zeros(1, dtype=torch.int64)
     policy = resolve_tail(tail, chosen, draws=target.draws, temperature=temperature)
     found, told = misfit(objective, target), None
