@@ -21,7 +21,7 @@ demo: install
 	@$(BIN)/pipeline demo
 
 test: install
-	@$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	@$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 torture: install
 	@$(BIN)/pytest -m torture --verbose --capture=no

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Literal
 
-from storage.codecs import CODECS, logprob_codec
+from storage.codecs import check_codecs
 from storage.errors import UsageError
 from storage.target import LARGEST_SEED, LARGEST_VOCABULARY
 from storage.target import TargetSpec as TargetSpec
@@ -143,7 +143,7 @@ class Plan:
             )
         self.target.check()
         self.heldout.check()
-        _check_codecs(self.codecs)
+        check_codecs(self.codecs)
         require_hash("remap_sha256", self.remap_sha256)
         if self.derived_from is not None:
             require_section("derived_from", self.derived_from)
@@ -271,26 +271,6 @@ def _check_files(field: str, hashes: Json) -> None:
         if not name or name.startswith(".") or set(name) & set("/\\\0"):
             raise ValueError(f"{field}: {short(name)} is not a plain file name")
         require_hash(f"{field}: {name}", value)
-
-
-def _check_codecs(codecs: Json) -> None:
-    """Check that there is one, with all of its parameters. Raises UsageError if this version does not know it."""
-    require_section("codecs", codecs)
-    if codecs.keys() != {"logprob"}:
-        raise ValueError(f"codecs must hold logprob alone, found {short(sorted(codecs))}")
-    parameters = codecs["logprob"]
-    require_section("codecs.logprob", parameters)
-    name = parameters.get("id")
-    if not isinstance(name, str):
-        raise ValueError(f"codecs.logprob.id must be the name of a codec, found {short(name)}")
-    try:
-        written = logprob_codec(parameters).parameters()
-    except UsageError as error:
-        if name in CODECS:
-            raise ValueError(f"codecs.logprob: {error.what}") from error
-        raise
-    if canonical_json(dict(parameters)) != canonical_json(written):
-        raise ValueError(f"codecs.logprob must be {written}, found {short(dict(parameters))}")
 
 
 def difference(stored: Plan, wanted: Plan) -> list[str]:

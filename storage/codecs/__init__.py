@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from storage.codecs.exact import Exact
 from storage.codecs.sqrt_delta import SqrtDelta
 from storage.errors import UsageError
-from storage.values import Json
+from storage.values import Json, canonical_json, require_section, short
 
 
 class LogprobCodec(Protocol):
@@ -97,3 +97,28 @@ def logprob_codec(parameters: Mapping[str, Json]) -> LogprobCodec:
         return CODECS[name](**values)
     except (TypeError, ValueError, OverflowError) as error:
         raise UsageError(f"codec {name}: {error}", where="plan.json: codecs.logprob") from error
+
+
+def check_codecs(codecs: Json) -> None:
+    """Check the `codecs` field of a plan: one codec, of log-probabilities, with all of its parameters.
+
+    Raises:
+        UsageError: this version does not know it.
+        ValueError: anything else.
+    """
+    require_section("codecs", codecs)
+    if codecs.keys() != {"logprob"}:
+        raise ValueError(f"codecs must hold logprob alone, found {short(sorted(codecs))}")
+    parameters = codecs["logprob"]
+    require_section("codecs.logprob", parameters)
+    name = parameters.get("id")
+    if not isinstance(name, str):
+        raise ValueError(f"codecs.logprob.id must be the name of a codec, found {short(name)}")
+    try:
+        written = logprob_codec(parameters).parameters()
+    except UsageError as error:
+        if name in CODECS:
+            raise ValueError(f"codecs.logprob: {error.what}") from error
+        raise
+    if canonical_json(dict(parameters)) != canonical_json(written):
+        raise ValueError(f"codecs.logprob must be {written}, found {short(dict(parameters))}")
