@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from pipeline import extract as phase
 from pipeline.config.extract import ExtractConfig
 from pipeline.extraction import events as extract_events
 from pipeline.extraction import work
-from pipeline.extraction.planning import build_plan, bytes_per_row, estimate
+from pipeline.extraction.planning import build_plan, bytes_per_row
 from storage.errors import IdentityError, NumericsError, OutOfSpaceError, UsageError
 from storage.plan import Plan
 from storage.reader import StoreReader
@@ -351,26 +351,6 @@ def test_a_teacher_replaced_before_it_is_loaded(config: dict[str, Any], copied_i
     (other / "model.safetensors").replace(copied_inputs["teacher"]["path"] + "/model.safetensors")
     with pytest.raises(IdentityError, match="changed while it was being read"):
         work.load_teacher(planned)
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_window_against_the_teachers_positions(
-    architecture: str, config: dict[str, Any], tmp_path: Path, tiny_tokenizer_dir: Path
-) -> None:
-    """`n_positions` counts as `max_position_embeddings` does; the greatest window is allowed."""
-    directory = tmp_path / "teacher"
-    shutil.copytree(tiny_tokenizer_dir, directory)
-    limit = {"llama": "max_position_embeddings", "gpt2": "n_positions"}[architecture]
-    AutoConfig.for_model(architecture, **{limit: 100, "vocab_size": 520}).save_pretrained(directory)
-    for window in (100, 101):
-        changed = {**config, "teacher": {"path": str(directory)}, "rendering": {"window": window}}
-        checked = ExtractConfig.model_validate(changed)
-        if window == 100:
-            assert estimate(checked).rows > 0
-        else:
-            with pytest.raises(UsageError, match="window = 101 is more than the 100 positions") as caught:
-                estimate(checked)
-            assert caught.value.fix == "set rendering.window to at most 100"
 
 
 @pytest.mark.parametrize("words", [None, "MPS backend out of memory", "DefaultCPUAllocator: not enough memory"])

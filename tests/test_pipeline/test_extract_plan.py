@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
 from pipeline.config.extract import ExtractConfig, TargetConfig
 from pipeline.extract import extract
@@ -120,3 +122,23 @@ def test_sample_rounds_visit_everything_evenly(count: int) -> None:
         taken = sorted(number for numbers in rounds[:3] for number in numbers)
         assert len(taken) == 64
         assert np.diff(taken).max() <= 3 * 1000 // 64
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_window_against_the_teachers_positions(
+    architecture: str, config: dict[str, Any], tmp_path: Path, tiny_tokenizer_dir: Path
+) -> None:
+    """`n_positions` counts as `max_position_embeddings` does; the greatest window is allowed."""
+    directory = tmp_path / "teacher"
+    shutil.copytree(tiny_tokenizer_dir, directory)
+    limit = {"llama": "max_position_embeddings", "gpt2": "n_positions"}[architecture]
+    AutoConfig.for_model(architecture, **{limit: 100, "vocab_size": 520}).save_pretrained(directory)
+    for window in (100, 101):
+        changed = {**config, "teacher": {"path": str(directory)}, "rendering": {"window": window}}
+        checked = ExtractConfig.model_validate(changed)
+        if window == 100:
+            assert estimate(checked).rows > 0
+        else:
+            with pytest.raises(UsageError, match="window = 101 is more than the 100 positions") as caught:
+                estimate(checked)
+            assert caught.value.fix == "set rendering.window to at most 100"
