@@ -60,9 +60,9 @@ def train(config: TrainConfig) -> Iterator[Event]:
             folder=run.checkpoints, store_digest=data.digest, keep=config.checkpoint.keep, processes=processes
         )
         with processes.main_holds(run.held()):
-            done = processes.on_main(lambda: _begin(config, data, recipe, run=run, checkpoints=checkpoints))
-            if done is not None:
-                yield Finished(**asdict(done), model=str(run.model), already=True)
+            finished = processes.on_main(lambda: _begin(config, data, recipe, run=run, checkpoints=checkpoints))
+            if finished is not None:
+                yield Finished(**asdict(finished), model=str(run.model), already=True)
                 return
             yield from _train(config, data, recipe, run=run, checkpoints=checkpoints)
 
@@ -89,8 +89,8 @@ def _begin(
             fix="restore its checkpoints, or choose another run directory",
         )
     # After a checkpoint was lost, a finished run goes on from an older one: its model has seen more steps than that.
-    done = newest if finished is None else max(newest, finished.step)
-    run.check_learning_rates(recipe.schedule, peak=config.optimizer.lr, done=done)
+    steps_done = newest if finished is None else max(newest, finished.step)
+    run.check_learning_rates(recipe.schedule, peak=config.optimizer.lr, done=steps_done)
     return None
 
 
