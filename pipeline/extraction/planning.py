@@ -187,8 +187,11 @@ def bytes_per_row(target: TargetSpec, codec: str = DEFAULT_CODEC) -> float:
 
 
 def is_bound(target: TargetSpec, codec: str = DEFAULT_CODEC) -> bool:
-    """Tell whether `bytes_per_row` is a bound: only the teacher tells where heads end that end at a mass, and only the
-    numbers how well another codec's compress."""
+    """Tell whether `bytes_per_row` is a bound.
+
+    It is where heads end at a mass, for only the teacher tells after how many entries, and with another codec than the
+    measured one, whose numbers are counted as if they did not compress.
+    """
     return target.p is not None or codec != DEFAULT_CODEC
 
 

@@ -73,6 +73,7 @@ class Recipe:
         order = Order(sequences=len(data.train), seed=config.seed, digest=data.order_digest)
         schedule = Schedule(steps=_steps(config, data, order), **config.schedule.model_dump())
         falls_with = schedule if config.kd_ratio_schedule.fall_with_lr else None
+        chunk_size = 256 if device.type == "cpu" else 2_048
         return cls(
             device=device,
             dtype=dtype,
@@ -82,7 +83,7 @@ class Recipe:
             kd_ratio=RatioSchedule(
                 peak=config.kd_ratio, warmup_steps=config.kd_ratio_schedule.warmup_steps, falls_with=falls_with
             ),
-            chunk_size=config.chunk_size if config.chunk_size != "auto" else 256 if device.type == "cpu" else 2_048,
+            chunk_size=chunk_size if config.chunk_size == "auto" else config.chunk_size,
         )
 
 

@@ -38,6 +38,20 @@ def test_a_section_completes_the_key_that_a_stage_names(named: str | None, where
     assert caught.value.where == where
 
 
+@pytest.mark.parametrize(
+    ("advice", "full"),
+    [
+        ("set field to the column that holds the text", "set corpus.field to the column that holds the text"),
+        ("try split: train; if it persists, report it", "try corpus.split: train; if it persists, report it"),
+        ("check the field, and set nothing else", "check the field, and set nothing else"),
+    ],
+)
+def test_a_section_completes_the_keys_of_advice(advice: str, full: str) -> None:
+    with pytest.raises(UsageError) as caught, section("corpus", SourceConfig):
+        raise UsageError("unfit", fix=advice)
+    assert caught.value.fix == full
+
+
 def error_of(tmp_path: Path, text: str, *overrides: str, phase: str = "extract") -> UsageError:
     path = tmp_path / "c.yaml"
     path.write_text(text)

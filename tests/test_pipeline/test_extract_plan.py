@@ -142,3 +142,11 @@ def test_window_against_the_teachers_positions(
             with pytest.raises(UsageError, match="window = 101 is more than the 100 positions") as caught:
                 estimate(checked)
             assert caught.value.fix == "set rendering.window to at most 100"
+
+
+def test_a_device_is_refused_before_anything_is_tokenised(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "take_sample", lambda *arguments: pytest.fail("tokenised for nothing"))
+    with pytest.raises(UsageError, match="unknown device 'abacus'"):
+        estimate(ExtractConfig.model_validate({**config, "device": "abacus"}))

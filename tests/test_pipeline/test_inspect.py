@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,8 @@ from click.testing import CliRunner
 from transformers import AutoTokenizer
 
 from pipeline.cli import main
-from pipeline.export import export_store
+from pipeline.commands.looking import FILE_FORMS
+from pipeline.export import FileFormat, export_store
 from pipeline.inspect import TokenText, open_store, sample_sequences
 from storage.errors import UsageError
 from storage.exchange.arrow import schema, to_table
@@ -149,3 +151,7 @@ def test_nothing_stays_behind_when_writing_fails(
     with pytest.raises(UsageError, match="stop"):
         export_store(reader, "parquet", tmp_path / "rows.parquet")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_commands_offer_the_forms_that_there_are() -> None:
+    assert list(get_args(FileFormat)) == FILE_FORMS
