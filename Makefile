@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install demo test torture lint format api bench clean
+.PHONY: install demo test test-robust torture lint format api bench clean
 
 install: .venv/installed
 
@@ -22,6 +22,9 @@ demo: install
 
 test: install
 	@$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+test-robust: install
+	@$(BIN)/python tests/robust.py
 
 torture: install
 	@$(BIN)/pytest -m torture --verbose --capture=no

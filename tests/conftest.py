@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import random
 import shutil
 import tempfile
 from pathlib import Path
@@ -26,7 +27,7 @@ if not WORKER:
         "HF_HOME": f"{_SCRATCH}/huggingface",
         "HF_DATASETS_CACHE": f"{_SCRATCH}/datasets",
         "XDG_CACHE_HOME": f"{_SCRATCH}/cache",
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": os.environ.get("TOPK_DISTILL_TEST_THREADS", "1"),
         "TOKENIZERS_PARALLELISM": "false",
     }
 
@@ -51,6 +52,14 @@ MadeOnce = Callable[[str, Make], Path]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--refresh-goldens", action="store_true", help="rewrite golden bytes instead of comparing them")
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="run files, and the tests of each, in a random order")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (seed := config.getoption("shuffle")) is not None:
+        draw = random.Random(seed)
+        files = {item.path: draw.random() for item in items}
+        items.sort(key=lambda item: (files[item.path], draw.random()))
 
 
 @pytest.fixture(scope="session")
