@@ -31,7 +31,6 @@ _STYLES: Mapping[str, ParallelStyle] = {
     "colwise_gather_output": ColwiseParallel(output_layouts=Replicate()),
     "rowwise_split_input": RowwiseParallel(input_layouts=Replicate()),
 }
-_WHERE = "distributed.tp"
 _ROUNDING_OF_GRADIENT, _ROUNDING_IN_HALF = 1e-2, 0.25  # relative; sound architectures stay below 1e-5 in float32
 
 
@@ -75,8 +74,8 @@ def cut_model(model: PreTrainedModel, tp: DeviceMesh, *, role: str = "student") 
 def _cannot_be_cut(model: PreTrainedModel, role: str, why: str) -> UsageError:
     return UsageError(
         f"{type(model).__name__} computes something else when it is cut ({why})",
-        where=f"{_WHERE}, {role}",
-        fix="train without distributed.tp, and report the architecture",
+        where=f"tensor parallelism of the {role}",
+        fix="train without tensor parallelism, and report the architecture",
     )
 
 
@@ -129,8 +128,8 @@ def _check_dropout(model: PreTrainedModel, role: str) -> None:
             if (isinstance(module, nn.Dropout) or "drop" in key) and isinstance(value, float) and value > 0.0:
                 raise UsageError(
                     f"the {role} has dropout ({name}.{key} = {value:g}), and processes that share heads draw one mask",
-                    where=f"{_WHERE}, {role}",
-                    fix="set its dropout to 0 in its configuration, or train without distributed.tp",
+                    where=f"tensor parallelism of the {role}",
+                    fix="set its dropout to 0 in its configuration, or train without tensor parallelism",
                 )
 
 
@@ -149,8 +148,8 @@ def _plan_of(model: PreTrainedModel, role: str) -> dict[str, str]:
         what = f"a plan with {', '.join(unknown)}" if unknown else "no plan"
         raise UsageError(
             f"{type(model).__name__} has {what} for tensor parallelism",
-            where=f"{_WHERE}, {role}",
-            fix="train without distributed.tp, or choose another architecture, such as Llama, Qwen or Gemma",
+            where=f"tensor parallelism of the {role}",
+            fix="train without tensor parallelism, or choose another architecture, such as Llama, Qwen or Gemma",
         )
     return plan
 
@@ -174,8 +173,8 @@ def _check_division(model: PreTrainedModel, plan: Mapping[str, str], size: int, 
         if count % size:
             raise UsageError(
                 f"the {role} has {count} {what}, which {size} processes cannot share evenly",
-                where=f"{_WHERE}, {role}",
-                fix="choose a number of processes that divides them, or train without distributed.tp",
+                where=f"tensor parallelism of the {role}",
+                fix="choose a number of processes that divides them, or train without tensor parallelism",
             )
 
 

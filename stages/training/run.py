@@ -22,6 +22,7 @@ import yaml
 from stages.durable import remove_leftovers, replace_file
 from stages.training.metrics import read_metrics
 from stages.training.schedule import Schedule
+from storage.commit.records import PLAN
 from storage.errors import IdentityError, UsageError, storage_errors
 from storage.values import json_differences
 
@@ -53,7 +54,7 @@ FREE_FIELDS = frozenset(
 _RECORD = "run.json"
 # What a run writes beside it, and what makes a directory a store or a model.
 _WRITTEN = ("config.yaml", "metrics.jsonl", "checkpoints", "model", "report.html")
-_OF_OTHERS = ("plan.json", "config.json")
+_OF_OTHERS = (PLAN, "config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,7 +292,7 @@ def _what_changed(began: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[s
 def _back_to(began: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """Say what to do about a difference. What `dtype: auto` meant where the run began stands in its record alone."""
     had, has = (record.get("identity", {}).get("teacher", {}).get("dtype") for record in (began, wanted))
-    dtype = f"set teacher_model.dtype: {had}; otherwise " if had and has and had != has else ""
+    dtype = f"set the teacher's dtype to {had}; otherwise " if had and has and had != has else ""
     return f"{dtype}choose another run directory, or go back to the configuration in its config.yaml"
 
 

@@ -54,7 +54,7 @@ class Learner:
         """Compute the losses of one micro-batch, summed over its rows and divided by `rows`.
 
         Raises:
-            NumericsError: the loss checks its rows (loss.check), and one is not finite.
+            NumericsError: the loss checks its rows, and one is not finite.
         """
         batch = batch.to(self.student.device)
         try:
@@ -68,7 +68,7 @@ class Learner:
                 kd_ratio=self.kd_ratio,
             )
         except FloatingPointError as error:
-            raise _numerics(f"the loss of a row is not finite: {error}", "loss.check") from error
+            raise _numerics(f"the loss of a row is not finite: {error}", "loss") from error
         return parts
 
     def targets(self, batch: MicroBatch) -> SparseTargets | TeacherHead | None:

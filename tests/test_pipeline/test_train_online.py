@@ -209,7 +209,7 @@ def test_what_auto_meant_on_another_machine_is_named(configure: MakeConfig, tiny
     list(train(configure(steps=2, teacher_model={"path": str(tiny_teacher_dir), "dtype": elsewhere})))
     with pytest.raises(IdentityError, match=rf"teacher\.dtype: '{elsewhere}' -> ") as caught:
         list(train(configure(steps=2, teacher_model={"path": str(tiny_teacher_dir)})))
-    assert str(caught.value.fix).startswith(f"set teacher_model.dtype: {elsewhere};")
+    assert str(caught.value.fix).startswith(f"set the teacher's dtype to {elsewhere};")
 
 
 def test_reading_a_long_corpus_is_told(
