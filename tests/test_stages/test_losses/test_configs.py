@@ -81,22 +81,22 @@ def test_a_recipe_selects_a_loss() -> None:
 def test_the_base_does_not_build() -> None:
     with pytest.raises(NotImplementedError):
         LossConfig().build()
-    with pytest.raises(ValueError, match="no factory"):
+    with pytest.raises(AssertionError, match="must be a callable"):
         LossFromFactoryConfig().build()
 
 
 def test_dispatch_errors() -> None:
-    with pytest.raises(ValueError, match="temperature on the config"):
+    with pytest.raises(ValueError, match="temperature must be set on the config"):
         build_loss_config(KDLossConfig(), temperature=2.0)
-    with pytest.raises(TypeError, match="pass an instance"):
+    with pytest.raises(TypeError, match="instance, not the class: KDLossConfig"):
         build_loss_config(KDLossConfig)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="did you mean 'KDLoss'"):
+    with pytest.raises(TypeError, match=r"Unknown loss name 'KDLos', did you mean 'KDLoss'.*class/callable"):
         build_loss_config("KDLos")
     with pytest.raises(TypeError, match="known are MaskedCrossEntropy"):
         build_loss_config("zzz")
     with pytest.raises(TypeError, match="did you mean 'temperature'"):
         build_loss_config("KDLoss", temprature=2.0)
-    with pytest.raises(TypeError, match="expected a LossConfig"):
+    with pytest.raises(TypeError, match=r"expected a LossConfig.*class/callable"):
         build_loss_config(3)  # type: ignore[arg-type]
 
 
@@ -165,7 +165,7 @@ def test_fused_values_are_checked(values: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("name", ["MaskedCrossEntropy", "TEParallelCrossEntropy", "FusedLinearCrossEntropy"])
 @pytest.mark.parametrize(
-    ("field", "value"), [("reduction", "none"), ("chunk_size", -1), ("vocab_size", 0), ("vocab_size", -1)]
+    ("field", "value"), [("reduction", "each"), ("chunk_size", -1), ("vocab_size", 0), ("vocab_size", -1)]
 )
 def test_values_of_cross_entropies_are_checked(name: str, field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{field} is {value!r}, "):
