@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -215,5 +216,16 @@ def test_other_callables_and_unfitting_arguments_are_wrapped() -> None:
         wrapped.build()
 
 
-def test_building_imports_no_optional_kernel() -> None:
+def test_building_imports_no_optional_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it look for one: whatever is installed beside torch computes nothing here."""
+    asked: list[str] = []
+
+    class Listener:
+        def find_spec(self, name: str, *_: object) -> None:
+            asked.append(name)
+
+    monkeypatch.setattr(sys, "meta_path", [Listener(), *sys.meta_path])
+    for name in LOSS_CONFIG_REGISTRY:
+        build_loss_module(name)
     build_loss_module("KDLoss")(torch.zeros(1, 4), torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64))
+    assert [name for name in asked if name.partition(".")[0] != "torch"] == []
