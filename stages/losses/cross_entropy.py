@@ -63,9 +63,7 @@ class MaskedCrossEntropy(Loss):
             mask: [*], zero where a position takes no part.
             num_label_tokens: what losses are divided by; None leaves it to `reduction`.
         """
-        if mask is not None:
-            labels = replicated(labels).masked_fill(replicated(mask) == 0, self.ignore_index)
-        return _cross_entropy(self, logits, labels, num_label_tokens)
+        return _cross_entropy(self, logits, labels, mask, num_label_tokens)
 
 
 class TEParallelCrossEntropy(Loss):
@@ -100,19 +98,32 @@ class TEParallelCrossEntropy(Loss):
         )
         super().__init__(Objective(divergence=ForwardKL()), settings)
 
-    def forward(self, logits: Tensor, labels: Tensor, num_label_tokens: float | Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        mask: Tensor | None = None,
+        num_label_tokens: float | Tensor | None = None,
+    ) -> Tensor:
         """Return the loss, the same on every process of the group: a scalar, or [*] where reduction is "none".
 
         Args:
             logits: [*, V/tp] local shard, or a DTensor.
             labels: [*], already the next token of each position, whole ids.
+            mask: [*], zero where a position takes no part.
             num_label_tokens: what losses are divided by; None leaves it to `reduction`.
         """
-        return _cross_entropy(self, logits, labels, num_label_tokens)
+        return _cross_entropy(self, logits, labels, mask, num_label_tokens)
 
 
 @eager
-def _cross_entropy(loss: Loss, logits: Tensor, labels: Tensor, num_label_tokens: float | Tensor | None) -> Tensor:
+def _cross_entropy(
+    loss: Loss, logits: Tensor, labels: Tensor, mask: Tensor | None, num_label_tokens: float | Tensor | None
+) -> Tensor:
+    if mask is not None:
+        if mask.shape != labels.shape:
+            raise ValueError(f"mask {tuple(mask.shape)} and labels {tuple(labels.shape)} do not fit")
+        labels = replicated(labels).masked_fill(replicated(mask) == 0, loss.ignore_index)
     return logit_loss(
         logits,
         None,

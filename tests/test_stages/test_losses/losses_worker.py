@@ -151,7 +151,9 @@ def check_cross_entropy(mesh: DeviceMesh) -> None:
     close(local.grad, part(gradient, mesh, -1))
     row_N = TEParallelCrossEntropy(reduction="none", tp_group=mesh.get_group())(local, LABELS)
     close(row_N, reference.cross_entropy(full, LABELS))
-    close(torch.autograd.grad(row_N, [local], torch.full((N,), 1 / 9))[0], part(gradient, mesh, -1))
+    close(
+        torch.autograd.grad(row_N, [local], torch.full((N,), 1 / 9, dtype=torch.float64))[0], part(gradient, mesh, -1)
+    )
     sharded = distribute_tensor(full.detach(), mesh, [Shard(1)]).requires_grad_()
     for module in (MaskedCrossEntropy(), TEParallelCrossEntropy()):
         total = module(sharded, LABELS)

@@ -18,6 +18,7 @@ from stages.losses import (
     KDLoss,
     MaskedCrossEntropy,
     SparseTargets,
+    TEParallelCrossEntropy,
     build_loss_module,
 )
 
@@ -169,14 +170,18 @@ def test_nemo_aligner_weights(weights: dict[str, float]) -> None:
     )
 
 
-def test_masked_cross_entropy_of_nemo_automodel() -> None:
+@pytest.mark.parametrize("kind", [MaskedCrossEntropy, TEParallelCrossEntropy])
+def test_cross_entropies_of_nemo_automodel(kind: type[MaskedCrossEntropy | TEParallelCrossEntropy]) -> None:
     logits = rand(B, T, V).requires_grad_()
     summed = F.cross_entropy(logits.flatten(0, 1), LABELS.flatten(), reduction="sum")
-    torch.testing.assert_close(MaskedCrossEntropy()(logits, LABELS), summed)
-    torch.testing.assert_close(MaskedCrossEntropy()(logits, LABELS, num_label_tokens=16), summed / 16)
+    torch.testing.assert_close(kind()(logits, LABELS), summed)
+    torch.testing.assert_close(kind()(logits, LABELS, num_label_tokens=16), summed / 16)
     mask = (LABELS != -100).long()
-    masked = MaskedCrossEntropy(True, -100, "mean")(logits, LABELS.clamp_min(0), mask)
+    masked = kind(reduction="mean")(logits, LABELS.clamp_min(0), mask)
     torch.testing.assert_close(masked, summed / mask.sum())
     torch.testing.assert_close(
         torch.autograd.grad(masked, [logits])[0], torch.autograd.grad(summed / mask.sum(), [logits])[0]
     )
+    torch.testing.assert_close(kind()(logits, LABELS.clamp_min(0), mask, 16), summed / 16)
+    with pytest.raises(ValueError, match=r"mask \(\) and labels \(2, 5\) do not fit"):
+        kind()(logits, LABELS, torch.tensor(16))

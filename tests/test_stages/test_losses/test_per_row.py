@@ -89,7 +89,7 @@ LOGIT_FORMS: dict[str, tuple[type[nn.Module], dict[str, Any], tuple[Any, ...], C
         lambda x: reference.sparse_kd("forward_kl", x, ROWS, LABELS, "sampled"),
     ),
     "masked": (MaskedCrossEntropy, {}, (LABELS, None), plain_cross_entropy),
-    "parallel": (TEParallelCrossEntropy, {"chunk_size": 2}, (LABELS,), plain_cross_entropy),
+    "parallel": (TEParallelCrossEntropy, {"chunk_size": 2}, (LABELS, None), plain_cross_entropy),
 }
 
 
