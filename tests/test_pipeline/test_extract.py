@@ -109,7 +109,7 @@ def test_first_row_is_at_a_position_that_has_one(config: dict[str, Any], prompt:
     path, text = config["store"].parent / "pairs.jsonl", "".join(chr(97 + number**2 % 23) for number in range(200))
     path.write_text(json.dumps({"prompt": text[:prompt], "text": text[prompt:]}) + "\n")
     corpus = [{"source": "jsonl", "path": str(path), "prompt_field": "prompt"}]
-    events = run(config, corpus=corpus, heldout={"fraction": 0.0})
+    events = run(config, corpus=corpus, heldout={"fraction": 0.0}, rendering={"window": 256})
     [first] = [event for event in events if isinstance(event, extract_events.FirstRow)]
     batch, decode = everything(config["store"]), load_tokenizer(Path(config["teacher"]["path"])).decode
     tokens, rows = batch.tokens.tolist(), np.flatnonzero(batch.has_row)
