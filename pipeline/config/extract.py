@@ -51,7 +51,7 @@ class SourceConfig(Model):
     name: str | None = None
     """Configuration name of a dataset."""
     split: str = "train"
-    """Split of a dataset."""
+    """Split of a dataset, or a part of it, such as train[:1000]."""
     revision: str | None = None
     """Hub revision of a dataset."""
 

@@ -21,6 +21,7 @@ SET_ELSEWHERE = {
     "ignore_index": "the positions that have a row",
     "vocab_size": "the teacher's tokenizer",
     "tp_group": "the process group",
+    "reduction": "the step, which takes the mean over all of its rows",
     "fp32_upcast": "the fused form, which always sums rows in float32",
 }
 

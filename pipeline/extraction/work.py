@@ -98,7 +98,10 @@ def target_rows(planned: Extraction, teacher: Teacher, sequences: Sequence[Token
 
 @torch.inference_mode()
 def first_row(planned: Extraction, teacher: Teacher, shards: Sequence[ShardSpec], meter: Meter) -> Iterator[FirstRow]:
-    """Show what the teacher makes of the first words to come: one short forward, nothing of it is stored."""
+    """Show what the teacher makes of the first words to come: one short forward, nothing of it is stored.
+
+    The position is one that gets a row: the last of the first few tokens, or the first behind a longer prompt.
+    """
     if isinstance(teacher, CandidateTeacher):
         return  # its logits are not ours to show
     numbers = (number for shard in shards for number in planned.plan.documents_of(shard))
@@ -107,7 +110,8 @@ def first_row(planned: Extraction, teacher: Teacher, shards: Sequence[ShardSpec]
     sequence = next(chain.from_iterable(sequences), None)
     if sequence is None:
         return
-    length = min(CONTEXT_TOKENS, len(sequence) - 1)
+    rows = np.flatnonzero(sequence.has_row)
+    length = 1 + int(rows[rows < CONTEXT_TOKENS].max(initial=rows[0]))
     ids_1T = torch.from_numpy(sequence.tokens[:length].astype(np.int64))[None].to(teacher.device)
     prob_V = torch.softmax(teacher.logits(teacher.hidden(ids_1T)[0, -1:])[0], dim=-1)
     top = prob_V.topk(min(CANDIDATES, len(prob_V)))

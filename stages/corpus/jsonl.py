@@ -7,6 +7,7 @@ where it begins, so that any range can be read without holding the corpus in mem
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from array import array
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.corpus.refusals import BadRecords, is_conversation, not_text, other_kind
 from stages.corpus.source import SourceSpec
 from stages.input_files import FileState, find_files, unchanged
 from storage.errors import UsageError
@@ -77,23 +79,30 @@ def open_jsonl(spec: SourceSpec) -> JsonlFiles:
     """Open and check every line of the files that `spec.path` names.
 
     Raises:
-        UsageError: no file, a line that is not a JSON object, a line without the field, or one whose field is not a
-            string. File and line are named, and the fields there are.
+        UsageError: no file, one of another kind (compressed, an array), lines that are not a JSON object, lines without
+            the field, or whose field is not a string. Files and lines are named, and the fields there are.
         IdentityError: a file was changed during the scan.
     """
-    return JsonlFiles(files=tuple(_scan(path, spec.field) for path in find_files(spec.path or "")), field=spec.field)
+    bad = BadRecords()
+    files = tuple(_scan(path, spec.field, bad) for path in find_files(spec.path or ""))
+    bad.refuse()
+    return JsonlFiles(files=files, field=spec.field)
 
 
-def _scan(path: Path, field: str) -> JsonlFile:
+def _scan(path: Path, field: str, bad: BadRecords) -> JsonlFile:
     digest = hashlib.sha256()
     begins, numbers = array("q"), array("q")
     position = 0
     state = FileState.of(path)
     with unchanged(state), path.open("rb") as stream:
+        _refuse_other_kinds(stream.peek(), path)
         for number, line in enumerate(stream, start=1):
             digest.update(line)
             if line.strip():
-                _text_of(line, field, f"{path}, line {number}")
+                try:
+                    _text_of(line, field, f"{path}, line {number}")
+                except UsageError as error:
+                    bad.note(error, file=str(path))
                 begins.append(position)
                 numbers.append(number)
             position += len(line)
@@ -105,11 +114,25 @@ def _scan(path: Path, field: str) -> JsonlFile:
     )
 
 
+def _refuse_other_kinds(beginning: bytes, path: Path) -> None:
+    """Refuse a file that cannot be JSON lines, before its first line, which may be all of it, is read."""
+    first = beginning.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")[0].rstrip()
+    error = other_kind(beginning, str(path))
+    if error is not None and (first == b"{" or not first.startswith(b"{")):
+        raise error
+
+
 def _text_of(line: bytes, field: str, where: str) -> str:
     """Return the text of one line. Raises UsageError naming `where` if it has none."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an integer of 5,000 digits, deep nesting
+        row = json.loads(line.decode("utf-8-sig"), parse_int=lambda _: 0)  # Python refuses those of 5,000 digits
+    except RecursionError as error:
+        raise UsageError(
+            "the line is nested too deeply to be read",
+            where=where,
+            fix=f"leave the nested field out: of each line, only {field!r} is used",
+        ) from error
+    except ValueError as error:  # not UTF-8, not JSON
         raise UsageError(
             f"broken JSON line: {error}", where=where, fix="repair or remove the line; each must be one JSON object"
         ) from error
@@ -124,7 +147,7 @@ def _text_of(line: bytes, field: str, where: str) -> str:
     text = row[field]
     if not isinstance(text, str):
         found = "null" if text is None else type(text).__name__
-        raise UsageError(f"field {field!r} is {found}, not a string", where=where, fix="drop or repair the row")
+        raise not_text(f"field {field!r} is {found}, not a string", where, conversation=is_conversation(text))
     return _without_surrogates(text, where)
 
 

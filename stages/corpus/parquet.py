@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stages.corpus.refusals import BadRecords, holds_conversations, not_text, note_nulls, other_kind
 from stages.corpus.source import SourceSpec
 from stages.input_files import FileState, file_sha256, find_files, unchanged
 from storage.errors import UsageError
@@ -75,24 +76,31 @@ def open_parquet(spec: SourceSpec) -> ParquetFiles:
 
     Raises:
         UsageError: no file, not Parquet, damaged (file and row group are named), no such column (the columns are
-            listed), a column that is not text, or a null in it (file and row are named).
+            listed), a column that is not text, or nulls in it (files and rows are named).
         IdentityError: a file was changed during the scan.
     """
     files = tuple(FileState.of(path) for path in find_files(spec.path or ""))
     groups: list[RowGroup] = []
     hashes: list[str] = []
+    bad = BadRecords()
     for file in files:
         with unchanged(file):
-            groups.extend(_check(file, spec.field))
+            groups.extend(_check(file, spec.field, bad))
             hashes.append(file_sha256(file.path))
+    bad.refuse()
     return ParquetFiles(files=files, hashes=tuple(hashes), groups=tuple(groups), field=spec.field)
 
 
-def _check(state: FileState, field: str) -> Iterator[RowGroup]:
+def _check(state: FileState, field: str, bad: BadRecords) -> Iterator[RowGroup]:
     path = state.path
-    with _readable(str(path)):
-        file = pq.ParquetFile(path)
-        schema = file.schema_arrow
+    try:
+        with _readable(str(path)):
+            file = pq.ParquetFile(path)
+            schema = file.schema_arrow
+    except UsageError as error:
+        with path.open("rb") as stream:
+            beginning = stream.read(64)
+        raise other_kind(beginning, str(path)) or error from error
     if field not in schema.names:
         raise UsageError(
             f"no column {field!r}; the columns are {', '.join(map(repr, schema.names))}",
@@ -100,13 +108,14 @@ def _check(state: FileState, field: str) -> Iterator[RowGroup]:
             fix="set field to the column that holds the text",
         )
     if not _is_text(schema.field(field).type):
-        raise UsageError(f"column {field!r} holds {schema.field(field).type}, not text", where=str(path))
+        kind = schema.field(field).type
+        raise not_text(f"column {field!r} holds {kind}, not text", str(path), conversation=holds_conversations(kind))
     first_row = 0
     for index in range(file.num_row_groups):
         with _readable(f"{path}, row group {index}"):
             column = file.read_row_group(index, columns=[field]).column(0)
             column.validate(full=True)  # text that is not UTF-8 would else be found when its shard is read
-        refuse_nulls(column, f"{path}, row", first_row)
+        note_nulls(bad, column, name=field, file=str(path), first_row=first_row)
         yield RowGroup(file=state, index=index, first_row=first_row, rows=len(column))
         first_row += len(column)
 
@@ -128,10 +137,3 @@ def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
-def refuse_nulls(column: pa.ChunkedArray, where: str, first_row: int) -> None:
-    """Raise UsageError naming the first null of a column; rows count from 0, beginning at `first_row`."""
-    if column.null_count:
-        row = first_row + column.is_null().index(True).as_py()
-        raise UsageError("a row has no text (null)", where=f"{where} {row}", fix="drop or repair the row")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.corpus.refusals import BadRecords, other_kind
 from stages.corpus.source import SourceSpec
 from stages.input_files import FileState, find_files, unchanged
 from storage.errors import UsageError
@@ -42,15 +43,20 @@ def open_text(spec: SourceSpec) -> TextFiles:
     """Open the files that `spec.path` names, and check that each is UTF-8.
 
     Raises:
-        UsageError: no file, or one that is not UTF-8 (named, with the position).
+        UsageError: no file, or some that are not UTF-8 (named, with the position, or with what else they are).
         IdentityError: a file was changed during the scan.
     """
     files = tuple(FileState.of(path) for path in find_files(spec.path or ""))
     hashes = []
+    bad = BadRecords()
     for file in files:
         data = _read(file)
-        _decode(file.path, data)
+        try:
+            _decode(file.path, data)
+        except UsageError as error:
+            bad.note(other_kind(data, str(file.path), json=False) or error)
         hashes.append(hashlib.sha256(data).hexdigest())
+    bad.refuse()
     return TextFiles(files=files, hashes=tuple(hashes))
 
 

@@ -70,6 +70,7 @@ class KDLossConfig(_LossClassConfig):
     target_logits_scale: float = 1.0
     vocab_size: int | None = None
     check: bool = False
+    reduction: str = "mean"
 
     def fused(self, **extra: Any) -> FusedLinearKDConfig:
         """Return the same divergence from hidden states, as a stored teacher is best compared with.
@@ -107,6 +108,7 @@ class FusedLinearKDConfig(_LossClassConfig):
     vocab_size: int | None = None
     tp_group: Any = None
     check: bool = False
+    reduction: str = "mean"
 
 
 @dataclass
@@ -156,6 +158,9 @@ class LossFromFactoryConfig(LossConfig):
     Attributes:
         factory: called as factory(**kwargs).
         kwargs: its arguments, unchecked.
+
+    Raises:
+        AssertionError: building without a factory, as NeMo-AutoModel has it.
     """
 
     factory: Callable[..., nn.Module] | None = None
@@ -164,7 +169,7 @@ class LossFromFactoryConfig(LossConfig):
     def build(self) -> nn.Module:
         """Construct the loss module."""
         if self.factory is None:
-            raise ValueError("LossFromFactoryConfig has no factory; give it a loss class or a callable")
+            raise AssertionError("LossFromFactoryConfig.factory is None; it must be a callable, such as a loss class")
         return self.factory(**self.kwargs)
 
 
@@ -192,16 +197,19 @@ def build_loss_config(loss: LossConfig | str | Callable[..., nn.Module], **loss_
     """
     if isinstance(loss, LossConfig):
         if loss_kwargs:
-            raise ValueError(f"{type(loss).__name__} is complete; set {', '.join(loss_kwargs)} on the config itself")
+            raise ValueError(
+                f"{type(loss).__name__} is complete: {', '.join(loss_kwargs)} must be set on the config itself"
+            )
         return loss
     if isinstance(loss, type) and issubclass(loss, LossConfig):
-        raise TypeError(f"{loss.__name__} is a config class; pass an instance, {loss.__name__}(...)")
+        raise TypeError(f"pass an instance, not the class: {loss.__name__}(...)")
     if isinstance(loss, str):
         if loss not in LOSS_CONFIG_REGISTRY:
-            raise TypeError(f"loss {loss!r} is unknown{_nearest(loss, LOSS_CONFIG_REGISTRY)}")
+            near = _nearest(loss, LOSS_CONFIG_REGISTRY)
+            raise TypeError(f"Unknown loss name {loss!r}{near}. Anything else is given as a loss class/callable")
         return _from_fields(loss, loss_kwargs)
     if not callable(loss):
-        raise TypeError(f"loss is {loss!r}; expected a LossConfig, a registry name, a loss class or a callable")
+        raise TypeError(f"loss is {loss!r}; expected a LossConfig, a registry name or a loss class/callable")
     for config_class in LOSS_CONFIG_REGISTRY.values():
         fitting = loss_kwargs.keys() <= {item.name for item in fields(config_class)}
         if getattr(config_class, "loss_class", None) is loss and fitting:

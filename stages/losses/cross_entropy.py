@@ -8,21 +8,24 @@ Shape suffixes: V vocabulary; a leading star is any shape.
 from __future__ import annotations
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from stages.losses.divergences import ForwardKL
 from stages.losses.engine.call import eager
-from stages.losses.engine.logits import LogitSettings, logit_loss
+from stages.losses.engine.logits import logit_loss
 from stages.losses.engine.objective import Objective
+from stages.losses.engine.placement import replicated
+from stages.losses.engine.settings import Loss, Settings
 
 
-class MaskedCrossEntropy(nn.Module):
+class MaskedCrossEntropy(Loss):
     """Cross-entropy over the labels that are not masked.
 
     Args:
         fp32_upcast: compute in float32; False keeps chunks in the logits' precision.
         ignore_index: positions with this label take no part.
-        reduction: "sum" or "mean" over valid positions, where the call gives no num_label_tokens.
+        reduction: "sum" or "mean" over valid positions, where the call gives no num_label_tokens; "none" keeps a loss
+            per position.
         chunk_size: rows computed at once; 0 chooses.
         vocab_size: real tokens, where the head is padded.
     """
@@ -36,16 +39,14 @@ class MaskedCrossEntropy(nn.Module):
         chunk_size: int = 0,
         vocab_size: int | None = None,
     ) -> None:
-        super().__init__()
-        self.reduction = check_reduction(reduction)
-        self.settings = LogitSettings(
-            ignore_index=ignore_index, fp32_upcast=fp32_upcast, chunk_size=chunk_size, vocab_size=vocab_size
+        settings = Settings(
+            ignore_index=ignore_index,
+            reduction=reduction,
+            fp32_upcast=fp32_upcast,
+            chunk_size=chunk_size,
+            vocab_size=vocab_size,
         )
-
-    @property
-    def ignore_index(self) -> int:
-        """Positions with this label take no part. Read-only."""
-        return self.settings.ignore_index
+        super().__init__(Objective(divergence=ForwardKL()), settings)
 
     def forward(
         self,
@@ -54,28 +55,26 @@ class MaskedCrossEntropy(nn.Module):
         mask: Tensor | None = None,
         num_label_tokens: float | Tensor | None = None,
     ) -> Tensor:
-        """Return the loss, a scalar.
+        """Return the loss: a scalar, or [*] where reduction is "none", with 0 at positions that take no part.
 
         Args:
-            logits: [*, V]; a DTensor sharded by vocabulary is not gathered.
+            logits: [*, V]; a DTensor is not gathered.
             labels: [*], already the next token of each position.
             mask: [*], zero where a position takes no part.
-            num_label_tokens: what the sum is divided by; None leaves it to `reduction`.
+            num_label_tokens: what losses are divided by; None leaves it to `reduction`.
         """
-        if mask is not None:
-            labels = labels.masked_fill(mask == 0, self.settings.ignore_index)
-        total = total_of(self.reduction, num_label_tokens)
-        return _run(logits, labels, settings=self.settings, num_batch_labels=total)
+        return _cross_entropy(self, logits, labels, mask, num_label_tokens)
 
 
-class TEParallelCrossEntropy(nn.Module):
+class TEParallelCrossEntropy(Loss):
     """Cross-entropy on logits sharded over the vocabulary, without gathering them.
 
     The interface of Transformer Engine's parallel cross-entropy in plain torch: it runs on CPU as well.
 
     Args:
         ignore_index: positions with this label take no part.
-        reduction: "sum" or "mean" over valid positions, where the call gives no num_label_tokens.
+        reduction: "sum" or "mean" over valid positions, where the call gives no num_label_tokens; "none" keeps a loss
+            per position.
         tp_group: processes that hold the parts of plain logits; a DTensor says so itself.
         chunk_size: rows computed at once; 0 chooses.
         vocab_size: real tokens, where the head is padded.
@@ -90,55 +89,47 @@ class TEParallelCrossEntropy(nn.Module):
         chunk_size: int = 0,
         vocab_size: int | None = None,
     ) -> None:
-        super().__init__()
-        self.reduction = check_reduction(reduction)
-        self.settings = LogitSettings(
-            ignore_index=ignore_index, tp_group=tp_group, chunk_size=chunk_size, vocab_size=vocab_size
+        settings = Settings(
+            ignore_index=ignore_index,
+            reduction=reduction,
+            tp_group=tp_group,
+            chunk_size=chunk_size,
+            vocab_size=vocab_size,
         )
+        super().__init__(Objective(divergence=ForwardKL()), settings)
 
-    @property
-    def ignore_index(self) -> int:
-        """Positions with this label take no part. Read-only."""
-        return self.settings.ignore_index
-
-    def forward(self, logits: Tensor, labels: Tensor, num_label_tokens: float | Tensor | None = None) -> Tensor:
-        """Return the loss, a scalar, the same on every process of the group.
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        mask: Tensor | None = None,
+        num_label_tokens: float | Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss, the same on every process of the group: a scalar, or [*] where reduction is "none".
 
         Args:
             logits: [*, V/tp] local shard, or a DTensor.
             labels: [*], already the next token of each position, whole ids.
-            num_label_tokens: what the sum is divided by; None leaves it to `reduction`.
+            mask: [*], zero where a position takes no part.
+            num_label_tokens: what losses are divided by; None leaves it to `reduction`.
         """
-        total = total_of(self.reduction, num_label_tokens)
-        return _run(logits, labels, settings=self.settings, num_batch_labels=total)
-
-
-def check_reduction(reduction: str) -> str:
-    """Return the reduction, if it is one."""
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f"reduction is {reduction!r}, allowed are 'sum' and 'mean'")
-    return reduction
-
-
-def total_of(reduction: str, num_label_tokens: float | Tensor | None) -> float | Tensor | None:
-    """Return what the sum over valid labels is divided by; None for their number."""
-    return 1.0 if num_label_tokens is None and reduction == "sum" else num_label_tokens
+        return _cross_entropy(self, logits, labels, mask, num_label_tokens)
 
 
 @eager
-def _run(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    settings: LogitSettings,
-    num_batch_labels: float | Tensor | None,
+def _cross_entropy(
+    loss: Loss, logits: Tensor, labels: Tensor, mask: Tensor | None, num_label_tokens: float | Tensor | None
 ) -> Tensor:
+    if mask is not None:
+        if mask.shape != labels.shape:
+            raise ValueError(f"mask {tuple(mask.shape)} and labels {tuple(labels.shape)} do not fit")
+        labels = replicated(labels).masked_fill(replicated(mask) == 0, loss.ignore_index)
     return logit_loss(
         logits,
         None,
         labels,
-        objective=Objective(divergence=ForwardKL()),
+        objective=loss.objective,
         weights=(0.0, 1.0),
-        settings=settings,
-        num_batch_labels=num_batch_labels,
+        settings=loss.settings,
+        num_batch_labels=num_label_tokens,
     )

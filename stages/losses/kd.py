@@ -8,16 +8,17 @@ Shape suffixes: V vocabulary; a leading star is any shape.
 from __future__ import annotations
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from stages.losses.divergences import Divergence, make_divergence
 from stages.losses.engine.call import eager
-from stages.losses.engine.logits import LogitSettings, logit_loss
+from stages.losses.engine.logits import logit_loss
 from stages.losses.engine.objective import Objective
+from stages.losses.engine.settings import Loss, Settings
 from stages.losses.targets import SparseTargets
 
 
-class KDLoss(nn.Module):
+class KDLoss(Loss):
     """Divergence between teacher and student over valid rows.
 
     Args:
@@ -34,6 +35,8 @@ class KDLoss(nn.Module):
         target_logits_scale: factor on the teacher's logits.
         vocab_size: real tokens; columns beyond are padding on both sides.
         check: raise FloatingPointError for a row whose loss is not finite (one synchronisation per chunk).
+        reduction: "mean" or "sum" over valid rows, where the call gives no num_batch_labels; "none" keeps a loss per
+            row.
     """
 
     def __init__(
@@ -50,48 +53,25 @@ class KDLoss(nn.Module):
         target_logits_scale: float = 1.0,
         vocab_size: int | None = None,
         check: bool = False,
+        reduction: str = "mean",
     ) -> None:
-        super().__init__()
-        self.objective = Objective(
+        objective = Objective(
             divergence=make_divergence(divergence),
             tail=tail,
             temperature=temperature,
             logits_scale=logits_scale,
             target_logits_scale=target_logits_scale,
         )
-        self.settings = LogitSettings(
+        settings = Settings(
             ignore_index=ignore_index,
+            reduction=reduction,
             fp32_upcast=fp32_upcast,
             tp_group=tp_group,
             chunk_size=chunk_size,
             vocab_size=vocab_size,
             check=check,
         )
-
-    @property
-    def ignore_index(self) -> int:
-        """Rows with this label take no part. Recipes of NeMo AutoModel read it; like all settings, it is read-only."""
-        return self.settings.ignore_index
-
-    @property
-    def temperature(self) -> float:
-        """T of both distributions."""
-        return self.objective.temperature
-
-    @property
-    def fp32_upcast(self) -> bool:
-        """Whether half-precision logits are computed with in float32."""
-        return self.settings.fp32_upcast
-
-    @property
-    def tp_group(self) -> dist.ProcessGroup | None:
-        """Processes that hold the parts of plain logits."""
-        return self.settings.tp_group
-
-    @property
-    def chunk_size(self) -> int:
-        """Rows computed at once; 0 chooses."""
-        return self.settings.chunk_size
+        super().__init__(objective, settings)
 
     @eager
     def forward(
@@ -101,15 +81,15 @@ class KDLoss(nn.Module):
         labels: Tensor,
         num_batch_labels: float | Tensor | None = None,
     ) -> Tensor:
-        """Return the loss, a scalar.
+        """Return the loss: a scalar, or [*] per row, where reduction is "none", with 0 at ignored rows.
 
         Args:
-            student_logits: [*, V]; under tensor parallelism [*, V/tp] or a DTensor sharded by vocabulary.
+            student_logits: [*, V]; under tensor parallelism [*, V/tp] or a DTensor.
             teacher_logits: of the same shape, without gradient; or sparse rows, one per position of the leading
                 shape in its order.
             labels: [*], already the next token of each position; ignore_index is excluded.
             num_batch_labels: valid labels over the accumulation window and all data-parallel processes: the loss is
-                sum / num_batch_labels; None takes the mean over this call.
+                sum / num_batch_labels, and so is each row's; None leaves it to `reduction`.
 
         Raises:
             TypeError: a teacher that is neither logits nor sparse rows.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 import shutil
@@ -21,6 +22,7 @@ from pipeline.config.extract import ExtractConfig
 from pipeline.extraction import events as extract_events
 from pipeline.extraction import work
 from pipeline.extraction.planning import build_plan, bytes_per_row
+from stages.corpus.tokenizer import load_tokenizer
 from storage.errors import IdentityError, NumericsError, OutOfSpaceError, UsageError
 from storage.plan import Plan
 from storage.reader import StoreReader
@@ -99,6 +101,21 @@ def test_first_row_shows_the_teacher(config: dict[str, Any], tiny_teacher_dir: P
     assert probabilities == sorted(probabilities, reverse=True)
     assert sum(probabilities) < first.head_mass < 1.0
     assert first.bytes_per_row == bytes_per_row(plan_of(config["store"]).target)
+
+
+@pytest.mark.parametrize("prompt", [0, 10, 60, 120, 190])
+def test_first_row_is_at_a_position_that_has_one(config: dict[str, Any], prompt: int) -> None:
+    """Whatever the prompt hides: what is shown is a row of the store."""
+    path, text = config["store"].parent / "pairs.jsonl", "".join(chr(97 + number**2 % 23) for number in range(200))
+    path.write_text(json.dumps({"prompt": text[:prompt], "text": text[prompt:]}) + "\n")
+    corpus = [{"source": "jsonl", "path": str(path), "prompt_field": "prompt"}]
+    events = run(config, corpus=corpus, heldout={"fraction": 0.0}, rendering={"window": 256})
+    [first] = [event for event in events if isinstance(event, extract_events.FirstRow)]
+    batch, decode = everything(config["store"]), load_tokenizer(Path(config["teacher"]["path"])).decode
+    tokens, rows = batch.tokens.tolist(), np.flatnonzero(batch.has_row)
+    shown = next(at for at in rows if decode(tokens[: at + 1], skip_special_tokens=True) == first.context)
+    assert first.following == decode([tokens[shown + 1]])
+    assert shown == max((at for at in rows if at < work.CONTEXT_TOKENS), default=rows[0])
 
 
 @torch.inference_mode()

@@ -130,8 +130,21 @@ def test_targets_lie_beside_the_positions_that_they_belong_to() -> None:
         np.testing.assert_array_equal(
             targets.logprob_NE[row, : len(head)], batch.logprob[head_at[row] : head_at[row + 1]]
         )
-    np.testing.assert_array_equal(targets.tail_logit_N, batch.tail_logit)
     assert targets.draws == batch.draws
+
+
+def test_every_number_of_a_row_reaches_the_loss_under_its_own_name() -> None:
+    batch = make_sequences([4, 3, 6], overlap=1)
+    stored = {"temperatures": (0.5, 2.0)}
+    for name in ("tail_logit_T", "entropy_T"):
+        stored[name] = np.random.default_rng(len(name)).random((batch.rows, 2), np.float32)
+    targets = to_microbatch(replace(batch, **stored), with_targets=True).targets  # type: ignore[arg-type]
+    assert targets is not None
+    for name in ("tail_logit", "entropy", "next_logprob"):
+        np.testing.assert_array_equal(getattr(targets, f"{name}_N"), getattr(batch, name), err_msg=name)
+    for at, temperature in enumerate((0.5, 2.0)):
+        np.testing.assert_array_equal(targets.tail_logit_by_temperature[temperature], stored["tail_logit_T"][:, at])
+        np.testing.assert_array_equal(targets.entropy_by_temperature[temperature], stored["entropy_T"][:, at])
 
 
 @given(st.lists(st.integers(2, 9), min_size=1, max_size=12), st.integers(9, 30))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,9 @@ WRITERS: dict[str, Callable[[Path, list[str]], SourceSpec]] = {
     "dataset": write_dataset,
     "topics": write_nothing,
 }
+
+
+FILE_KINDS = [kind for kind, source in SOURCES.items() if source.path and kind != "dataset"]
 
 
 @pytest.fixture(autouse=True)
@@ -138,28 +142,6 @@ def test_absent_field_lists_the_fields(kind: str, tmp_path: Path) -> None:
         open_one(SourceSpec(source=kind, path=spec.path, field="nope"))
 
 
-@pytest.mark.parametrize(
-    ("line", "what"),
-    [
-        ('{"text": ', "broken JSON line"),
-        ('{"text": null}', "field 'text' is null"),
-        ('{"text": 3}', "field 'text' is int"),
-        ('["a"]', "a line holds list"),
-        ('{"text": "\\ud800"}', "lone surrogate"),
-        ('{"body": "a"}', "no field 'text'; the fields are 'body'"),
-        ("[" * 100_000, "broken JSON line: .*recursion"),
-        ('{"text": "a", "number": ' + "9" * 5000 + "}", "broken JSON line: Exceeds the limit"),
-    ],
-    ids=lambda value: value[:30],
-)
-def test_bad_json_line_is_named(line: str, what: str, tmp_path: Path) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_text('{"text": "good"}\n\n' + line + "\n")
-    with pytest.raises(UsageError, match=what) as caught:
-        open_one(SourceSpec(source="jsonl", path=str(path)))
-    assert caught.value.where == f"{path}, line 3"
-
-
 @pytest.mark.parametrize("kind", ["parquet", "dataset"])
 def test_null_and_numbers_in_a_column(kind: str, tmp_path: Path) -> None:
     texts = [*TEXTS, None, "last"]
@@ -170,7 +152,7 @@ def test_null_and_numbers_in_a_column(kind: str, tmp_path: Path) -> None:
     else:
         datasets.Dataset(table).save_to_disk(str(tmp_path / "saved"))
         path = tmp_path / "saved"
-    with pytest.raises(UsageError, match="no text") as caught:
+    with pytest.raises(UsageError, match="column 'text' is null") as caught:
         open_one(SourceSpec(source=kind, path=str(path)))
     assert caught.value.where is not None
     assert caught.value.where.endswith(f"row {len(TEXTS)}")
@@ -214,9 +196,6 @@ def test_damaged_parquet_is_found_at_opening(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="Invalid UTF8") as caught:
         open_one(SourceSpec(source="parquet", path=str(path)))
     assert caught.value.where == f"{path}, row group 1"
-
-
-FILE_KINDS = [kind for kind, source in SOURCES.items() if source.path and kind != "dataset"]
 
 
 def test_every_source_is_written_for_these_tests() -> None:
@@ -316,9 +295,41 @@ def test_a_single_saved_dataset_has_one_split(tmp_path: Path) -> None:
         datasets.Dataset.from_dict({"text": ["a"]}, split=split).save_to_disk(str(tmp_path / name))
     open_one(SourceSpec(source="dataset", path=str(tmp_path / "named"), split="test"))
     open_one(SourceSpec(source="dataset", path=str(tmp_path / "unnamed")))
-    for name, found, asked in (("named", "test", "train"), ("unnamed", "train", "test")):
-        with pytest.raises(UsageError, match=f"is split '{found}', asked for is split '{asked}'"):
+    for name, found, asked in (("named", "test", "train"), ("unnamed", "train", "test"), ("named", "test", "test[")):
+        with pytest.raises(
+            UsageError, match=rf"holds split '{found}', asked for is split '{re.escape(asked)}'"
+        ) as told:
             open_one(SourceSpec(source="dataset", path=str(tmp_path / name), split=asked))
+        assert told.value.fix is not None
+        assert f"set split: '{found}'" in told.value.fix
+
+
+@pytest.mark.parametrize(
+    ("split", "texts"),
+    [
+        ("train[:10]", TEXTS[:10]),
+        ("train[-7:]", TEXTS[-7:]),
+        ("train[10%:12%]", TEXTS[30:36]),
+        ("test[:2]+train[5:6]", ["x", "y", TEXTS[5]]),
+    ],
+)
+def test_parts_of_a_split_of_saved_datasets(split: str, texts: list[str], tmp_path: Path) -> None:
+    """In the words of `datasets`, as for a directory of Parquet files: the same texts, hence the same identity."""
+    parts = {"train": TEXTS, "test": ["x", "y", "z"]}
+    (tmp_path / "files").mkdir()
+    for name, part in parts.items():
+        pq.write_table(pa.table({"text": part}), tmp_path / "files" / f"{name}.parquet")
+    saved = {name: datasets.Dataset.from_dict({"text": part}, split=name) for name, part in parts.items()}
+    datasets.DatasetDict(saved).save_to_disk(str(tmp_path / "dict"))
+    places = ["files", "dict"]
+    if "test" not in split:
+        saved["train"].save_to_disk(str(tmp_path / "one"))
+        places.append("one")
+    found = [open_one(SourceSpec(source="dataset", path=str(tmp_path / place), split=split)) for place in places]
+    assert [[document.text for document in corpus.documents(range(len(corpus)))] for corpus in found] == [
+        texts for _ in places
+    ]
+    assert len({canonical_json(corpus.sources[0].identity) for corpus in found}) == 1
 
 
 def test_unknown_dataset_offline() -> None:

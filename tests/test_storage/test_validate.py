@@ -114,6 +114,19 @@ def test_a_row_at_the_last_token_of_a_sequence():
         check_batch(PLAN, SHARD, replace(batch, has_row=has_row))
 
 
+@pytest.mark.parametrize(("off", "refused"), [(0.004, False), (-0.004, False), (0.006, True), (-0.006, True)])
+def test_mass_may_be_off_by_half_a_percent(off, refused):
+    """Of one row: the mass of its tail is stored in half precision."""
+    batch = cases.make_batch(PLAN, SHARD)
+    tail = sigmoid(batch.tail_logit[1].astype(np.float64)) + off
+    given = changed("tail_logit", 1, np.log(tail / (1.0 - tail)))(batch)
+    if not refused:
+        check_batch(PLAN, SHARD, given)
+        return
+    with pytest.raises(NumericsError, match=r"head and tail mass do not add up to 1: document \d+"):
+        check_batch(PLAN, SHARD, given)
+
+
 def test_the_message_names_document_window_and_row():
     batch = cases.make_batch(PLAN, SHARD)
     sequence = int(np.argmax(np.diff(batch.row_offset)))

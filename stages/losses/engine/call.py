@@ -2,7 +2,8 @@
 
 The gradient of a loss that is a sum over rows needs nothing that its forward pass does not hold. So each chunk of
 logits is turned into its own gradient and consumed before the next chunk is made; backward only multiplies what was
-kept by the incoming scalar.
+kept by the incoming scalar. Where every row keeps its own loss, backward is given one number per row instead: logits
+hold their gradient row by row as before, while a head, whose gradient is a sum over rows, is gone through again.
 
 Shape suffixes: N rows that take part, C rows of a chunk.
 """
@@ -17,7 +18,9 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
+from stages.losses.engine.chunk import row_dtype
 from stages.losses.engine.kernel import RowKernel, RowValues
+from stages.losses.engine.placement import replicated
 from stages.losses.engine.vocab import VocabShard
 
 P = ParamSpec("P")
@@ -30,7 +33,10 @@ def eager(function: Callable[P, R]) -> Callable[P, R]:
 
 
 class LossParts(NamedTuple):
-    """loss = weighted sum of kd and ce, differentiable; kd and ce, detached, are 0 where they were not computed."""
+    """loss = weighted sum of kd and ce, differentiable; kd and ce, detached, are 0 where they were not computed.
+
+    Scalars; with reduction="none" one number per row, 0 where the label is ignored.
+    """
 
     loss: Tensor
     kd: Tensor
@@ -51,6 +57,7 @@ class LossCall:
         check: raise on a row whose loss is not finite.
         gradient: whether any gradient is wanted.
         late: divide gradients by total in backward only, after a loss scale came in: float16 would lose the small ones.
+        lead: shape of the losses where every row keeps its own, ignored rows included; None: they are added up.
     """
 
     kernel: RowKernel
@@ -62,6 +69,7 @@ class LossCall:
     check: bool = False
     gradient: bool = True
     late: bool = False
+    lead: torch.Size | None = None
 
     @property
     def gradient_total(self) -> float:
@@ -73,6 +81,10 @@ class LossCall:
         step = max(1, self.chunk_size // (self.kernel.buffers + extra_buffers))
         for start in range(0, self.rows, step):
             yield slice(start, min(start + step, self.rows))
+
+    def rows_of(self, span: slice) -> slice | Tensor:
+        """Return the numbers, among all rows of the batch, of the rows of a chunk."""
+        return span if self.keep_N is None else self.keep_N[span]
 
     def check_finite(self, values: RowValues, span: slice) -> None:
         """Raise FloatingPointError naming the first row whose loss is not finite, if checking is on."""
@@ -88,6 +100,24 @@ class LossCall:
             )
 
 
+class Losses:
+    """Divergence and cross-entropy while chunks come in: two sums, or two numbers per row of the batch."""
+
+    def __init__(self, call: LossCall, device: torch.device) -> None:
+        self._call = call
+        rows = () if call.lead is None else (call.lead.numel(),)
+        self.kd, self.ce = torch.zeros(2, *rows, dtype=row_dtype(device), device=device)
+
+    def add(self, values: RowValues, span: slice) -> None:
+        """Take in one chunk. Raises FloatingPointError for a row that is not finite, if checking is on."""
+        self._call.check_finite(values, span)
+        if self._call.lead is None:
+            self.kd, self.ce = self.kd + values.kd_C.sum(), self.ce + values.ce_C.sum()
+        else:
+            rows_C = self._call.rows_of(span)
+            self.kd[rows_C], self.ce[rows_C] = values.kd_C.to(self.kd.dtype), values.ce_C.to(self.ce.dtype)
+
+
 def row_total(num_batch_labels: float | Tensor | None, rows: int) -> float:
     """Return what sums over rows are divided by; 1 where there is nothing to divide.
 
@@ -96,7 +126,7 @@ def row_total(num_batch_labels: float | Tensor | None, rows: int) -> float:
     """
     if num_batch_labels is None or rows == 0:
         return float(max(rows, 1))
-    total = float(num_batch_labels)
+    total = float(replicated(num_batch_labels) if isinstance(num_batch_labels, Tensor) else num_batch_labels)
     if not 0 < total < math.inf:
         raise ValueError(
             f"num_batch_labels is {total}, but this call alone has {rows} valid labels; "
@@ -106,13 +136,15 @@ def row_total(num_batch_labels: float | Tensor | None, rows: int) -> float:
 
 
 def finish(
-    ctx: Any, call: LossCall, kd: Tensor, ce: Tensor, gradients: list[Tensor | None], dtype: torch.dtype
+    ctx: Any, call: LossCall, losses: Losses, gradients: list[Tensor | None], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keep the gradients for backward and return loss, kd and ce from the sums over rows, at least in float32."""
+    """Keep the gradients for backward and return loss, kd and ce, at least in float32."""
     # Attributes, because save_for_backward would copy tensors that are neither inputs nor outputs.
     ctx.gradients = gradients
-    ctx.total = call.total / call.gradient_total
-    kd, ce = kd / call.total, ce / call.total
+    ctx.total, ctx.per_row = call.total / call.gradient_total, call.lead is not None
+    kd, ce = losses.kd / call.total, losses.ce / call.total
+    if call.lead is not None:
+        kd, ce = kd.view(call.lead), ce.view(call.lead)
     mix = call.kernel.mix
     # A part of weight 0 is left out rather than multiplied: 0 * inf is NaN.
     loss = mix.kd * kd + mix.ce * ce if mix.kd and mix.ce else mix.kd * kd if mix.kd else mix.ce * ce
@@ -131,19 +163,26 @@ def scaled_gradients(ctx: Any, d_loss: Tensor | None) -> list[Tensor | None]:
             "this loss was already backpropagated and has given its gradients away; pass retain_graph=True to the "
             "first backward to call it twice"
         )
+    refuse_second_derivative()
+    if d_loss is None:
+        return [None for _ in gradients]
+    factor = d_loss / ctx.total
+    if ctx.per_row:
+        factor = factor.unsqueeze(-1)
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return [None if gradient is None else (gradient * factor).to(gradient.dtype) for gradient in gradients]
+    ctx.gradients = None
+    if ctx.per_row or float(factor) != 1.0:
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(factor)
+    return gradients
+
+
+def refuse_second_derivative() -> None:
+    """Raise RuntimeError in a backward pass that is to be differentiated itself."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "create_graph=True: a loss that forms its gradient in the forward pass has no second derivative; call "
             "backward without it"
         )
-    if d_loss is None:
-        return [None for _ in gradients]
-    factor = d_loss / ctx.total
-    if torch._C._autograd._get_current_graph_task_keep_graph():
-        return [None if gradient is None else gradient * factor for gradient in gradients]
-    ctx.gradients = None
-    if float(factor) != 1.0:
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.mul_(factor)
-    return gradients

@@ -19,7 +19,8 @@ from stages.losses.divergences import Divergence
 from stages.losses.engine.chunk import BLOCK_ELEMENTS, LogitChunk, normalise_, ratio, row_dtype, scale_logits_, softmax_
 from stages.losses.engine.head import OutputHead, check_rule
 from stages.losses.engine.kernel import Mix, RowValues
-from stages.losses.engine.vocab import VocabShard, replicated
+from stages.losses.engine.placement import replicated
+from stages.losses.engine.vocab import VocabShard
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -5,14 +5,15 @@ Shape suffixes: N rows, D hidden width, V local vocabulary, C rows of a chunk.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stages.losses.engine.call import LossCall, finish, scaled_gradients
-from stages.losses.engine.chunk import LogitChunk, row_dtype
+from stages.losses.engine.call import LossCall, Losses, finish, refuse_second_derivative, scaled_gradients
+from stages.losses.engine.chunk import LogitChunk
 from stages.losses.engine.head import OutputHead
 
 # Tokens whose low-precision product is held at once while it is added to a float32 weight gradient: a sum of two
@@ -33,46 +34,77 @@ class FusedLinear(torch.autograd.Function):
         logit_multiplier: float,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the losses; all gradients are formed here."""
-        columns = call.shard.size
-        head = OutputHead.of(
-            weight_VD,
-            bias_V,
-            columns=columns,
+        """Return the losses. All gradients are formed here, unless every row keeps its own loss."""
+        make_head = partial(
+            OutputHead.of,
+            columns=call.shard.size,
             dtype=hidden_ND.dtype,
             logit_multiplier=logit_multiplier,
             softcap=softcap,
         )
+        head = make_head(weight_VD, bias_V)
+        if call.lead is not None:
+            ctx.save_for_backward(hidden_ND, weight_VD, bias_V)
+            ctx.call, ctx.make_head = call, make_head
+            return finish(ctx, call, _losses(hidden_ND, head, call), [], hidden_ND.dtype)
         gradients = _Gradients(ctx, hidden_ND, weight_VD, bias_V, call)
-        chunk: LogitChunk | None = None
-        kd = ce = torch.zeros((), dtype=row_dtype(hidden_ND.device), device=hidden_ND.device)
-        for span in call.spans(extra_buffers=0 if softcap is None else 1):
-            chunk = chunk or LogitChunk(span.stop, call.shard, hidden_ND.dtype, hidden_ND.device)
-            chunk.use(span.stop - span.start)
-            rows_C = span if call.keep_N is None else call.keep_N[span]
-            hidden_CD = hidden_ND[rows_C]
-            head.fill(hidden_CD, chunk.logits_CV)
-            slope_CV = head.slope(chunk.logits_CV) if gradients.wanted else None
-            values = call.kernel(chunk, span, gradient=gradients.wanted)
-            call.check_finite(values, span)
-            kd, ce = kd + values.kd_C.sum(), ce + values.ce_C.sum()
-            if gradients.wanted:
-                if slope_CV is not None:
-                    chunk.logits_CV.mul_(slope_CV)
-                    slope_CV = None  # the next chunk's would be made beside it
-                gradients.add(chunk.logits_CV, hidden_CD, head, rows_C, first=span.start == 0)
-        return finish(ctx, call, kd, ce, gradients.finish(call), hidden_ND.dtype)
+        losses = _losses(hidden_ND, head, call, gradients)
+        return finish(ctx, call, losses, gradients.finish(call), hidden_ND.dtype)
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the kept gradients times the incoming scalar."""
-        return *scaled_gradients(ctx, d_loss), None, None, None
+        """Return the kept gradients times the incoming scalar, or form them from one number per row."""
+        if not ctx.per_row:
+            return *scaled_gradients(ctx, d_loss), None, None, None
+        refuse_second_derivative()
+        if d_loss is None:
+            return (None,) * 6
+        hidden_ND, weight_VD, bias_V = ctx.saved_tensors
+        call, head = ctx.call, ctx.make_head(weight_VD, bias_V)
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            gradients = _Gradients(ctx, hidden_ND, weight_VD, bias_V, call, d_rows_N=d_loss / ctx.total)
+            _losses(hidden_ND, head, call, gradients)
+            return *gradients.finish(call), None, None, None
+
+
+def _losses(hidden_ND: Tensor, head: OutputHead, call: LossCall, gradients: _Gradients | None = None) -> Losses:
+    """Go through all chunks: return the losses, and add to the gradients where there are any."""
+    wanted = gradients is not None and gradients.wanted
+    chunk: LogitChunk | None = None
+    losses = Losses(call, hidden_ND.device)
+    for span in call.spans(extra_buffers=0 if head.softcap is None else 1):
+        chunk = chunk or LogitChunk(span.stop, call.shard, hidden_ND.dtype, hidden_ND.device)
+        chunk.use(span.stop - span.start)
+        rows_C = call.rows_of(span)
+        hidden_CD = hidden_ND[rows_C]
+        head.fill(hidden_CD, chunk.logits_CV)
+        slope_CV = head.slope(chunk.logits_CV) if wanted else None
+        losses.add(call.kernel(chunk, span, gradient=wanted), span)
+        if gradients is not None and wanted:
+            if slope_CV is not None:
+                chunk.logits_CV.mul_(slope_CV)
+                slope_CV = None  # the next chunk's would be made beside it
+            gradients.add(chunk.logits_CV, hidden_CD, head, rows_C, first=span.start == 0)
+    return losses
 
 
 class _Gradients:
-    """Gradients of hidden, weight and bias while chunks come in; those that nobody wants are None."""
+    """Gradients of hidden, weight and bias while chunks come in; those that nobody wants are None.
 
-    def __init__(self, ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, call: LossCall) -> None:
+    `d_rows_N` is what comes in for each row, where every row keeps its own loss.
+    """
+
+    def __init__(
+        self,
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        call: LossCall,
+        *,
+        d_rows_N: Tensor | None = None,
+    ) -> None:
+        self.d_rows_N = d_rows_N
         hidden, weight, bias = (call.gradient and needed for needed in ctx.needs_input_grad[:3])
         self.wanted = hidden or weight or bias
         self.columns, self.total = call.shard.size, call.gradient_total
@@ -86,7 +118,9 @@ class _Gradients:
     def add(
         self, d_logits_CV: Tensor, hidden_CD: Tensor, head: OutputHead, rows_C: slice | Tensor, *, first: bool
     ) -> None:
-        """Take in the gradient of one chunk's logits."""
+        """Take in the gradient of one chunk's logits, which is scaled in place where rows keep their own losses."""
+        if self.d_rows_N is not None:
+            d_logits_CV.mul_(self.d_rows_N[rows_C].unsqueeze(-1))
         factor = head.logit_multiplier / self.total
         if self.hidden_ND is not None:
             self.hidden_ND[rows_C] = torch.mm(d_logits_CV, head.weight_VD).mul_(factor)

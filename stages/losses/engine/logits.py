@@ -5,18 +5,18 @@ Shape suffixes: C rows of a chunk, V local vocabulary; a leading star is any sha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from stages.losses.engine.call import LossCall, finish, row_total, scaled_gradients
-from stages.losses.engine.chunk import LogitChunk, row_dtype
+from stages.losses.engine.call import LossCall, Losses, finish, row_total, scaled_gradients
+from stages.losses.engine.chunk import LogitChunk
 from stages.losses.engine.objective import Objective
+from stages.losses.engine.placement import by_vocabulary, is_placed, local_part, replicated, vocab_group
 from stages.losses.engine.rows import LogitRows, valid_rows
-from stages.losses.engine.vocab import VocabShard, check_vocab_size, local_part, vocab_group
+from stages.losses.engine.settings import Settings
+from stages.losses.engine.vocab import VocabShard
 from stages.losses.targets import SparseTargets
 
 # Memory of one chunk where chunk_size leaves it to us: small enough to stay in a shared cache.
@@ -34,39 +34,20 @@ class FromLogits(torch.autograd.Function):
         d_logits = logits.new_zeros(logits.shape) if gradient else None
         target = None if d_logits is None else LogitRows(d_logits, keep_N=call.keep_N, columns=call.shard.size)
         chunk: LogitChunk | None = None
-        kd = ce = torch.zeros((), dtype=row_dtype(logits.device), device=logits.device)
+        losses = Losses(call, logits.device)
         for span in call.spans():
             chunk = chunk or LogitChunk(span.stop, call.shard, dtype, logits.device)
             chunk.use(span.stop - span.start)
             chunk.logits_CV.copy_(source.read(span))
-            values = call.kernel(chunk, span, gradient=gradient)
-            call.check_finite(values, span)
-            kd, ce = kd + values.kd_C.sum(), ce + values.ce_C.sum()
+            losses.add(call.kernel(chunk, span, gradient=gradient), span)
             if target is not None:
                 target.write(span, chunk.logits_CV)
-        return finish(ctx, call, kd, ce, [d_logits], logits.dtype)
+        return finish(ctx, call, losses, [d_logits], logits.dtype)
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the kept gradient times the incoming scalar."""
+        """Return the kept gradient times what comes in, a scalar or one number per row."""
         return *scaled_gradients(ctx, d_loss), None, None
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogitSettings:
-    """What every loss on logits is built with; the losses' docstrings say what each field does."""
-
-    ignore_index: int = -100
-    fp32_upcast: bool = True
-    tp_group: dist.ProcessGroup | None = None
-    chunk_size: int = 0
-    vocab_size: int | None = None
-    check: bool = False
-
-    def __post_init__(self) -> None:
-        if self.chunk_size < 0:
-            raise ValueError(f"chunk_size is {self.chunk_size}, expected a number of rows, or 0 to choose one")
-        check_vocab_size(self.vocab_size)
 
 
 def logit_loss(
@@ -76,21 +57,22 @@ def logit_loss(
     *,
     objective: Objective,
     weights: tuple[float, float],
-    settings: LogitSettings,
+    settings: Settings,
     num_batch_labels: float | Tensor | None,
 ) -> Tensor:
-    """Return weighted divergence and cross-entropy of logits [*, V] against labels [*], a scalar.
+    """Return weighted divergence and cross-entropy of logits [*, V] against labels [*]: a scalar, or [*].
 
     Raises:
         ValueError: shapes, labels, vocabularies or rows that do not fit.
     """
     _check_shapes(student_logits, teacher, labels)
-    group = vocab_group(student_logits, -1) or settings.tp_group
-    logits, labels_N = local_part(student_logits), local_part(labels).reshape(-1)
+    student_logits = by_vocabulary(student_logits, -1, "the student's logits")
+    group = vocab_group(student_logits, -1) if is_placed(student_logits) else settings.tp_group
+    logits, labels_N = local_part(student_logits), replicated(labels).reshape(-1)
     with torch.autocast(logits.device.type, enabled=False):
         shard = VocabShard.of(logits.shape[-1], labels_N, group=group, vocab_size=settings.vocab_size)
         keep_N, labels_N = valid_rows(labels_N, ignore_index=settings.ignore_index, vocab_size=shard.total)
-        total = row_total(num_batch_labels, len(labels_N))
+        total = row_total(settings.total(num_batch_labels), len(labels_N))
         wide = torch.promote_types(logits.dtype, torch.float32)
         # A dense teacher is compared block by block in float32 in any case.
         dtype = logits.dtype if isinstance(teacher, Tensor) or not settings.fp32_upcast else wide
@@ -106,6 +88,7 @@ def logit_loss(
             check=settings.check,
             gradient=torch.is_grad_enabled(),
             late=late,
+            lead=labels.shape if settings.per_row else None,
         )
         parts = FromLogits.apply(logits, call, dtype)  # type: ignore[no-untyped-call]  # torch does not annotate it
         loss: Tensor = parts[0]

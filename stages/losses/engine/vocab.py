@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from stages.losses.engine.placement import by_vocabulary, cut_group, local_part, placed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,22 +102,32 @@ class VocabShard:
         """Return the local part of a teacher's vocabulary axis (the last), given whole or already sharded.
 
         Args:
-            full: [*, V] or [*, columns]; a DTensor sharded by vocabulary must be cut where the student is.
+            full: [*, V] or [*, columns]; a DTensor must be cut over the processes that the student is cut over.
             what: how errors name it.
 
         Raises:
-            ValueError: a vocabulary that fits neither.
+            ValueError: a vocabulary that fits neither, or a teacher that is cut where the student is not.
         """
-        sharded = vocab_group(full, -1) is not None
-        full = local_part(full)
+        group = cut_group(full, what)
+        if group is not None and _members(group) != _members(self.group):
+            student = "whole on every process" if self.group is None else "cut over other processes"
+            raise ValueError(
+                f"{what} is {placed(full)}, the student's vocabulary is {student}; cut both alike, or give "
+                f"{what} whole, by full_tensor()"
+            )
+        full = local_part(by_vocabulary(full, -1, what))
         width = full.shape[-1]
         if width == self.columns:
             return full[..., : self.size]
-        if not sharded and (width == self.width or (self.declared and width >= self.total)):
+        if group is not None:
+            raise ValueError(
+                f"{what} has {width} vocabulary columns here, the student has {self.columns}; both must be cut at the "
+                f"same tokens: distribute both at the same width, or give {what} whole, by full_tensor()"
+            )
+        if width == self.width or (self.declared and width >= self.total):
             return full[..., self.start : self.start + self.size]
-        where = " here" if sharded else ""
         raise ValueError(
-            f"{what} has {width} vocabulary columns{where}, the student has {self.columns}; if both share a vocabulary "
+            f"{what} has {width} vocabulary columns, the student has {self.columns}; if both share a vocabulary "
             "and differ in padding only, give vocab_size, the number of real tokens; others cannot be compared"
         )
 
@@ -137,30 +148,12 @@ def _gather_sizes(columns: int, labels_N: Tensor, *, group: dist.ProcessGroup) -
     return sizes
 
 
+def _members(group: dist.ProcessGroup | None) -> list[int]:
+    """Return the ranks of a group in its order; none without."""
+    return [] if group is None else dist.get_process_group_ranks(group)
+
+
 def check_vocab_size(vocab_size: int | None) -> None:
     """Raise ValueError unless it is a number of tokens, or None where every column is one."""
     if vocab_size is not None and vocab_size < 1:
         raise ValueError(f"vocab_size is {vocab_size}, expected at least 1 token, or None where no column is padding")
-
-
-def vocab_group(tensor: Tensor, dim: int) -> dist.ProcessGroup | None:
-    """Return the process group over which a DTensor is sharded in its vocabulary dimension; None: it is not."""
-    if not isinstance(tensor, DTensor):
-        return None
-    for mesh_dim, placement in enumerate(tensor.placements):
-        if isinstance(placement, Shard) and placement.dim % tensor.ndim == dim % tensor.ndim:
-            return tensor.device_mesh.get_group(mesh_dim)
-    return None
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Return the local tensor of a DTensor, differentiably; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def replicated(tensor: Tensor) -> Tensor:
-    """Return the whole tensor; a DTensor is gathered, and every process must bring its whole gradient."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    whole = [Replicate()] * tensor.device_mesh.ndim
-    return tensor.redistribute(placements=whole).to_local(grad_placements=whole)

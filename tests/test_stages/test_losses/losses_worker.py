@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from stages.losses import (
     FusedLinearCrossEntropy,
@@ -149,6 +149,11 @@ def check_cross_entropy(mesh: DeviceMesh) -> None:
     close(loss, expected)
     assert local.grad is not None
     close(local.grad, part(gradient, mesh, -1))
+    row_N = TEParallelCrossEntropy(reduction="none", tp_group=mesh.get_group())(local, LABELS)
+    close(row_N, reference.cross_entropy(full, LABELS))
+    close(
+        torch.autograd.grad(row_N, [local], torch.full((N,), 1 / 9, dtype=torch.float64))[0], part(gradient, mesh, -1)
+    )
     sharded = distribute_tensor(full.detach(), mesh, [Shard(1)]).requires_grad_()
     for module in (MaskedCrossEntropy(), TEParallelCrossEntropy()):
         total = module(sharded, LABELS)
@@ -247,6 +252,117 @@ def check_no_valid_label(mesh: DeviceMesh) -> None:
         assert not x.grad.any()
 
 
+PLACEMENTS: dict[str, Placement] = {"whole": Replicate(), "sums": Partial(), "dim0": Shard(0), "dim1": Shard(1)}
+
+
+def place(full: Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
+    """A leaf; the parts of partial sums differ on every process."""
+    if placement.is_partial():
+        share = 1.0 + 0.5 * (mesh.size() - 1) if mesh.get_local_rank() == 0 else -0.5
+        return DTensor.from_local(full.detach() * share, mesh, [placement]).requires_grad_()
+    return distribute_tensor(full.detach(), mesh, [placement]).requires_grad_()
+
+
+def check_gradient(leaf: Tensor, whole: Tensor) -> None:
+    assert isinstance(leaf.grad, DTensor)
+    close(leaf.grad.full_tensor(), whole, 1e-7)
+
+
+def check_placed_logits(mesh: DeviceMesh, how: str) -> None:
+    """The whole tensor's value and gradient wherever the student's logits lie, by row and in total."""
+    full, teacher = (rand(N, V) * 3).requires_grad_(), rand(N, V, seed=1) * 2
+    for form in ("dense", "bucket", "cross-entropy"):
+        if form == "cross-entropy":
+            row_N = reference.cross_entropy(full, LABELS)
+        elif form == "dense":
+            row_N = reference.dense_kd("jsd", full, teacher)
+        else:
+            row_N = reference.sparse_kd("jsd", full, rows(), LABELS, form)
+        row_N = row_N.masked_fill(LABELS == -100, 0.0)
+        weight_N = 1.0 + rand(N, seed=9).abs()
+        (wanted,) = torch.autograd.grad((row_N * weight_N).sum(), [full], retain_graph=True)
+        for given in PLACEMENTS.values() if form == "dense" else [Replicate()]:
+            logits, labels = place(full, mesh, PLACEMENTS[how]), distribute_tensor(LABELS, mesh, [Shard(0)])
+            if how == "whole" and not given.is_replicate():  # the other way round: a teacher that is cut alone
+                expect_error("cut both alike", partial(KDLoss(), logits, place(teacher, mesh, given), labels))
+                continue
+            if form == "cross-entropy":
+                found_N = TEParallelCrossEntropy(reduction="none", tp_group=mesh.get_group())(logits, labels)
+            else:
+                targets = place(teacher, mesh, given) if form == "dense" else rows()
+                found_N = KDLoss(divergence="jsd", reduction="none")(logits, targets, labels)
+                close(KDLoss(divergence="jsd")(logits, targets, LABELS, 7), row_N.sum() / 7)
+            close(found_N, row_N)
+            (found_N * weight_N).sum().backward()
+            check_gradient(logits, wanted)
+
+
+def check_placed_sequences(mesh: DeviceMesh) -> None:
+    """Logits [batch, time, V] cut by batch or by time, with labels and mask cut in another way."""
+    full, labels, mask = rand(2, 3, V).requires_grad_(), LABELS[2:8].view(2, 3), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    masked_N = labels.masked_fill(mask == 0, -100).flatten()
+    expected = reference.cross_entropy(full.view(6, V), masked_N).view(2, 3)
+    (wanted,) = torch.autograd.grad(expected.sum(), [full], retain_graph=True)
+    for placement in (Shard(0), Shard(1), Shard(2), Partial()):
+        logits = place(full, mesh, placement)
+        found = MaskedCrossEntropy(reduction="none")(
+            logits, distribute_tensor(labels, mesh, [Shard(1)]), distribute_tensor(mask, mesh, [Shard(0)])
+        )
+        close(found, expected)
+        found.sum().backward()
+        check_gradient(logits, wanted)
+    hidden, weight = rand(2, 3, D), rand(V, D, seed=1)
+    expected = reference.cross_entropy(hidden.view(6, D) @ weight.t(), masked_N).view(2, 3)
+    fused = FusedLinearCrossEntropy(reduction="none")
+    close(fused(place(hidden, mesh, Shard(1)), masked_N.view(2, 3), place(weight, mesh, Shard(0))), expected)
+
+
+def check_placed_heads(mesh: DeviceMesh, how: str) -> None:
+    """Fused forms: hidden states, head, bias and a teacher's head, each placed in every way."""
+    whole = [rand(*s, seed=i).requires_grad_() for i, s in enumerate([(N, D), (V, D), (V,)])]
+    logits = whole[0] @ whole[1].t() + whole[2]
+    head = TeacherHead(hidden_ND=rand(N, 4, seed=5), weight_VD=rand(V, 4, seed=6))
+    kd_N = reference.dense_kd("jsd", logits, head.hidden_ND @ head.weight_VD.t())
+    row_N = (0.5 * kd_N + 0.5 * reference.cross_entropy(logits, LABELS)).masked_fill(LABELS == -100, 0.0)
+    weight_N = 1.0 + rand(N, seed=9).abs()
+    wanted = torch.autograd.grad((row_N * weight_N).sum(), whole)
+    for hidden in PLACEMENTS.values():
+        leaves = [place(x, mesh, y) for x, y in zip(whole, (hidden, PLACEMENTS[how], Replicate()), strict=True)]
+        if how != "whole":
+            leaves[2] = place(whole[2], mesh, Partial() if hidden.is_partial() else Shard(0))
+        cut = {
+            "hidden_ND": place(head.hidden_ND, mesh, hidden),
+            "weight_VD": place(head.weight_VD, mesh, PLACEMENTS[how]),
+        }
+        loss = FusedLinearKDLoss(divergence="jsd", chunk_size=4, reduction="none")
+        parts = loss(leaves[0], leaves[1], TeacherHead(**cut), LABELS, bias_V=leaves[2])
+        close(parts.loss, row_N, 1e-7)
+        (parts.loss * weight_N).sum().backward()
+        for leaf, gradient in zip(leaves, wanted, strict=True):
+            check_gradient(leaf, gradient)
+        ce = FusedLinearCrossEntropy()(leaves[0], LABELS, leaves[1], bias=leaves[2])
+        close(ce, reference.cross_entropy(logits, LABELS).sum(), 1e-7)
+
+
+def check_two_dimensions(mesh: DeviceMesh) -> None:
+    """A mesh of two dimensions: cut over one of them it is as ever, cut over both it is refused by name."""
+    full = rand(N, V).requires_grad_()
+    expected = reference.mean_over(reference.cross_entropy(full, LABELS), LABELS)
+    for placements in ([Replicate(), Shard(1)], [Shard(0), Replicate()], [Partial(), Replicate()]):
+        logits = distribute_tensor(full.detach(), mesh, placements)
+        close(MaskedCrossEntropy(reduction="mean")(logits, LABELS), expected)
+    both = distribute_tensor(full.detach(), mesh, [Shard(0), Shard(1)])
+    told = r"placements \[Shard\(dim=0\), Shard\(dim=1\)\], cut over 2 dimensions of its mesh"
+    for loss in (MaskedCrossEntropy(), TEParallelCrossEntropy()):
+        expect_error(told, partial(loss, both, LABELS))
+    expect_error(told, lambda: KDLoss()(full.detach(), both, LABELS))
+    head = distribute_tensor(rand(V, D), mesh, [Shard(0), Shard(1)])
+    expect_error("the head is a DTensor", lambda: FusedLinearCrossEntropy()(rand(N, D), LABELS, head))
+    student = distribute_tensor(full.detach(), mesh, [Replicate(), Shard(1)])
+    teacher = distribute_tensor(full.detach(), mesh, [Shard(1), Replicate()])
+    expect_error("cut over other processes", lambda: KDLoss()(student, teacher, LABELS))
+
+
 def check_misuse(mesh: DeviceMesh) -> None:
     """Refused on every process alike: other rows here than there, and a teacher that is cut elsewhere."""
     rank, world = mesh.get_local_rank(), mesh.size()
@@ -255,6 +371,16 @@ def check_misuse(mesh: DeviceMesh) -> None:
     wider = distribute_tensor(rand(V + world * 2, 4), mesh, [Shard(0)])
     teacher = TeacherHead(hidden_ND=rand(N, 4), weight_VD=wider)
     expect_error("columns here", lambda: FusedLinearKDLoss(vocab_size=V)(rand(N, D), weight, teacher, LABELS))
+    told = r"the teacher is a DTensor with placements \[Shard\(dim=1\)\], the student's vocabulary is whole"
+    sharded = distribute_tensor(rand(N, V, seed=1), mesh, [Shard(1)])
+    expect_error(told, lambda: KDLoss()(rand(N, V), sharded, LABELS))
+    whole = FusedLinearKDLoss()(rand(N, D), rand(V, D), sharded.full_tensor(), LABELS).loss  # as the message advises
+    assert whole.isfinite()
+    told = "the teacher's head is a DTensor.*the student's vocabulary is whole"
+    teacher = TeacherHead(hidden_ND=rand(N, 4), weight_VD=distribute_tensor(rand(V, 4), mesh, [Shard(0)]))
+    expect_error(told, lambda: FusedLinearKDLoss()(rand(N, D), rand(V, D), teacher, LABELS))
+    bias = rand(V)  # whole, beside a head that is cut
+    expect_error("cut the bias as the head", lambda: FusedLinearCrossEntropy()(rand(N, D), LABELS, weight, bias=bias))
 
 
 def expect_error(text: str, call: Callable[[], object]) -> None:
@@ -335,7 +461,12 @@ def cases() -> dict[str, tuple[int, Check]]:
         chosen[f"padded vocabulary {size}"] = size, check_padded_vocabulary
         chosen[f"no valid label {size}"] = size, check_no_valid_label
         chosen[f"misuse {size}"] = size, check_misuse
+        for how in PLACEMENTS:
+            chosen[f"placed logits, {how} {size}"] = size, partial(check_placed_logits, how=how)
+            chosen[f"placed heads, {how} {size}"] = size, partial(check_placed_heads, how=how)
+        chosen[f"placed sequences {size}"] = size, check_placed_sequences
     chosen["fsdp2 2"] = 2, check_fsdp2
+    chosen["two dimensions 4"] = 4, check_two_dimensions
     return chosen
 
 
@@ -343,15 +474,15 @@ def main(rank: int, world: int, directory: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world, timeout=timedelta(seconds=20)
     )
-    mesh3 = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
-    mesh2 = DeviceMesh("cpu", [0, 1], mesh_dim_names=("tp",))
+    meshes = {size: DeviceMesh("cpu", list(range(size)), mesh_dim_names=("tp",)) for size in (2, 3)}
+    meshes[4] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     outcome: dict[str, str | None] = {}
     for name, (size, check) in cases().items():
         outcome[name] = None
-        if size == 2 and rank > 1:
+        if rank >= size:
             continue
         try:
-            check(mesh2 if size == 2 else mesh3)
+            check(meshes[size])
         except Exception:
             outcome[name] = traceback.format_exc()
             break  # the other processes may wait in a collective that this one left: end here, and they time out

@@ -8,6 +8,7 @@ from typing import Any
 import losses_reference as reference
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from stages.losses import (
     KDLoss,
     MaskedCrossEntropy,
     SparseTargets,
+    TEParallelCrossEntropy,
     build_loss_module,
 )
 
@@ -55,14 +57,37 @@ def test_recipes_of_nemo_automodel_read_attributes(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("ignore_index", 0), ("temperature", 2.0), ("tp_group", None), ("chunk_size", 3), ("fp32_upcast", False)],
+    ("loss", "settings"),
+    [
+        ("KDLoss", {"ignore_index": 0, "temperature": 2.0, "fp32_upcast": False, "chunk_size": 3, "tail": "bucket"}),
+        ("KDLoss", {"logits_scale": 2.0, "target_logits_scale": 0.5, "check": True, "reduction": "none"}),
+        ("MaskedCrossEntropy", {"fp32_upcast": False, "reduction": "mean", "chunk_size": 7, "vocab_size": 11}),
+        ("TEParallelCrossEntropy", {"tp_group": dist.ProcessGroup(0, 1), "reduction": "sum"}),
+        ("FusedLinearCrossEntropy", {"logit_softcapping": 30.0, "ignore_index": -1, "chunk_size": 8}),
+        ("FusedLinearKDLoss", {"softcap": 30.0, "logit_multiplier": 0.5, "kd_ratio": 0.3}),
+        ("FusedLinearKDLoss", {"kd_loss_weight": 1.0, "sft_loss_weight": 0.25}),
+    ],
 )
-def test_settings_are_read_and_never_quietly_ignored(name: str, value: Any) -> None:
-    loss = KDLoss(**{name: value})
-    assert getattr(loss, name) == value
-    with pytest.raises(AttributeError, match="no setter"):
-        setattr(loss, name, value)
+def test_settings_are_read_shown_and_never_quietly_ignored(loss: str, settings: dict[str, Any]) -> None:
+    """By the names of the constructor, on the loss and in its repr, which is one line."""
+    made = build_loss_module(loss, **settings)
+    shown = repr(made)
+    assert shown.startswith(f"{loss}(")
+    assert "\n" not in shown
+    for name, value in settings.items():
+        assert getattr(made, name) == value
+        assert f"{name}={value!r}" in shown
+        with pytest.raises(AttributeError, match="no setter"):
+            setattr(made, name, value)
+
+
+def test_a_repr_shows_what_is_measured() -> None:
+    assert repr(KDLoss(divergence="jsd")) == (
+        "KDLoss(ignore_index=-100, temperature=1.0, fp32_upcast=True, chunk_size=0, divergence='jsd(0.5)', "
+        "logits_scale=1.0, target_logits_scale=1.0, check=False, reduction='mean')"
+    )
+    assert "kd_ratio=0.3," in repr(FusedLinearKDLoss(kd_coef=0.3))
+    assert "kd_ratio" not in repr(FusedLinearKDLoss(kd_loss_weight=1.0))
 
 
 def test_calls_of_nemo_automodel_and_openrlhf() -> None:
@@ -145,14 +170,18 @@ def test_nemo_aligner_weights(weights: dict[str, float]) -> None:
     )
 
 
-def test_masked_cross_entropy_of_nemo_automodel() -> None:
+@pytest.mark.parametrize("kind", [MaskedCrossEntropy, TEParallelCrossEntropy])
+def test_cross_entropies_of_nemo_automodel(kind: type[MaskedCrossEntropy | TEParallelCrossEntropy]) -> None:
     logits = rand(B, T, V).requires_grad_()
     summed = F.cross_entropy(logits.flatten(0, 1), LABELS.flatten(), reduction="sum")
-    torch.testing.assert_close(MaskedCrossEntropy()(logits, LABELS), summed)
-    torch.testing.assert_close(MaskedCrossEntropy()(logits, LABELS, num_label_tokens=16), summed / 16)
+    torch.testing.assert_close(kind()(logits, LABELS), summed)
+    torch.testing.assert_close(kind()(logits, LABELS, num_label_tokens=16), summed / 16)
     mask = (LABELS != -100).long()
-    masked = MaskedCrossEntropy(True, -100, "mean")(logits, LABELS.clamp_min(0), mask)
+    masked = kind(reduction="mean")(logits, LABELS.clamp_min(0), mask)
     torch.testing.assert_close(masked, summed / mask.sum())
     torch.testing.assert_close(
         torch.autograd.grad(masked, [logits])[0], torch.autograd.grad(summed / mask.sum(), [logits])[0]
     )
+    torch.testing.assert_close(kind()(logits, LABELS.clamp_min(0), mask, 16), summed / 16)
+    with pytest.raises(ValueError, match=r"mask \(\) and labels \(2, 5\) do not fit"):
+        kind()(logits, LABELS, torch.tensor(16))

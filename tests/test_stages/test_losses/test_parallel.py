@@ -1,6 +1,6 @@
-"""Tensor parallelism and FSDP2 with two and three gloo processes, against the unsharded float64 reference.
+"""Tensor parallelism, placements and FSDP2 with two to four gloo processes, against the unsharded float64 reference.
 
-The three processes start once for all cases: see losses_worker.py.
+The processes start once for all cases: see losses_worker.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import losses_worker
 import pytest
 from warm_process import WarmProcess, wait_for_all
 
-WORLD = 3
+WORLD = 4
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import losses_reference as reference
 import pytest
@@ -177,6 +178,31 @@ def test_rows_that_lack_what_a_policy_needs() -> None:
         FusedLinearKDLoss()(hidden_ND, weight_VD, None, labels_N)
     with pytest.raises(ValueError, match="a dense teacher has no tail"):
         KDLoss(tail="bucket")(logits_NV, logits_NV, labels_N)
+
+
+def test_a_temperature_is_stored_or_it_is_not() -> None:
+    """One that is near to a stored one has another tail: only what rounding does to a number is forgiven."""
+    hidden_ND, weight_VD, targets, labels_N = make()
+    logits_NV = hidden_ND @ weight_VD.t()
+    exact = KDLoss(temperature=2.0, divergence="jsd")(logits_NV, targets, labels_N)
+    rounded = KDLoss(temperature=2.0 * (1 + 1e-8), divergence="jsd")(logits_NV, targets, labels_N)
+    torch.testing.assert_close(exact, rounded, rtol=1e-6, atol=0.0)
+    for near in (2.2, 1.9, 2.001, 0.55):
+        with pytest.raises(ValueError, match=rf"teacher temperature {near:g}: the rows hold no tail_logit for it"):
+            KDLoss(temperature=near, divergence="jsd")(logits_NV, targets, labels_N)
+
+
+@pytest.mark.parametrize("off", [3e-6, 3e-5])
+def test_rows_whose_mass_is_not_one(off: float) -> None:
+    """The gradient is (sum p_hat) q - p_hat: where stored rows add up to one, and only there, q - p_hat is the same."""
+    hidden_ND, weight_VD, targets, labels_N = make()
+    shifted = replace(targets, logprob_NE=targets.logprob_NE + off, tail_logit_N=targets.tail_logit_N + off)
+    logits_NV = (hidden_ND @ weight_VD.t()).requires_grad_()
+    found = torch.autograd.grad(KDLoss(reduction="sum")(logits_NV, shifted, labels_N), [logits_NV])[0]
+    kd = reference.mean_over(reference.sparse_kd("forward_kl", logits_NV, shifted, labels_N, "sampled"), labels_N, 1)
+    (expected,) = torch.autograd.grad(kd, [logits_NV])
+    assert found.sum(-1).abs().max() < off / 1000  # a row of q - p_hat adds up to 1 less its mass
+    assert reference.error(found, expected) < off / 1000
 
 
 def test_advice() -> None:
