@@ -20,7 +20,7 @@ from power_loss import BATCH, small_plan
 from row_check import fingerprints, read_store
 from torture_results import save
 
-import storage.files.local
+import storage.files.regular
 from storage.errors import StorageUnavailableError
 from storage.tools.verify import verify
 
@@ -101,7 +101,7 @@ def test_errors_while_reading(memory, monkeypatch):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return open(*arguments, **options)
 
-    monkeypatch.setattr(storage.files.local, "open", failing_open, raising=False)
+    monkeypatch.setattr(storage.files.regular, "open", failing_open, raising=False)
     assert read_store(memory / "store", rows).errors == {}
     total = next(calls)
     assert total > 40
