@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from stages.input_files import FileState, file_sha256, user_path
 from storage.errors import UsageError
+from storage.files.regular import LARGEST_FILE, kind_of
 from storage.values import Json
 
 WEIGHTS = "*.safetensors"
@@ -45,23 +46,29 @@ class ModelDirectory:
         return {"name": self.name, "commit": self.commit, "directory": str(self.directory)}
 
 
-def find_model(name: str, revision: str | None = None, *, weights: bool = True, key: str = "path") -> ModelDirectory:
+def find_model(
+    name: str, revision: str | None = None, *, weights: bool = True, key: str = "path", fetch: bool = True
+) -> ModelDirectory:
     """Return the directory of a model: `name` itself, or the hub's copy in the local cache, downloaded if need be.
 
     Args:
         weights: fetch and require safetensors weights too; False serves those who need config and tokenizer only.
         key: the configuration key that names the model, for messages.
+        fetch: ask the hub. Only for what the user has written: what a store or a run says is never a name to fetch.
 
     Raises:
-        UsageError: no such model, no path, gated, offline, or without safetensors weights.
+        UsageError: no such model, no path, gated, offline, without safetensors weights, or with something else than
+            files in it.
     """
     local = user_path(name, key=key)
     if local.is_dir():
         model = ModelDirectory(directory=local, name=name)
-    elif local.exists() or name.startswith((".", "/", "~")):
+    elif not fetch or local.exists() or name.startswith((".", "/", "~")):
         raise UsageError(f"no model directory {name}", where=key, fix="check the path")
     else:
         model = _download(name, revision, weights=weights, key=key)
+    for path in sorted(model.directory.iterdir()):
+        require_model_file(path)
     if not (model.directory / "config.json").is_file():
         raise UsageError("no config.json", where=str(model.directory), fix="name a Hugging Face model directory")
     if weights and not list(model.directory.glob(WEIGHTS)):
@@ -71,6 +78,25 @@ def find_model(name: str, revision: str | None = None, *, weights: bool = True, 
             fix="convert once: AutoModelForCausalLM.from_pretrained(...).save_pretrained(DIRECTORY)",
         )
     return model
+
+
+def require_model_file(path: Path) -> None:
+    """Check that what libraries would read of a model is a file, or a link to one as in the hub's cache, of a fit size.
+
+    Raises:
+        UsageError: it is something else, or a description larger than any.
+    """
+    described = any(path.match(pattern) for pattern in DESCRIPTION)
+    try:
+        status = path.stat()
+        kind, size = kind_of(status.st_mode), status.st_size
+    except OSError as error:
+        kind, size = f"a link that leads nowhere ({error.strerror})", 0
+    fix = "fetch the model anew, or take away what is there"
+    if kind != "a file" and (described or path.match(WEIGHTS) or kind != "a directory"):
+        raise UsageError(f"{path.name} is {kind}, not a file", where=str(path), fix=fix)
+    if described and size > LARGEST_FILE:
+        raise UsageError(f"{path.name} has {size:,} bytes, too many to be read", where=str(path), fix=fix)
 
 
 def _download(name: str, revision: str | None, *, weights: bool, key: str) -> ModelDirectory:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from storage.errors import CorruptionError, storage_errors
 
@@ -55,7 +55,7 @@ def too_large(size: int, most: int, *, where: str) -> CorruptionError:
 
 def open_regular(
     path: str | Path, *, most: int | None = None, follow: bool = False, folder: int | None = None, where: str = ""
-) -> BinaryIO:
+) -> BufferedReader:
     """Open a regular file for reading. It never waits, whatever stands there.
 
     Args:
