@@ -136,6 +136,7 @@ def _load(directory: Path, device: torch.device, dtype: torch.dtype) -> PreTrain
         if "memory" in str(error).lower():
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"the model cannot be loaded: {reason}", where=str(directory)) from error
+        fix = "check its files, or fetch the model anew"
+        raise UsageError(f"the model cannot be loaded: {reason}", where=str(directory), fix=fix) from error
     ready: PreTrainedModel = model.to(device).eval()
     return ready

@@ -142,7 +142,9 @@ class Checkpoints:
             stated: Mapping[str, Mapping[str, object]] = manifest["files"]
             digest = manifest["store_digest"]
             found = _describe(directory, {name: item["bytes"] for name, item in stated.items()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, CorruptionError) as error:
+        except CorruptionError as error:
+            return f"{error.where}: {error.what}"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             return f"{_MANIFEST}: {error!r}"
         if digest != self.store_digest:
             return f"made from store {digest}"

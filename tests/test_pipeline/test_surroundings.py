@@ -14,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -159,6 +161,40 @@ def test_every_kind_in_place_of_every_file_of_a_run_and_its_model(trained: Path,
             shutil.rmtree(place)
     save("a special file in place of every file of a run and of a model, every command", started=started,
          commands=calls, kinds=len(kinds))  # fmt: skip
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every text in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from (key, *strings(item))
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings(item)
+
+
+def test_paths_of_the_machine_are_where_security_md_says(
+    trained: Path, tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path
+) -> None:
+    pq.write_table(pa.table({"document": range(40), "weight": range(40)}), tmp_path / "weights.parquet")
+    column = f"weight={tmp_path / 'weights.parquet'}"
+    assert call("convert", tiny_store, tmp_path / "new", "--add-column", column, "--quiet") == 0
+    written = {}
+    for name, folder in (("store", tiny_store), ("new", tmp_path / "new"), ("run", trained / "run")):
+        for path in sorted(folder.rglob("*")):
+            content = path.read_bytes() if path.is_file() else b""
+            if str(tiny_teacher_dir.parent).encode() in content or str(tmp_path).encode() in content:
+                written[f"{name}/{path.relative_to(folder)}"] = content
+    assert set(written) == {
+        "store/plan.json", "new/plan.json", "run/run.json", "run/config.yaml", "run/report.html",
+    }  # fmt: skip
+    for name in ("store/plan.json", "new/plan.json"):
+        assert not [text for text in strings(Plan.from_json(written[name]).semantic()) if os.path.isabs(text)]
+    security = (Path(__file__).parents[2] / "SECURITY.md").read_text()
+    told = security[security.index("**Paths of your machine**") :]
+    assert all(f"`{name.partition('/')[2]}`" in told for name in written)
 
 
 class Hub(ThreadingHTTPServer):
