@@ -5,6 +5,7 @@ Data path: configuration -> **model directory** -> identity for the plan, tokeni
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,6 +78,7 @@ def find_model(
             where=str(model.directory),
             fix="convert once: AutoModelForCausalLM.from_pretrained(...).save_pretrained(DIRECTORY)",
         )
+    refuse_hub_kernels(model.directory / "config.json")
     return model
 
 
@@ -97,6 +99,37 @@ def require_model_file(path: Path) -> None:
         raise UsageError(f"{path.name} is {kind}, not a file", where=str(path), fix=fix)
     if described and size > LARGEST_FILE:
         raise UsageError(f"{path.name} has {size:,} bytes, too many to be read", where=str(path), fix=fix)
+
+
+def refuse_hub_kernels(config: Path) -> None:
+    """Refuse a configuration that names code of the hub, such as an attention kernel: it would be fetched and run.
+
+    Raises:
+        UsageError: `attn_implementation`, or something of the kind, is the name of a repository.
+    """
+    try:
+        content = json.loads(config.read_bytes())
+    except (ValueError, RecursionError):
+        return  # whoever loads it says what is wrong with it
+    for key, value in _texts(content):
+        if "implementation" in key and "/" in value:
+            raise UsageError(
+                f"{key}: {value!r} would be fetched from the hub and run; remote code is never run",
+                where=str(config),
+                fix=f"take {key} out of the file",
+            )
+
+
+def _texts(content: Json) -> Iterator[tuple[str, str]]:
+    """Yield every text in a JSON value with the keys that lead to it."""
+    left = [("", content)]
+    while left:
+        key, value = left.pop()
+        if isinstance(value, str):
+            yield key, value
+        elif isinstance(value, dict | list):
+            inside = value.items() if isinstance(value, dict) else enumerate(value)
+            left += [(f"{key}.{name}" if key else str(name), item) for name, item in inside]
 
 
 def _download(name: str, revision: str | None, *, weights: bool, key: str) -> ModelDirectory:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from stages.models.files import find_model, quiet, require_model_file
+from stages.models.files import find_model, quiet, refuse_hub_kernels, require_model_file
 from storage.errors import DistillError, UsageError
 
 
@@ -86,6 +86,7 @@ def load_config(source: StudentSource) -> PreTrainedConfig:
     file = Path(source.path).expanduser()
     if file.is_file():
         require_model_file(file)
+        refuse_hub_kernels(file)
     path = file if file.is_file() else model_directory(source, weights=False)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)

@@ -18,14 +18,20 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from storage.errors import CorruptionError, StorageUnavailableError, storage_errors
+from storage.errors import StorageUnavailableError, storage_errors
 from storage.faults import fault_point
 from storage.files.base import QUARANTINE, TEMPORARY, Files, Stamp
-from storage.files.regular import LARGEST_FILE, READ, not_a, open_regular
+from storage.files.regular import (
+    LARGEST_FILE,
+    READ,
+    not_a,
+    open_descriptor,
+    read_descriptor,
+    require_name,
+    sizes_below,
+)
 
 PARALLEL_SYNCS = 8
-DEEPEST = 32  # directories in one another; a store has six
-LONGEST_NAME = 255  # bytes, in any file system
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _ROOT = os.O_RDONLY | os.O_DIRECTORY  # the user's own path, which may be a link
 _DIRECTORY = _ROOT | os.O_NOFOLLOW
@@ -72,11 +78,15 @@ class LocalFiles(Files):
         path = f"{self.root}/{name}"  # a Path would take longer to build than the file to open
         with storage_errors(path):
             try:
-                with self._at(name) as (folder, last), open_regular(last, most=most, folder=folder, where=path) as file:
-                    stamp = Stamp.of(os.fstat(file.fileno()))  # before reading: a change in between shows later
-                    return file.read(stamp.size), stamp
+                with self._at(name) as (folder, last):
+                    descriptor, status = open_descriptor(last, most=most, folder=folder, where=path)
             except _ABSENT:
                 return None
+            try:
+                # The state is older than the content: a change in between shows later.
+                return read_descriptor(descriptor, status.st_size), Stamp.of(status)
+            finally:
+                os.close(descriptor)
 
     def read_range(self, name: str, start: int, size: int, stamp: int) -> bytes | None:
         """Return `size` bytes from `start`, or None if the file is gone or its stamp no longer has this hash.
@@ -177,7 +187,7 @@ class LocalFiles(Files):
         with storage_errors(self.root / name):
             try:
                 with self._at(name) as (folder, last), ExitStack() as opened:
-                    return dict(_sizes(_open(last, _DIRECTORY, opened, folder)))
+                    return dict(sizes_below(_open(last, _DIRECTORY, opened, folder)))
             except _ABSENT:
                 return None
 
@@ -250,30 +260,43 @@ class LocalFiles(Files):
                 what = "directories lie too deep in one another to be removed"
                 raise StorageUnavailableError(what, where=str(path), fix="remove it by hand") from error
 
+    def _walk(self, name: str) -> int:
+        """Open a directory of the store, `.` for its root, following no link on the way; return its descriptor."""
+        folder = os.open(self.root, _ROOT)
+        parts = [] if name == "." else name.split("/")
+        for number, part in enumerate(parts, 1):
+            try:
+                require_name(part)
+                inner = os.open(part, _DIRECTORY, dir_fd=folder)
+            except NotADirectoryError as error:
+                walked = "/".join(parts[:number])
+                mode = os.stat(part, dir_fd=folder, follow_symlinks=False).st_mode
+                raise not_a("a directory", mode, where=self.place(walked), name=walked) from error
+            finally:
+                os.close(folder)
+            folder = inner
+        return folder
+
     @contextmanager
     def _directory(self, name: str) -> Iterator[int]:
-        """Open a directory of the store, `.` for its root. No link is followed on the way."""
-        with ExitStack() as opened:
-            folder = _open(self.root, _ROOT, opened)
-            parts = [] if name == "." else name.split("/")
-            for number, part in enumerate(parts, 1):
-                try:
-                    _require_name(part)
-                    folder = _open(part, _DIRECTORY, opened, folder)
-                except NotADirectoryError as error:
-                    walked = "/".join(parts[:number])
-                    mode = os.stat(part, dir_fd=folder, follow_symlinks=False).st_mode
-                    raise not_a("a directory", mode, where=self.place(walked), name=walked) from error
+        """Open a directory of the store, as `_walk`."""
+        folder = self._walk(name)
+        try:
             yield folder
+        finally:
+            os.close(folder)
 
     @contextmanager
     def _at(self, name: str) -> Iterator[tuple[int, str]]:
         """Open the directory that a name lies in. Yields it and the last part of the name."""
-        folder, _, last = name.rpartition("/")
+        parent, _, last = name.rpartition("/")
         if name != ".":
-            _require_name(last)
-        with self._directory(folder or ".") as descriptor:
-            yield descriptor, last
+            require_name(last)
+        folder = self._walk(parent or ".")
+        try:
+            yield folder, last
+        finally:
+            os.close(folder)
 
     def _make(self, directory: str) -> None:
         with self._at(directory) as (folder, last):
@@ -285,28 +308,6 @@ class LocalFiles(Files):
         self._make(TEMPORARY)
         with self._directory(TEMPORARY) as folder:
             yield folder, f"{os.getpid()}-{os.urandom(6).hex()}"
-
-
-def _require_name(part: str) -> None:
-    """Refuse what would lead out of a directory. Names come from our own code, but also from records."""
-    if part in ("", ".", "..") or "\0" in part or len(os.fsencode(part)) > LONGEST_NAME:
-        raise CorruptionError(f"{part!r} is not the name of a file in a store", fix="repair the record that names it")
-
-
-def _sizes(folder: int, prefix: str = "", depth: int = 1) -> Iterator[tuple[str, int]]:
-    """Yield name and size of every file below an open directory."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            try:
-                if entry.is_dir(follow_symlinks=False) and depth < DEEPEST:
-                    with ExitStack() as opened:
-                        inner = _open(entry.name, _DIRECTORY, opened, folder)
-                        yield from _sizes(inner, f"{prefix}{entry.name}/", depth + 1)
-                else:
-                    status = entry.stat(follow_symlinks=False)
-                    yield prefix + entry.name, status.st_size if stat.S_ISREG(status.st_mode) else -1
-            except (FileNotFoundError, NotADirectoryError):  # a temporary file of a running writer
-                continue
 
 
 def _write_tree(name: str, objects: Mapping[str, bytes], point: str, folder: int) -> None:

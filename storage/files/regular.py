@@ -9,11 +9,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 
 from storage.errors import CorruptionError, storage_errors
 
+DEEPEST = 32  # directories in one another; a store has six
+LONGEST_NAME = 255  # bytes, in any file system
 LARGEST_FILE = 1 << 28  # bytes of a file for which nothing says how large it may be; descriptions, not weights
 READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _NOT_OPENED = {errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EISDIR}  # a link, a socket, a device without a driver
@@ -53,10 +56,10 @@ def too_large(size: int, most: int, *, where: str) -> CorruptionError:
     return CorruptionError(f"it has {size} bytes, more than the {most} that it may have", where=where, fix=fix)
 
 
-def open_regular(
+def open_descriptor(
     path: str | Path, *, most: int | None = None, follow: bool = False, folder: int | None = None, where: str = ""
-) -> BufferedReader:
-    """Open a regular file for reading. It never waits, whatever stands there.
+) -> tuple[int, os.stat_result]:
+    """Open a regular file for reading, and return its descriptor and state. It never waits, whatever stands there.
 
     Args:
         path: relative to `folder`, if that is given.
@@ -69,32 +72,40 @@ def open_regular(
         FileNotFoundError, OSError: it is not there (with `follow`, a link may lead nowhere), or cannot be opened.
         CorruptionError: it is something else, or larger.
     """
-    named = where or str(path)
-
-    def opened(name: str, flags: int) -> int:
-        return os.open(name, READ if follow else READ | os.O_NOFOLLOW, dir_fd=folder)
-
     try:
-        file = open(path, "rb", opener=opened)  # noqa: SIM115  # the caller closes it
+        descriptor = os.open(path, READ if follow else READ | os.O_NOFOLLOW, dir_fd=folder)
     except OSError as error:
         if error.errno not in _NOT_OPENED:
             raise
-        mode = os.stat(path, dir_fd=folder, follow_symlinks=error.errno != errno.ELOOP and follow).st_mode
-        raise not_a("a file", mode, where=named) from error
+        mode = os.stat(path, dir_fd=folder, follow_symlinks=follow and error.errno != errno.ELOOP).st_mode
+        raise not_a("a file", mode, where=where or str(path)) from error
     try:
-        status = os.fstat(file.fileno())
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise not_a("a file", status.st_mode, where=named)
+            raise not_a("a file", status.st_mode, where=where or str(path))
         if most is not None and status.st_size > most:
-            raise too_large(status.st_size, most, where=named)
+            raise too_large(status.st_size, most, where=where or str(path))
     except BaseException:
-        file.close()
+        os.close(descriptor)
         raise
-    return file
+    return descriptor, status
 
 
-def read_regular(path: Path, *, most: int = LARGEST_FILE, follow: bool = False) -> bytes | None:
-    """Return the content of a regular file, or None if there is no such file. Arguments as `open_regular`.
+def open_regular(path: Path, *, most: int | None = None, follow: bool = False) -> BufferedReader:
+    """Open a regular file as a file object. Arguments and errors as `open_descriptor`."""
+    return os.fdopen(open_descriptor(path, most=most, follow=follow)[0], "rb")
+
+
+def read_descriptor(descriptor: int, size: int) -> bytes:
+    """Return so many bytes of an open file, from where it stands; fewer at its end."""
+    data = os.read(descriptor, size)
+    while len(data) < size and (more := os.read(descriptor, size - len(data))):
+        data += more
+    return data
+
+
+def read_regular(path: Path, *, most: int = LARGEST_FILE) -> bytes | None:
+    """Return the content of a regular file, or None if there is no such file.
 
     Raises:
         CorruptionError: something else stands there, or it is larger.
@@ -102,7 +113,38 @@ def read_regular(path: Path, *, most: int = LARGEST_FILE, follow: bool = False) 
     """
     with storage_errors(path):
         try:
-            with open_regular(path, most=most, follow=follow) as file:
-                return file.read(os.fstat(file.fileno()).st_size)
+            descriptor, status = open_descriptor(path, most=most)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        try:
+            return read_descriptor(descriptor, status.st_size)
+        finally:
+            os.close(descriptor)
+
+
+def require_name(part: str) -> None:
+    """Refuse what would lead out of a directory. Names come from our own code, but also from records.
+
+    Raises:
+        CorruptionError: it is not the name of a file in a directory.
+    """
+    if part in ("", ".", "..") or "\0" in part or len(os.fsencode(part)) > LONGEST_NAME:
+        raise CorruptionError(f"{part!r} is not the name of a file in a store", fix="repair the record that names it")
+
+
+def sizes_below(folder: int, prefix: str = "", depth: int = 1) -> Iterator[tuple[str, int]]:
+    """Yield name and size of every file below an open directory; -1 for special files, and for what lies too deep."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            try:
+                if entry.is_dir(follow_symlinks=False) and depth < DEEPEST:
+                    inner = os.open(entry.name, READ | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+                    try:
+                        yield from sizes_below(inner, f"{prefix}{entry.name}/", depth + 1)
+                    finally:
+                        os.close(inner)
+                else:
+                    status = entry.stat(follow_symlinks=False)
+                    yield prefix + entry.name, status.st_size if stat.S_ISREG(status.st_mode) else -1
+            except (FileNotFoundError, NotADirectoryError):  # a temporary file of a running writer
+                continue

@@ -240,19 +240,30 @@ def test_what_a_store_or_a_run_says_is_no_name_to_fetch(place: Path, tiny_store:
     elsewhere = Path(shutil.copytree(place / "run", place / "elsewhere"))
     record["store"]["path"] = "s3://evil/bucket"
     (elsewhere / "run.json").write_text(json.dumps(record))
+    config = json.loads((place / "teacher" / "config.json").read_bytes())
+    config |= {"text_config": {"_attn_implementation": "evil/kernel"}, "auto_map": {"AutoConfig": "evil/x--a.B"}}
+    (place / "teacher" / "config.json").write_text(json.dumps(config))
+    (place / "config.json").write_text(json.dumps({**config, "attn_implementation": "evil/kernel"}))
+    (place / "train.yaml").write_text(
+        (place / "train.yaml").read_text().replace("layers_of_teacher", "from_config").replace("layers: 1", "")
+    )
     commands = [
         ["eval", str(place / "run")],
         ["generate", str(place / "run"), "The", "--teacher", "--max-new-tokens", "1"],
         ["eval", str(elsewhere)],
         ["status", str(store)],
+        ["generate", str(place / "teacher"), "The"],
+        ["train", str(place / "train.yaml"), "--set", f"student.path={place / 'config.json'}", "--dry-run"],
         ["eval", str(place / "run"), "--teacher", "own/word"],
     ]
     told = in_another_process(commands, hub)
-    assert [code for code, _ in told] == [2, 2, 2, 0, 2]
+    assert [code for code, _ in told] == [2, 2, 2, 0, 2, 2, 2]
     assert "the teacher is not where the store says that it was: no model directory evil/store" in told[0][1]
     assert "with --teacher" in told[0][1]
     assert "the teacher is not where it was: no model directory evil/run" in told[1][1]
     assert "no directory of this machine: s3:/evil/bucket" in told[2][1]
+    assert "text_config._attn_implementation: 'evil/kernel' would be fetched from the hub and run" in told[4][1]
+    assert "attn_implementation: 'evil/kernel' would be fetched" in told[5][1]
     assert {path.split("?")[0] for path, _ in hub.asked} == {"/api/models/own/word/revision/main"}
     assert {token for _, token in hub.asked} == {"Bearer hf_token_of_the_user"}, "the control: it would be heard"
 

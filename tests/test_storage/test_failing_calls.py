@@ -20,7 +20,7 @@ from power_loss import BATCH, small_plan
 from row_check import fingerprints, read_store
 from torture_results import save
 
-import storage.files.regular
+import storage.files.local
 from storage.errors import StorageUnavailableError
 from storage.tools.verify import verify
 
@@ -99,9 +99,10 @@ def test_errors_while_reading(memory, monkeypatch):
     def failing_open(*arguments, **options):
         if next(calls) == failing:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return open(*arguments, **options)
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(storage.files.regular, "open", failing_open, raising=False)
+    real = storage.files.local.open_descriptor
+    monkeypatch.setattr(storage.files.local, "open_descriptor", failing_open)
     assert read_store(memory / "store", rows).errors == {}
     total = next(calls)
     assert total > 40
