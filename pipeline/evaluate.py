@@ -10,6 +10,7 @@ Shape suffixes: B sequences, T tokens, N positions, C positions of a chunk, D hi
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ from stages.models.head import Head
 from stages.student.identity import compare_tokenizers
 from stages.teacher import BACKENDS, REFERENCE
 from stages.teacher.backend import CandidateTeacher
+from stages.training.run import RunDirectory
 from storage.errors import IdentityError, UsageError
 from storage.plan import Plan
 from storage.reader import StoreReader
@@ -190,8 +192,10 @@ def model_directory(path: Path) -> Path:
 
     Raises:
         UsageError: the run is not finished, or there is no such directory.
+        CorruptionError: something in the run is a link or a special file.
     """
-    if (path / "config.yaml").is_file() and not (path / "config.json").is_file():
+    if os.path.lexists(path / "config.yaml") and not (path / "config.json").is_file():
+        RunDirectory(path=path).require_plain()
         path = path / "model"
     if not (path / "config.json").is_file():
         raise UsageError(
@@ -221,9 +225,7 @@ def _heldout(reader: StoreReader, max_tokens: int | None) -> SequenceBatch:
 
 def _check_teacher(plan: Plan, given: Path | None) -> ModelDirectory:
     """Return the teacher's directory, proven by the hashes in the plan to be the store's teacher."""
-    recorded = plan.recorded.get("teacher", {})
-    path = str(given if given is not None else recorded.get("directory", ""))
-    found = find_model(path, key="--teacher")
+    found = _recorded_teacher(plan) if given is None else find_model(str(given), key="--teacher")
     hashes = file_hashes(found)
     stored: Mapping[str, str] = _of_teacher(plan, "files")
     for name in sorted(stored.keys() | hashes.keys()):
@@ -234,6 +236,18 @@ def _check_teacher(plan: Plan, given: Path | None) -> ModelDirectory:
                 fix="name the directory of the teacher that the store was made with",
             )
     return found
+
+
+def _recorded_teacher(plan: Plan) -> ModelDirectory:
+    """Return the teacher's directory as the store has it: of this machine, never a name to ask the hub for."""
+    try:
+        return find_model(str(plan.recorded.get("teacher", {}).get("directory", "")), fetch=False)
+    except UsageError as error:
+        raise UsageError(
+            f"the teacher is not where the store says that it was: {error.what}",
+            where="plan.json: recorded.teacher.directory",
+            fix="name its directory, or its name on the hub, with --teacher",
+        ) from error
 
 
 def _of_teacher(plan: Plan, key: str) -> Any:

@@ -59,7 +59,7 @@ def generate(
     Raises:
         UsageError: no model there, an empty prompt, no chat template, or no teacher to be found.
     """
-    directory = model_directory(path)
+    directory = find_model(str(model_directory(path)), fetch=False).directory
     directories = {"student": directory, **({"teacher": teacher_directory(path)} if teacher else {})}
     torch_device = resolve_device(device)
     for role, model in directories.items():
@@ -77,7 +77,8 @@ def teacher_directory(path: Path) -> Path:
         raise UsageError("only a run knows its teacher", where=str(path), fix="name the run directory, not a model")
     recorded = read_record(record)["store"].get("teacher")
     try:
-        return find_model(str(recorded.get("directory", "") if isinstance(recorded, dict) else "")).directory
+        directory = recorded.get("directory", "") if isinstance(recorded, dict) else ""
+        return find_model(str(directory), fetch=False).directory
     except UsageError as error:
         raise UsageError(
             f"the teacher is not where it was: {error.what}", where=str(record), fix="bring it back, or ask without it"
@@ -135,6 +136,7 @@ def _load(directory: Path, device: torch.device, dtype: torch.dtype) -> PreTrain
         if "memory" in str(error).lower():
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"the model cannot be loaded: {reason}", where=str(directory)) from error
+        fix = "check its files, or fetch the model anew"
+        raise UsageError(f"the model cannot be loaded: {reason}", where=str(directory), fix=fix) from error
     ready: PreTrainedModel = model.to(device).eval()
     return ready

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,15 +31,16 @@ def find_store(runs: Sequence[Path]) -> Path:
     """
     for run in runs:
         record = run / "run.json"
-        if record.is_file():
+        if os.path.lexists(record):
             learned_from = read_record(record)["store"]
-            if "path" not in learned_from:
+            store = _recorded_store(learned_from)
+            if store is None:
                 raise UsageError(
                     "the run learned from a live teacher: it has no store with held-out rows",
                     where=str(run),
                     fix="extract held-out documents with the same teacher, and name that store with --store PATH",
                 )
-            return Path(str(learned_from["path"]))
+            return store
     raise UsageError(
         "none of these is a training run, so the store is not known",
         where=", ".join(str(run) for run in runs),
@@ -46,10 +48,19 @@ def find_store(runs: Sequence[Path]) -> Path:
     )
 
 
+def _recorded_store(learned_from: Mapping[str, Json]) -> Path | None:
+    """Return where a run's store was: a directory of this machine, never an address; None without a store."""
+    path = Path(str(learned_from["path"])) if "path" in learned_from else None
+    if path is not None and not path.is_absolute():
+        what = f"the run's record names no directory of this machine: {path}"
+        raise UsageError(what, where="run.json: store.path", fix="name the store with --store PATH")
+    return path
+
+
 def find_record(path: Path) -> Path | None:
     """Return run.json of a run, named by its own directory or by its model's; None if `path` is of no run."""
     for place in (path, path.absolute().parent):
-        if (place / "run.json").is_file() and (place / "config.yaml").is_file():
+        if os.path.lexists(place / "run.json") and os.path.lexists(place / "config.yaml"):
             return place / "run.json"
     return None
 
@@ -96,11 +107,12 @@ def _corpus_and_rule(record: Path) -> tuple[list[Json], HeldoutRule] | None:
     """
     try:
         learned_from = read_record(record)["store"]
-    except UsageError:  # a model may lie beside a run.json of something else
+    except DistillError:  # a model may lie beside a run.json of something else
         return None
-    if "path" in learned_from:
+    store = _recorded_store(learned_from)
+    if store is not None:
         with suppress(DistillError):  # whatever has become of that store
-            plan = read_plan(open_files(str(learned_from["path"])))
+            plan = read_plan(open_files(store))
             if plan is not None and plan.store_id == learned_from.get("id"):
                 return [dict(source) for source in plan.corpus], plan.heldout
         return None

@@ -6,18 +6,49 @@ Nothing here imports a model library: it runs before any of them is loaded, beca
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
 import sys
 import threading
+import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 LOGGER = "topk_distill"
+_UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # control, format, lone surrogates, separators of lines, paragraphs
+_JOINERS = "\u200c\u200d"  # format characters that scripts and emoji are written with, and that do nothing else
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """Write what a terminal would obey instead of show as escapes: the one rule for all text that is not ours.
+
+    Without it, a token, a file's name or a plan could clear the screen, set the window's title, forge a line of ours
+    or turn the direction of writing. In JSON the escapes mean the same characters.
+
+    Args:
+        lines: line ends and tabs stay: it is a text of several lines.
+    """
+    if text.isprintable():
+        return text
+    kept = _JOINERS + ("\n\t" if lines else "")
+    return "".join(
+        char if char in kept or unicodedata.category(char) not in _UNSEEN else _escape(char) for char in text
+    )
+
+
+def _escape(char: str) -> str:
+    return "\\u007f" if char == "\x7f" else json.dumps(char)[1:-1]
+
+
+def message_text(text: str) -> str:
+    """Write a message: further lines are indented, so that none passes for a line of ours."""
+    first, *others = printable(text, lines=True).split("\n")
+    return "\n".join([first, *(line if line.startswith(" ") else f"  {line}" for line in others)])
 
 
 def prepare_libraries() -> None:
@@ -32,19 +63,34 @@ def prepare_libraries() -> None:
 
 @contextlib.contextmanager
 def warnings_in_one_line() -> Iterator[None]:
-    """Show warnings, logged or raised by Python's own mechanism, as one line each, on the main process only."""
+    """Show warnings, logged or raised by Python's own mechanism, as one line each, on the main process only.
+
+    Whoever logs meanwhile, a library with words from a file of a model too, does it in printable characters.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     handler.addFilter(lambda record: is_main_process())
     logger = logging.getLogger(LOGGER)
     logger.addHandler(handler)
-    previous = warnings.showwarning
+    previous, factory = warnings.showwarning, logging.getLogRecordFactory()
     warnings.showwarning = _show_warning
+    logging.setLogRecordFactory(lambda *arguments, **extra: _printable_record(factory, *arguments, **extra))
     try:
         yield
     finally:
         logger.removeHandler(handler)
         warnings.showwarning = previous
+        logging.setLogRecordFactory(factory)
+
+
+def _printable_record(factory: Callable[..., logging.LogRecord], *arguments: Any, **extra: Any) -> logging.LogRecord:
+    record = factory(*arguments, **extra)
+    try:
+        text = record.getMessage()
+    except (TypeError, ValueError):  # arguments that do not fit the message: logging tells that later
+        return record
+    record.msg, record.args = message_text(text), ()
+    return record
 
 
 def _show_warning(
@@ -56,7 +102,7 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     if is_main_process():
-        print(f"WARNING: {message}", file=sys.stderr)
+        print(f"WARNING: {message_text(str(message))}", file=sys.stderr)
 
 
 def is_main_process() -> bool:

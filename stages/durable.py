@@ -37,7 +37,7 @@ def durable_directory(target: Path, *, point: str | None = None) -> Iterator[Pat
     temporary = target.parent / f"{_TEMPORARY}{target.name}"
     with storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         temporary.mkdir()
         try:
             with _safetensors_errors():
@@ -69,7 +69,9 @@ def replace_file(path: Path, data: bytes) -> None:
     """Give a file this content, durably; readers see the old content or the new."""
     temporary = path.parent / f"{_TEMPORARY}{path.name}"
     with storage_errors(path):
-        temporary.write_bytes(data)
+        remove(temporary)
+        with temporary.open("xb") as file:  # exclusively: never through a link that somebody has left there
+            file.write(data)
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
@@ -79,10 +81,15 @@ def remove_leftovers(directory: Path, *names: str) -> None:
     """Remove what a killed process left half-written of `names`, which are patterns, in `directory`."""
     for pattern in [f"{_TEMPORARY}{old}{name}" for name in names for old in ("", _OLD)]:
         for path in directory.glob(pattern):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a directory as far as it can be; of a link, the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -98,12 +105,12 @@ def _safetensors_errors() -> Iterator[None]:
 def _put_in_place(temporary: Path, target: Path) -> None:
     """Rename; an older directory of that name steps aside first, because POSIX does not replace a full one."""
     aside = target.parent / f"{_TEMPORARY}{_OLD}{target.name}"
-    if target.exists():
-        shutil.rmtree(aside, ignore_errors=True)
+    if os.path.lexists(target):
+        remove(aside)
         os.rename(target, aside)
     os.rename(temporary, target)
     _sync(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
 
 
 def _sync(path: Path) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from storage.errors import IdentityError, StorageUnavailableError, UsageError
+from storage.files.regular import kind_of, open_regular
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +109,9 @@ def find_files(pattern: str) -> list[Path]:
         raise UsageError(f"{path} is a directory, not a file", where="path", fix=f"use {path}/*.EXTENSION")
     found = [path] if path.is_file() else sorted(Path(name) for name in glob.glob(str(path), recursive=True))
     files = [name for name in found if name.is_file()]
+    if path.exists() and not files:
+        what = f"{path} is {kind_of(path.stat().st_mode)}, not a file"
+        raise UsageError(what, where="path", fix="write its content into a file: it is hashed first, and read later")
     if not files:
         what = "no file matches the pattern" if glob.has_magic(pattern) else "no such file:"
         raise UsageError(
@@ -119,9 +123,14 @@ def find_files(pattern: str) -> list[Path]:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the sha256 (hex) of a file's bytes. Raises StorageUnavailableError if it cannot be read."""
+    """Return the sha256 (hex) of a file's bytes.
+
+    Raises:
+        CorruptionError: it is not a file.
+        StorageUnavailableError: it cannot be read.
+    """
     try:
-        with path.open("rb") as stream:
+        with open_regular(path, follow=True) as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise StorageUnavailableError(f"cannot read {path}: {error.strerror}", where=str(path)) from error

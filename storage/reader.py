@@ -209,7 +209,7 @@ class StoreReader:
     def _record(self, item: SealedShard) -> CommitRecord:
         spec = self._manifest.shards[item.shard]
         name = record_name(item.shard)
-        data = self._files.read(name)
+        data = self._manifest.record_bytes(spec)
         if data is None:
             raise self._manifest.damage.shard(spec, "its commit record is missing", name=name)
         record = self._manifest.parse_record(spec, data)

@@ -229,7 +229,10 @@ class StoreWriter:
 
     def _compare_with_repaired(self, record: CommitRecord) -> None:
         """Warn if a repair took this shard out and it has come out different."""
-        before = self._files.read(f"{QUARANTINE}/{record_name(record.shard).replace('/', '-')}")
+        try:
+            before = self._files.read(f"{QUARANTINE}/{record_name(record.shard).replace('/', '-')}")
+        except CorruptionError:  # what was there was no record either
+            return
         if before is not None and before != record.to_json():
             log.warning(
                 "shard %d was computed anew after a repair and differs from what it was: the program, its libraries or "
@@ -243,7 +246,7 @@ class StoreWriter:
         if self._files.tree(record.path) != sizes:
             return False
         for name, item in record.objects.items():
-            data = self._files.read(f"{record.path}/{name}")
+            data = self._files.read(f"{record.path}/{name}", most=item.size)
             if data is None or sha256(data) != item.sha256:
                 return False
         return True
@@ -274,7 +277,7 @@ def _refuse_foreign(files: Files) -> None:
     if files.root_is_file():
         raise UsageError("the store's path is a file", where=str(files), fix="name a directory")
     records, foreign = files.entries(COMMITS), sorted(files.entries() - _BEFORE_PLAN)
-    if files.read(PLAN) is not None:
+    if files.exists(PLAN):
         return
     if records:
         raise UsageError(

@@ -10,7 +10,7 @@ import click
 
 from pipeline.commands.options import store_argument
 from pipeline.terminal.application import common_options
-from pipeline.terminal.text import counted, quoted
+from pipeline.terminal.text import Styled, counted, quoted, write
 from storage.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def export(store: Path, output: Path, form: FileFormat | None, limit: int | None
     reader = open_store(store, split)
     sequences = range(len(reader) if limit is None else min(limit, len(reader)))
     rows = export_store(reader, form or form_of(output), output, sequences=sequences)
-    click.echo(f"{rows:,} rows in {output}", err=True)
+    write(f"{rows:,} rows in {output}", err=True)
 
 
 @click.command()
@@ -66,7 +66,7 @@ def inspect(
     if form != "text":
         chosen = None if sample is None else inspect.choose(reader, sample, seed)
         written = export.export_store(reader, form, output, sequences=chosen)
-        click.echo(f"{written:,} rows" + (f" in {output}" if output else ""), err=True)
+        write(f"{written:,} rows" + (f" in {output}" if output else ""), err=True)
     elif output is not None:
         forms = " or ".join(FILE_FORMS)
         raise UsageError("text goes to the terminal only", where="--output", fix=f"add --format {forms}")
@@ -78,27 +78,28 @@ def show_sequences(sequences: Sequence[SequenceText], total: int) -> None:
     """Write sampled sequences: each row with its context, the token that followed, and the teacher's candidates."""
     for item in sequences:
         start = f" from token {item.window_start}" if item.window_start else ""
-        click.secho(f"sequence {item.number} of {total:,}: document {item.document}{start}", bold=True)
+        write(Styled(text=f"sequence {item.number} of {total:,}: document {item.document}{start}", bold=True))
         kept = "" if item.head_mass is None else f"kept mass {item.head_mass:.3f}, "
         mean = f"{kept}entropy {item.entropy:.2f} nats (means)"
-        click.echo(f"{counted(item.tokens, 'token')}, {counted(item.rows, 'row')}, {mean}\n")
+        write(f"{counted(item.tokens, 'token')}, {counted(item.rows, 'row')}, {mean}")
+        write()
         for row in item.shown:
             show_row(row)
-        click.echo()
+        write()
 
 
 def show_row(row: RowText) -> None:
     """Write one target row in two lines."""
     context, following = (quoted(text)[1:-1].replace('\\"', '"') for text in (row.context, row.next_text))
-    click.echo(f"{row.position:>5}  {context}{click.style(following, fg='cyan', underline=True)}")
+    write(f"{row.position:>5}  {context}", Styled(text=following, fg="cyan", underline=True))
     shown = [
-        click.style(f"{quoted(item.text)} {item.probability:.1%}", fg="cyan" if item.follows else None)
+        Styled(text=f"  {quoted(item.text)} {item.probability:.1%}", fg="cyan" if item.follows else None)
         for item in row.candidates
     ]
     kept = "" if row.head_mass is None else f"kept {row.head_mass:.3f}  "
     facts = f"{kept}entropy {row.entropy:.2f}  p(next) {row.next_probability:.3g}"
     drawn = " ".join(quoted(text) + (f"×{count}" if count > 1 else "") for text, count in row.tail)
     if shown:
-        click.echo(f"{'':7}{'  '.join(shown)}")
+        write(f"{'':5}", *shown)
     samples = "samples" if row.head_mass is None else "tail"
-    click.secho(f"{'':7}{facts}" + (f"  {samples} {drawn}" if drawn else ""), dim=True)
+    write(Styled(text=f"{'':7}{facts}" + (f"  {samples} {drawn}" if drawn else ""), dim=True))

@@ -10,7 +10,7 @@ import click
 
 from pipeline.commands.options import json_option
 from pipeline.terminal.application import common_options
-from pipeline.terminal.text import duration_text, print_json
+from pipeline.terminal.text import Styled, duration_text, print_json, write
 
 if TYPE_CHECKING:
     from pipeline.evaluate import Evaluation
@@ -58,16 +58,16 @@ def show_evaluation(evaluation: Evaluation, *, as_json: bool) -> None:
         return
     scores = {"teacher": evaluation.teacher, **evaluation.students}
     width = max(len(name) for name in scores)
-    click.secho(f"{'':{width}}  {'NLL':>8}  {'KL':>8}  {'top-1 agreement':>26}  {'ECE':>7}", bold=True)
+    write(Styled(text=f"{'':{width}}  {'NLL':>8}  {'KL':>8}  {'top-1 agreement':>26}  {'ECE':>7}", bold=True))
     for name, score in scores.items():
         kl = "" if score.kl is None else f"{score.kl:.4f}"
         agreement = "" if score.top1_agreement is None else f"{score.top1_agreement:.2%}"
         if score.top1_agreement_interval is not None:
             low, high = score.top1_agreement_interval
             agreement += f" ({low:.2%} to {high:.2%})"
-        click.echo(f"{name:{width}}  {score.nll:8.4f}  {kl:>8}  {agreement:>26}  {score.ece:7.4f}")
-    click.echo(f"{evaluation.tokens:,} positions of {evaluation.documents:,} held-out documents; nats per position;")
-    click.echo("KL is KL(teacher || student) over the full vocabulary; intervals: 95%, bootstrap over documents")
+        write(f"{name:{width}}  {score.nll:8.4f}  {kl:>8}  {agreement:>26}  {score.ece:7.4f}")
+    write(f"{evaluation.tokens:,} positions of {evaluation.documents:,} held-out documents; nats per position;")
+    write("KL is KL(teacher || student) over the full vocabulary; intervals: 95%, bootstrap over documents")
 
 
 def show_answers(answers: Iterable[Answer], *, as_json: bool) -> None:
@@ -77,5 +77,5 @@ def show_answers(answers: Iterable[Answer], *, as_json: bool) -> None:
         return
     for answer in answers:
         rate = f"{answer.tokens} tokens in {duration_text(answer.seconds)}, loading included"
-        click.secho(f"{answer.role} {answer.model} ({rate})", bold=True)
-        click.echo(f"{answer.text.strip()}\n")
+        write(Styled(text=f"{answer.role} {answer.model} ({rate})", bold=True))
+        write(f"{answer.text.strip()}\n", lines=True)

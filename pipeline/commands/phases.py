@@ -10,7 +10,7 @@ import click
 from pipeline.commands.options import config_argument, dry_run_option, json_option, set_option
 from pipeline.runtime import is_main_process
 from pipeline.terminal.application import Session, common_options
-from pipeline.terminal.text import bytes_text, counted, duration_text, print_facts, print_json, size_line
+from pipeline.terminal.text import bytes_text, counted, duration_text, print_facts, print_json, size_line, write
 
 if TYPE_CHECKING:
     from pipeline.extraction.planning import Estimate
@@ -82,7 +82,7 @@ def train(session: Session, config_path: Path, overrides: tuple[str, ...], dry_r
     else:
         progress.show_train(train.train(config), quiet=session.quiet, as_json=as_json)
         if is_main_process():
-            click.echo(f"report {write_run_report(config.run)}", err=True)
+            write(f"report {write_run_report(config.run)}", err=True)
 
 
 def show_estimate(estimate: Estimate, *, as_json: bool) -> None:

@@ -10,7 +10,7 @@ import click
 
 from pipeline.commands.options import json_option
 from pipeline.terminal.application import Session, common_options
-from pipeline.terminal.text import print_json
+from pipeline.terminal.text import Styled, print_json, write
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Phase
@@ -28,8 +28,8 @@ def init(directory: Path) -> None:
     from pipeline.init import write_starter
 
     for path in write_starter(directory):
-        click.echo(f"wrote {path}")
-    click.echo(f"next: pipeline plan {directory / 'extract.yaml'}")
+        write(f"wrote {path}")
+    write(f"next: pipeline plan {directory / 'extract.yaml'}")
 
 
 @click.command()
@@ -51,7 +51,7 @@ def schema(phase: Phase) -> None:
     """Print the JSON Schema of a configuration."""
     from pipeline.config.schema import json_schema
 
-    click.echo(json_schema(phase), nl=False)
+    write(json_schema(phase).removesuffix("\n"), lines=True)
 
 
 @click.command()
@@ -79,10 +79,10 @@ def show_checks(checks: Iterable[Check], *, as_json: bool) -> list[Check]:
     for check in checks:
         seen.append(check)
         if not as_json:
-            level = click.style(f"{check.level:4}", fg=_LEVEL_COLORS[check.level], bold=check.level != "ok")
-            click.echo(f"{level}  {check.topic:<11}  {check.found}")
+            level = Styled(text=f"{check.level:4}", fg=_LEVEL_COLORS[check.level], bold=check.level != "ok")
+            write(level, f"  {check.topic:<11}  {check.found}")
             if check.fix is not None:
-                click.echo(f"{'':19}{click.style(check.fix, dim=True)}")
+                write(f"{'':19}", Styled(text=check.fix, dim=True))
     if as_json:
         print_json(seen)
     return seen

@@ -10,7 +10,17 @@ import click
 
 from pipeline.commands.options import json_option, store_argument
 from pipeline.terminal.application import Session, common_options
-from pipeline.terminal.text import bytes_text, counted, duration_text, print_facts, print_json, size_line, to_json
+from pipeline.terminal.text import (
+    Styled,
+    bytes_text,
+    counted,
+    duration_text,
+    print_facts,
+    print_json,
+    size_line,
+    to_json,
+    write,
+)
 from storage.errors import UsageError
 
 if TYPE_CHECKING:
@@ -157,7 +167,7 @@ def show_status(status: Status, *, as_json: bool) -> None:
     facts.append(("contents", f"not checked here: pipeline verify {status.path} does"))
     print_facts(facts)
     if status.missing:
-        click.echo(f"{counted(status.missing, 'shard')} missing: run the same `{status.written_by}` again to go on")
+        write(f"{counted(status.missing, 'shard')} missing: run the same `{status.written_by}` again to go on")
 
 
 def show_verification(report: Report, store: Path, *, as_json: bool) -> None:
@@ -166,15 +176,15 @@ def show_verification(report: Report, store: Path, *, as_json: bool) -> None:
         print_json({"ok": not report.problems, **to_json(report)})
         return
     for problem in report.problems:
-        click.echo(f"{click.style('damaged', fg='red', bold=True)}  {problem.name}: {problem.message}")
+        write(Styled(text="damaged", fg="red", bold=True), f"  {problem.name}: {problem.message}")
     for warning in report.warnings:
-        click.echo(f"{click.style('warning', fg='yellow')}  {warning}")
+        write(Styled(text="warning", fg="yellow"), f"  {warning}")
     checked = "names and sizes of" if report.quick else "every byte of"
-    click.echo(f"checked {checked} {report.committed} of {report.shards} shards, {report.rows:,} rows")
+    write(f"checked {checked} {report.committed} of {report.shards} shards, {report.rows:,} rows")
     if report.problems:
-        click.echo(f"{counted(len(report.problems), 'problem')}; run: pipeline repair {store}")
+        write(f"{counted(len(report.problems), 'problem')}; run: pipeline repair {store}")
     else:
-        click.echo(click.style("no damage", fg="green"))
+        write(Styled(text="no damage", fg="green"))
 
 
 def show_repair(actions: Sequence[Action], store: Path, *, command: str, applied: bool, as_json: bool) -> None:
@@ -185,13 +195,13 @@ def show_repair(actions: Sequence[Action], store: Path, *, command: str, applied
     for action in actions:
         moved = f"moved to {action.moved_to}" if action.moved_to else f"would be moved to {action.goes_to}"
         moved = "missing, nothing to move" if action.missing else moved
-        click.echo(f"{action.name}: {action.reason}; {moved}")
+        write(f"{action.name}: {action.reason}; {moved}")
     if not actions:
-        click.echo("nothing to repair")
+        write("nothing to repair")
     elif applied:
-        click.echo(f"run the same `{command}` again: it computes exactly what is missing now")
+        write(f"run the same `{command}` again: it computes exactly what is missing now")
     else:
-        click.echo(f"no worker may run meanwhile; to do it: pipeline repair {store} --yes")
+        write(f"no worker may run meanwhile; to do it: pipeline repair {store} --yes")
 
 
 def show_garbage(found: Sequence[Garbage], store: Path, *, applied: bool, as_json: bool) -> None:
@@ -200,12 +210,12 @@ def show_garbage(found: Sequence[Garbage], store: Path, *, applied: bool, as_jso
         print_json({"applied": applied, "garbage": found})
         return
     for item in found:
-        click.echo(f"{item.name}: {item.reason}; {bytes_text(item.bytes)}{' removed' if applied else ''}")
+        write(f"{item.name}: {item.reason}; {bytes_text(item.bytes)}{' removed' if applied else ''}")
     if not found:
-        click.echo("nothing to remove")
+        write("nothing to remove")
     elif not applied:
         total = bytes_text(sum(item.bytes for item in found))
-        click.echo(f"{total} in all; no worker may run meanwhile; to do it: pipeline gc {store} --yes")
+        write(f"{total} in all; no worker may run meanwhile; to do it: pipeline gc {store} --yes")
 
 
 def show_difference(found: Difference, *, as_json: bool) -> None:
@@ -214,27 +224,27 @@ def show_difference(found: Difference, *, as_json: bool) -> None:
         print_json({"equal": found.equal, **to_json(found)})
         return
     for line in found.plan:
-        click.echo(f"plan  {line}")
+        write(f"plan  {line}")
     for split, part in found.splits.items():
         if part.sequences or not part.equal:
             _show_split_difference(split, part)
     digests = " and ".join(dict.fromkeys(found.digests))
-    click.echo(f"{'equal' if found.equal else 'different'}, digest {digests}")
+    write(f"{'equal' if found.equal else 'different'}, digest {digests}")
 
 
 def _show_split_difference(split: str, part: SplitDifference) -> None:
     for count, which in ((part.only_first, "first"), (part.only_second, "second")):
         if count:
-            click.echo(f"{split}  {counted(count, 'sequence')} only in the {which} store")
+            write(f"{split}  {counted(count, 'sequence')} only in the {which} store")
     compared = f"{part.sequences_different:,} of {counted(part.sequences, 'sequence')}"
-    click.echo(f"{split}  {compared} and {part.rows_different:,} of {counted(part.rows, 'row')} differ")
+    write(f"{split}  {compared} and {part.rows_different:,} of {counted(part.rows, 'row')} differ")
     if part.equal:
         return
     if part.other_tokens:
-        click.echo(f"{split}  {counted(part.other_tokens, 'sequence')} with other tokens or positions")
+        write(f"{split}  {counted(part.other_tokens, 'sequence')} with other tokens or positions")
     for name, count in part.other_parts.items():
-        click.echo(f"{split}  {counted(count, 'sequence')} with other values of {name}")
-    click.echo(
+        write(f"{split}  {counted(count, 'sequence')} with other values of {name}")
+    write(
         f"{split}  {part.rows_other_head:,} other heads, {part.rows_other_samples:,} other samples;"
         f" log-probabilities differ by up to {part.largest_logprob:.3g} nats, mean KL {part.mean_kl:.2e} nats"
     )
@@ -245,7 +255,7 @@ def _show_split_difference(split: str, part: SplitDifference) -> None:
             else f"{counted(item.rows, 'row')}, up to {item.largest_logprob:.3g} nats"
         )
         what = ", ".join((rows, *item.parts))
-        click.echo(f"  shard {item.shard}, document {item.document}, window at {item.window_start}: {what}")
+        write(f"  shard {item.shard}, document {item.document}, window at {item.window_start}: {what}")
 
 
 def column_file(text: str) -> ColumnFile:

@@ -35,7 +35,7 @@ from pipeline.generate import generate
 from pipeline.inspect import sample_sequences
 from pipeline.report.page import write_comparison_report, write_run_report
 from pipeline.terminal.progress import show_extract, show_train
-from pipeline.terminal.text import bytes_text, duration_text, print_json, write
+from pipeline.terminal.text import Styled, bytes_text, duration_text, print_json, write
 from pipeline.train import train
 from stages.durable import replace_file
 from stages.student.save import CardFacts, save_student
@@ -219,7 +219,7 @@ def show_summary(
     """Write table, verdict, teacher time, answers and what to try next."""
     write()
     for line in (*table(summary), "", *(textwrap.fill(text, WIDTH) for text in verdict(summary)), ""):
-        write(line)
+        write(line, lines=True)
     timings, store = summary["timings"], summary["store"]
     write(
         f"store: {store['rows']:,} rows in {bytes_text(store['bytes'])}, {store['bytes_per_row']:.1f} bytes per row "
@@ -227,12 +227,15 @@ def show_summary(
         f"`pipeline plan` now says {planned_time(summary)} for this extraction; it took "
         f"{duration_text(timings['teacher_reads_corpus'])}\n"
         f"teacher time: {timings['teacher_reads_corpus']:.0f} s for the first student, "
-        f"{timings['teacher_for_later_students']:.0f} s for each later one"
+        f"{timings['teacher_for_later_students']:.0f} s for each later one",
+        lines=True,
     )
-    write(f"\nprompt: {settings.prompt}")
+    write()
+    write(f"prompt: {settings.prompt}")
     for name, text in answers.items():
         write(f"  {name:8} … {textwrap.shorten(text, WIDTH - 13, placeholder=' …')}")
-    write(f"\n{directory / 'report.html'} shows all of it. Try next:")
+    write()
+    write(f"{directory / 'report.html'} shows all of it. Try next:")
     for command in next_commands(directory, settings):
         write(f"  {command}")
 
@@ -298,7 +301,8 @@ def timed(timer: StepTimer, step: str) -> Iterator[None]:
 
 
 def _heading(text: str) -> None:
-    write(f"\n{text}", bold=True, err=True)
+    write(err=True)
+    write(Styled(text=text, bold=True), err=True)
 
 
 def _silent(text: str) -> None:

@@ -18,7 +18,10 @@ from pipeline.inspect import RowText
 from pipeline.report.curves import Curves, calibration_plots, loss_plots, optimisation_plots, read_curves
 from pipeline.report.plots import PALETTE
 from pipeline.terminal.text import bytes_text, duration_text
+from stages.durable import replace_file
+from stages.training.run import RunDirectory
 from storage.errors import UsageError
+from storage.files.regular import read_regular
 
 TEACHER = "teacher"
 TEACHER_LABEL = "Teacher"
@@ -84,10 +87,11 @@ def write_run_report(run: Path) -> Path:
     Raises:
         UsageError: there is no run, or it has not taken a step yet.
     """
-    config_file = run / "config.yaml"
-    if not config_file.is_file():
+    RunDirectory(path=run).require_plain()
+    data = read_regular(run / "config.yaml")
+    if data is None:
         raise UsageError("there is no training run here", where=str(run), fix="pipeline train CONFIG makes one")
-    text = config_file.read_text(encoding="utf-8")
+    text = data.decode(errors="replace")
     curves = read_curves(run)
     if not curves.steps:
         raise UsageError("no step has been taken yet", where=str(run / "metrics.jsonl"))
@@ -179,7 +183,7 @@ def visible(token: str) -> str:
 
 
 def _write(path: Path, page: str) -> Path:
-    path.write_text(page, encoding="utf-8")
+    replace_file(path, page.encode())
     return path
 
 

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 import click
 
-from pipeline.runtime import prepare_libraries, termination_as_interrupt, warnings_in_one_line
+from pipeline.runtime import message_text, prepare_libraries, termination_as_interrupt, warnings_in_one_line
 from pipeline.terminal.errors import failure_of
+from pipeline.terminal.text import Styled, write
 
 DISTRIBUTION = "topk-distill"
 RESUMABLE_COMMANDS = frozenset({"extract", "train", "convert", "demo"})
@@ -78,12 +79,12 @@ def _report(error: BaseException, session: Session) -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     if session.debug:
-        traceback.print_exception(error)
+        write("".join(traceback.format_exception(error)), err=True, lines=True)
     command = f"pipeline {session.command}" if session.command else "pipeline"
     failure = failure_of(error, command=command, resumable=session.command in RESUMABLE_COMMANDS)
     for line in failure.lines():
         label, _, text = line.partition(": ")
-        click.echo(f"{click.style(label, fg='red', bold=True)}: {text}", err=True)
+        write(Styled(text=label, fg="red", bold=True), f": {message_text(text)}", err=True, lines=True)
     return failure.exit_code
 
 

@@ -6,21 +6,19 @@ distributed run speaks. Every line of progress shows a rate and the time left.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
-import click
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from pipeline.extraction import events as extract_events
-from pipeline.runtime import is_main_process
-from pipeline.terminal.text import bytes_text, counted, duration_text, quoted, to_json
+from pipeline.runtime import is_main_process, printable
+from pipeline.terminal.text import bytes_text, counted, duration_text, print_json, quoted, to_json, write
 
 if TYPE_CHECKING:
     import storage.tools.convert
@@ -59,14 +57,14 @@ class Lines:
 
     def line(self, text: str) -> None:
         """Write it."""
-        click.echo(text, err=True)
+        write(text, err=True, lines=True)
 
     def advance(self, done: float, total: float, text: str) -> None:
         """Write it if the last one is old enough."""
         now = time.monotonic()
         if now >= self._next:
             self._next = now + PLAIN_INTERVAL
-            click.echo(f"{done / max(total, 1.0):4.0%}  {text}", err=True)
+            write(f"{done / max(total, 1.0):4.0%}  {text}", err=True)
 
 
 class Live:
@@ -88,12 +86,12 @@ class Live:
 
     def line(self, text: str) -> None:
         """Write it above the bar."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(printable(text, lines=True), highlight=False, markup=False, soft_wrap=True)
 
     def advance(self, done: float, total: float, text: str) -> None:
         """Move the bar."""
         self._bar.start()
-        self._bar.update(self._task, completed=done, total=max(total, 1.0), description=text)
+        self._bar.update(self._task, completed=done, total=max(total, 1.0), description=printable(text))
 
 
 @contextmanager
@@ -113,14 +111,14 @@ def show_extract(events: Iterable[extract_events.Event], *, quiet: bool, as_json
     """Run phase 1 and tell its events. The summary goes to stdout."""
     last = _run(events, tell_extract, quiet=quiet, as_json=as_json)
     if not as_json and is_main_process():
-        click.echo(extract_summary(last))
+        write(extract_summary(last), lines=True)
 
 
 def show_train(events: Iterable[train_events.Event], *, quiet: bool, as_json: bool) -> None:
     """Run phase 2 and tell its events. The summary goes to stdout."""
     last = _run(events, tell_train, quiet=quiet, as_json=as_json)
     if not as_json and is_main_process():
-        click.echo(train_summary(last))
+        write(train_summary(last), lines=True)
 
 
 def show_convert(
@@ -130,7 +128,8 @@ def show_convert(
     last = _run(events, tell_convert, quiet=quiet, as_json=as_json)
     if not as_json:
         work = f"{counted(last.rows, 'row')} written in {duration_text(last.seconds)}"
-        click.echo(f"{last.store}: complete, {counted(last.shards, 'shard')}; {work}\ndigest {last.digest}")
+        write(f"{last.store}: complete, {counted(last.shards, 'shard')}; {work}")
+        write(f"digest {last.digest}")
 
 
 def _run(events: Iterable[Any], tell: Callable[[Any, Display], None], *, quiet: bool, as_json: bool) -> Any:
@@ -139,7 +138,7 @@ def _run(events: Iterable[Any], tell: Callable[[Any, Display], None], *, quiet: 
         for last in events:
             tell(last, screen)
             if as_json and is_main_process():
-                click.echo(json.dumps({"event": type(last).__name__, **to_json(last)}))
+                print_json({"event": type(last).__name__, **to_json(last)}, indent=None)
     return last
 
 
@@ -174,7 +173,7 @@ def tell_extract(event: extract_events.Event, screen: Display) -> None:
 def first_row_text(event: extract_events.FirstRow) -> str:
     """Write the first thing that the teacher said: real text, its five candidates, kept mass, bytes per row."""
     candidates = "  ".join(f"{quoted(text)} {probability:.1%}" for text, probability in event.candidates)
-    context = " ".join(event.context.split())
+    context = printable(" ".join(event.context.split()))
     kept = "samples keep it" if event.head_mass is None else f"the head keeps {event.head_mass:.1%} of the probability"
     return (
         f"the teacher reads …{context[-70:]} and expects\n"

@@ -1,4 +1,8 @@
-"""Text on the terminal: lines, facts in two columns, JSON, and numbers as people read them."""
+"""Text on the terminal: lines, facts in two columns, JSON, and numbers as people read them.
+
+All text goes through `write` or `print_json`, which make it printable before they style it: what comes from a store, a
+corpus, a model or a file's name cannot style, move or forge anything.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +14,40 @@ from typing import Any
 
 import click
 
-
-def write(text: str = "", *, err: bool = False, bold: bool = False) -> None:
-    """Write a line of text; `err`: to stderr, where what is not a result goes."""
-    click.secho(text, err=err, bold=bold)
+from pipeline.runtime import printable
 
 
-def print_json(value: Any) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Styled:
+    """A part of a line with a style of its own; None leaves a property as it is."""
+
+    text: str
+    fg: str | None = None
+    bold: bool | None = None
+    dim: bool | None = None
+    underline: bool | None = None
+
+
+def write(*parts: str | Styled, err: bool = False, lines: bool = False) -> None:
+    """Write a line of text from its parts.
+
+    Args:
+        err: to stderr, where what is not a result goes.
+        lines: line ends in it are meant.
+    """
+    click.echo("".join(_shown(part, lines=lines) for part in parts), err=err)
+
+
+def _shown(part: str | Styled, *, lines: bool) -> str:
+    if isinstance(part, str):
+        return printable(part, lines=lines)
+    style = {name: value for name, value in vars(part).items() if name != "text"}
+    return click.style(printable(part.text, lines=lines), **style)
+
+
+def print_json(value: Any, *, indent: int | None = 2) -> None:
     """Write a value, dataclasses and paths included, as one JSON document."""
-    click.echo(json.dumps(to_json(value), indent=2, ensure_ascii=False))
+    click.echo(printable(json.dumps(to_json(value), indent=indent, ensure_ascii=False), lines=True))
 
 
 def to_json(value: Any) -> Any:
@@ -37,12 +66,12 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     pairs = list(facts)
     width = max((len(name) for name, _ in pairs), default=0)
     for name, value in pairs:
-        click.echo(f"{click.style(name.ljust(width), dim=True)}  {value}")
+        write(Styled(text=name.ljust(width), dim=True), f"  {value}")
 
 
 def quoted(text: str) -> str:
     """Quote text so that white space and control characters show."""
-    return json.dumps(text, ensure_ascii=False)
+    return printable(json.dumps(text, ensure_ascii=False))
 
 
 def counted(count: int, noun: str) -> str:

@@ -5,6 +5,7 @@ Data path: configuration -> **model directory** -> identity for the plan, tokeni
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from transformers.utils import logging
 
 from stages.input_files import FileState, file_sha256, user_path
 from storage.errors import UsageError
+from storage.files.regular import LARGEST_FILE, kind_of
 from storage.values import Json
 
 WEIGHTS = "*.safetensors"
@@ -45,23 +47,29 @@ class ModelDirectory:
         return {"name": self.name, "commit": self.commit, "directory": str(self.directory)}
 
 
-def find_model(name: str, revision: str | None = None, *, weights: bool = True, key: str = "path") -> ModelDirectory:
+def find_model(
+    name: str, revision: str | None = None, *, weights: bool = True, key: str = "path", fetch: bool = True
+) -> ModelDirectory:
     """Return the directory of a model: `name` itself, or the hub's copy in the local cache, downloaded if need be.
 
     Args:
         weights: fetch and require safetensors weights too; False serves those who need config and tokenizer only.
         key: the configuration key that names the model, for messages.
+        fetch: ask the hub. Only for what the user has written: what a store or a run says is never a name to fetch.
 
     Raises:
-        UsageError: no such model, no path, gated, offline, or without safetensors weights.
+        UsageError: no such model, no path, gated, offline, without safetensors weights, or with something else than
+            files in it.
     """
     local = user_path(name, key=key)
     if local.is_dir():
         model = ModelDirectory(directory=local, name=name)
-    elif local.exists() or name.startswith((".", "/", "~")):
+    elif not fetch or local.exists() or name.startswith((".", "/", "~")):
         raise UsageError(f"no model directory {name}", where=key, fix="check the path")
     else:
         model = _download(name, revision, weights=weights, key=key)
+    for path in sorted(model.directory.iterdir()):
+        require_model_file(path)
     if not (model.directory / "config.json").is_file():
         raise UsageError("no config.json", where=str(model.directory), fix="name a Hugging Face model directory")
     if weights and not list(model.directory.glob(WEIGHTS)):
@@ -70,7 +78,58 @@ def find_model(name: str, revision: str | None = None, *, weights: bool = True, 
             where=str(model.directory),
             fix="convert once: AutoModelForCausalLM.from_pretrained(...).save_pretrained(DIRECTORY)",
         )
+    refuse_hub_kernels(model.directory / "config.json")
     return model
+
+
+def require_model_file(path: Path) -> None:
+    """Check that what libraries would read of a model is a file, or a link to one as in the hub's cache, of a fit size.
+
+    Raises:
+        UsageError: it is something else, or a description larger than any.
+    """
+    described = any(path.match(pattern) for pattern in DESCRIPTION)
+    try:
+        status = path.stat()
+        kind, size = kind_of(status.st_mode), status.st_size
+    except OSError as error:
+        kind, size = f"a link that leads nowhere ({error.strerror})", 0
+    fix = "fetch the model anew, or take away what is there"
+    if kind != "a file" and (described or path.match(WEIGHTS) or kind != "a directory"):
+        raise UsageError(f"{path.name} is {kind}, not a file", where=str(path), fix=fix)
+    if described and size > LARGEST_FILE:
+        raise UsageError(f"{path.name} has {size:,} bytes, too many to be read", where=str(path), fix=fix)
+
+
+def refuse_hub_kernels(config: Path) -> None:
+    """Refuse a configuration that names code of the hub, such as an attention kernel: it would be fetched and run.
+
+    Raises:
+        UsageError: `attn_implementation`, or something of the kind, is the name of a repository.
+    """
+    try:
+        content = json.loads(config.read_bytes())
+    except (ValueError, RecursionError):
+        return  # whoever loads it says what is wrong with it
+    for key, value in _texts(content):
+        if "implementation" in key and "/" in value:
+            raise UsageError(
+                f"{key}: {value!r} would be fetched from the hub and run; remote code is never run",
+                where=str(config),
+                fix=f"take {key} out of the file",
+            )
+
+
+def _texts(content: Json) -> Iterator[tuple[str, str]]:
+    """Yield every text in a JSON value with the keys that lead to it."""
+    left = [("", content)]
+    while left:
+        key, value = left.pop()
+        if isinstance(value, str):
+            yield key, value
+        elif isinstance(value, dict | list):
+            inside = value.items() if isinstance(value, dict) else enumerate(value)
+            left += [(f"{key}.{name}" if key else str(name), item) for name, item in inside]
 
 
 def _download(name: str, revision: str | None, *, weights: bool, key: str) -> ModelDirectory:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from stages.models.files import find_model, quiet
+from stages.models.files import find_model, quiet, refuse_hub_kernels, require_model_file
 from storage.errors import DistillError, UsageError
 
 
@@ -84,6 +84,9 @@ def load_config(source: StudentSource) -> PreTrainedConfig:
         UsageError: no such model or file, or an architecture that transformers does not know.
     """
     file = Path(source.path).expanduser()
+    if file.is_file():
+        require_model_file(file)
+        refuse_hub_kernels(file)
     path = file if file.is_file() else model_directory(source, weights=False)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)

@@ -19,7 +19,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,10 +27,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stages.durable import durable_directory
+from stages.durable import durable_directory, remove
 from stages.parallel.processes import ALONE, Processes
 from stages.parallel.tensors import like, whole
-from storage.errors import storage_errors
+from storage.errors import CorruptionError, storage_errors
+from storage.files.regular import kind_of, open_regular, read_regular
 
 logger = logging.getLogger("topk_distill.checkpoint")
 
@@ -95,7 +95,7 @@ class Checkpoints:
             (directory / _MANIFEST).write_text(json.dumps(manifest, indent=1))
         older = [directory for directory in self._newest_first() if _step_of(directory) < progress.step]
         for old in older[self.keep - 1 :]:
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
         return target
 
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingProgress:
@@ -120,7 +120,7 @@ class Checkpoints:
                 aside.name,
             )
             with storage_errors(directory):
-                shutil.rmtree(aside, ignore_errors=True)
+                remove(aside)
                 os.rename(directory, aside)
         return None
 
@@ -135,12 +135,16 @@ class Checkpoints:
 
     def _problem(self, directory: Path) -> str | None:
         """Say what is wrong with a checkpoint; None if its manifest verifies."""
+        if directory.is_symlink() or not directory.is_dir():
+            return f"it is {kind_of(directory.lstat().st_mode)}, not a directory"
         try:
-            manifest = json.loads((directory / _MANIFEST).read_bytes())
+            manifest = json.loads(read_regular(directory / _MANIFEST) or b"")
             stated: Mapping[str, Mapping[str, object]] = manifest["files"]
             digest = manifest["store_digest"]
-            found = _describe(directory)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            found = _describe(directory, {name: item["bytes"] for name, item in stated.items()})
+        except CorruptionError as error:
+            return f"{error.where}: {error.what}"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             return f"{_MANIFEST}: {error!r}"
         if digest != self.store_digest:
             return f"made from store {digest}"
@@ -206,12 +210,18 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
-def _describe(directory: Path) -> dict[str, dict[str, object]]:
-    """Return size and sha256 of each file but the manifest."""
+def _describe(directory: Path, sizes: Mapping[str, object] | None = None) -> dict[str, dict[str, object]]:
+    """Return size and sha256 of each file but the manifest; with `sizes`, no hash of one that has another size.
+
+    Raises:
+        CorruptionError: one is not a file.
+    """
     described: dict[str, dict[str, object]] = {}
     for path in sorted(directory.iterdir()):
         if path.name != _MANIFEST:
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            described[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+            with open_regular(path) as file:
+                size = os.fstat(file.fileno()).st_size
+                wanted = sizes is None or sizes.get(path.name) == size
+                digest = hashlib.file_digest(file, "sha256").hexdigest() if wanted else "not looked at"
+            described[path.name] = {"bytes": size, "sha256": digest}
     return described

@@ -16,13 +16,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from stages.durable import replace_file
 from storage.errors import UsageError, storage_errors
+from storage.files.regular import open_regular
+
+LONGEST_LINE = 1 << 16  # bytes
 
 
 class MetricsLog:
@@ -91,10 +95,17 @@ def _lines_until(path: Path, last_step: int) -> list[bytes]:
     return [line for line in _whole_lines(path) if json.loads(line)["step"] <= last_step]
 
 
+def _lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file, cut where they are longer than any of ours."""
+    with storage_errors(path), suppress(FileNotFoundError), open_regular(path) as file:
+        while line := file.readline(LONGEST_LINE):
+            yield line
+
+
 def _whole_lines(path: Path) -> list[bytes]:
     """Return the lines up to the first that is not a whole JSON object: a power failure may leave zeros at the end."""
     whole: list[bytes] = []
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+    for line in _lines(path):
         try:
             record = json.loads(line)
         except ValueError:

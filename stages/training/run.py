@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from stages.training.metrics import read_metrics
 from stages.training.schedule import Schedule
 from storage.commit.records import PLAN
 from storage.errors import IdentityError, UsageError, storage_errors
+from storage.files.regular import not_a, read_regular
 from storage.values import json_differences
 
 # What may change between two commands of one run: where things lie, how the work is cut and saved, on which machine it
@@ -51,9 +54,12 @@ FREE_FIELDS = frozenset(
     }
 )
 
+LARGEST_RECORD = 1 << 26  # bytes of run.json or config.yaml: a corpus may have many files
 _RECORD = "run.json"
+_LOCK = ".lock"
 # What a run writes beside it, and what makes a directory a store or a model.
 _WRITTEN = ("config.yaml", "metrics.jsonl", "checkpoints", "model", "report.html")
+_DIRECTORIES = ("checkpoints", "model")
 _OF_OTHERS = (PLAN, "config.json")
 
 
@@ -94,6 +100,7 @@ class RunDirectory:
 
         Raises:
             UsageError: the path is a file, or holds something else than a run, or the run's record is damaged.
+            CorruptionError: as `require_plain`.
             StorageUnavailableError: it cannot be read.
         """
         with storage_errors(self.path):
@@ -113,6 +120,19 @@ class RunDirectory:
                     where=str(self.path),
                     fix="name a directory of its own for the run",
                 )
+            self.require_plain()
+
+    def require_plain(self) -> None:
+        """Check that what a run has is files and directories of its own: nothing is read or written through a link.
+
+        Raises:
+            CorruptionError: something in the run is a link, or of another kind.
+        """
+        for name in (_RECORD, _LOCK, *_WRITTEN):
+            place = self.path / name
+            wanted, is_that = ("a directory", stat.S_ISDIR) if name in _DIRECTORIES else ("a file", stat.S_ISREG)
+            if os.path.lexists(place) and not is_that(mode := place.lstat().st_mode):
+                raise not_a(wanted, mode, where=str(place), name=name)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -231,10 +251,11 @@ class RunDirectory:
 
     def _stored_config(self) -> dict[str, Any] | None:
         path = self.path / "config.yaml"
-        if not path.exists():
+        data = read_regular(path, most=LARGEST_RECORD)
+        if data is None:
             return None
         try:
-            stored = yaml.safe_load(path.read_bytes())
+            stored = yaml.safe_load(data)
         except yaml.YAMLError as error:
             raise UsageError(
                 f"not YAML: {error}", where=str(path), fix="restore it, or choose another run directory"
@@ -253,7 +274,7 @@ class RunDirectory:
     def _lock_file(self) -> TextIO:
         with storage_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            return open(self.path / ".lock", "a")
+            return open(self.path / _LOCK, "a")
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -261,14 +282,18 @@ def read_record(path: Path) -> dict[str, Any]:
 
     Raises:
         UsageError: it is missing, or not such a record.
+        CorruptionError: it is not a file, or too large for one.
     """
+    data = read_regular(path, most=LARGEST_RECORD)
     try:
-        record: dict[str, Any] = json.loads(path.read_bytes())
+        if data is None:
+            raise ValueError("it is missing")
+        record: dict[str, Any] = json.loads(data)
         if not isinstance(record["store"]["digest"], str):
             raise ValueError("the store's digest is not text")
         if record["finished"] is not None:
             Finish(**record["finished"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(
             f"the run's record cannot be read: {error!r}",
             where=str(path),

@@ -22,12 +22,14 @@ from itertools import count
 from pathlib import Path
 from typing import Literal
 
+from storage.errors import CorruptionError
 from storage.files import open_files
 from storage.files.base import TEMPORARY, StorePath
 from storage.plan import ShardSpec
 
 _CLAIM = re.compile(r"claim-(\d{6,})(-\d+)?")
 _UNKNOWN = "-"
+LARGEST_CLAIM = 4096  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +189,7 @@ class Claims:
         """Tell whether an entry of `tmp` may go: it is not a claim, or its worker has ended."""
         if _CLAIM.fullmatch(entry) is None:
             return True
-        data = self._files.read(f"{TEMPORARY}/{entry}")
+        data = self._read(f"{TEMPORARY}/{entry}")
         claim = None if data is None else Claim.read(data)
         return data is not None and (claim is None or claim.worker == "ended")
 
@@ -209,7 +211,7 @@ class Claims:
         ended: list[str] = []
         for number in count():
             name = f"{TEMPORARY}/claim-{shard:06d}" + (f"-{number}" if number else "")
-            data = self._files.read(name)
+            data = self._read(name)
             if data is None and self._files.create(name, self._mine.to_bytes(), durable=False):
                 return [*ended, name]
             claim = None if data is None else Claim.read(data)
@@ -219,10 +221,17 @@ class Claims:
                 return None
         raise AssertionError("count() has no end")
 
+    def _read(self, name: str) -> bytes | None:
+        """Return what stands under a claim's name, or None if nothing does. What is no note reads as an empty one."""
+        try:
+            return self._files.read(name, most=LARGEST_CLAIM)
+        except CorruptionError:
+            return b""
+
     def _claimed(self, entry: str) -> tuple[int, Claim] | None:
         """Read an entry of `tmp` if its name is a claim's; None unless its worker may be alive."""
         match = _CLAIM.fullmatch(entry)
-        data = None if match is None else self._files.read(f"{TEMPORARY}/{entry}")
+        data = None if match is None else self._read(f"{TEMPORARY}/{entry}")
         claim = None if data is None else Claim.read(data)
         if match is None or claim is None or claim.worker == "ended":
             return None

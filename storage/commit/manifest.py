@@ -12,14 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.commit.damage import Damage, damaged_plan
-from storage.commit.records import PLAN, REMAP, SEAL, TOKENIZER, CommitRecord, Seal, record_name
-from storage.errors import UsageError
+from storage.commit.records import DIRECTORIES, PLAN, REMAP, SEAL, TOKENIZER, CommitRecord, Seal, record_name
+from storage.errors import CorruptionError, UsageError
 from storage.files.base import Files
+from storage.files.regular import LARGEST_FILE
 from storage.format.remap import decode_remap, remap_sha256
 from storage.plan import Plan, ShardSpec
 from storage.values import sha256
 
 LARGEST_TOKENIZER_FILE = 1 << 30  # bytes, decompressed
+SEALED_SHARD_BYTES = 512  # of a line of the seal, at most
 XZ_MEMORY = 1 << 27  # bytes that decompression may take; our files need a tenth of it
 
 
@@ -27,10 +29,15 @@ def read_plan(files: Files) -> Plan | None:
     """Return the plan, or None if there is no plan.json.
 
     Raises:
-        CorruptionError: it is damaged, or holds what no plan may hold.
+        CorruptionError: it is damaged, or holds what no plan may hold; or a directory of the store is something else.
         UsageError: this version cannot read it.
     """
-    data = files.read(PLAN)
+    for directory in DIRECTORIES:
+        files.require_directory(directory)
+    try:
+        data = files.read(PLAN)
+    except CorruptionError as error:
+        raise damaged_plan(files, error.what) from error
     if data is None:
         return None
     try:
@@ -128,8 +135,16 @@ class Manifest:
 
     def record(self, spec: ShardSpec) -> CommitRecord | None:
         """Return the commit record of a shard, or None if it is not committed."""
-        data = self.files.read(record_name(spec.index))
+        data = self.record_bytes(spec)
         return None if data is None else self.parse_record(spec, data)
+
+    def record_bytes(self, spec: ShardSpec) -> bytes | None:
+        """Return the content of a shard's commit record, not looked at, or None if the shard is not committed."""
+        name = record_name(spec.index)
+        try:
+            return self.files.read(name)
+        except CorruptionError as error:
+            raise self.damage.shard(spec, f"its commit record: {error.what}", name=name) from error
 
     def parse_record(self, spec: ShardSpec, data: bytes) -> CommitRecord:
         """Read a record and check that it belongs to this shard of this store."""
@@ -146,7 +161,7 @@ class Manifest:
 
     def seal(self) -> Seal | None:
         """Return the seal, or None if the store is not sealed."""
-        data = self.files.read(SEAL)
+        data = self._read(SEAL, most=LARGEST_FILE + SEALED_SHARD_BYTES * len(self.shards))
         if data is None:
             return None
         try:
@@ -160,7 +175,13 @@ class Manifest:
         return seal
 
     def _require(self, name: str) -> bytes:
-        data = self.files.read(name)
+        data = self._read(name)
         if data is None:
             raise self.damage.file(name, "it is missing")
         return data
+
+    def _read(self, name: str, *, most: int = LARGEST_FILE) -> bytes | None:
+        try:
+            return self.files.read(name, most=most)
+        except CorruptionError as error:
+            raise self.damage.file(name, error.what) from error

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from storage.cache import BoundedCache
 from storage.commit.records import CommitRecord
+from storage.errors import CorruptionError
 from storage.files.base import Files
 from storage.format.arrays import ArraySpec, array_specs, is_even
 from storage.format.chunks import ArrayLayout, decode_index, decode_inner
@@ -84,7 +85,10 @@ class CommittedObjects:
     def whole(self, name: str) -> bytes:
         """Read a file and check it against the record."""
         expected = self._record.objects[name]
-        found = self._files.read_stamped(f"{self._record.path}/{name}")
+        try:
+            found = self._files.read_stamped(f"{self._record.path}/{name}", most=expected.size)
+        except CorruptionError as error:
+            raise DamageError(error.what, name) from error
         if found is None:
             raise DamageError("the file is missing", name)
         data, stamp = found

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from storage.files.base import QUARANTINE, TEMPORARY
 from storage.plan import FORMAT_VERSION, ShardSpec, Split
 from storage.rows import Counts
 from storage.values import Json, canonical_json, sha256
@@ -21,6 +22,7 @@ SEAL = "sealed.json"
 SHARDS = "shards"
 COMMITS = "commits"
 TOKENIZER = "tokenizer"
+DIRECTORIES = (TOKENIZER, COMMITS, SHARDS, TEMPORARY, QUARANTINE)  # of the store itself
 DIRECTORY_HASH_DIGITS = 16
 
 _Stored = TypeVar("_Stored", "CommitRecord", "Seal")

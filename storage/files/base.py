@@ -1,8 +1,11 @@
 """The one seam for file operations of a store: what a place that can hold stores must be able to do.
 
 Whoever writes or reads a store does it through `Files`, by names relative to the store's root, with `/` between their
-parts, that come from our own code only. Files are created whole or not at all, and never changed. `open_files` chooses
-the class: LocalFiles for a directory, MemoryFiles for tests. All errors are of `storage.errors`.
+parts. Files are created whole or not at all, and never changed. `open_files` chooses the class: LocalFiles for a
+directory, MemoryFiles for tests. All errors are of `storage.errors`.
+
+Nothing is read, written, moved or removed outside of the store, whatever lies in it: only plain files are read, of a
+bounded size, and no link is followed.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
+
+from storage.files.regular import LARGEST_FILE
 
 TEMPORARY = "tmp"
 QUARANTINE = "quarantine"
@@ -45,6 +50,7 @@ class Files(Protocol):
     of its own, a directory is the common beginning of names, and exists while a file is in it.
 
     Raises:
+        CorruptionError: something else stands in place of a directory of the store, in every method that takes a name.
         OutOfSpaceError: there is no room, in every method that writes.
         StorageUnavailableError: the place refuses for any other reason, in every method.
     """
@@ -70,15 +76,26 @@ class Files(Protocol):
         ...
 
     @abstractmethod
-    def read(self, name: str) -> bytes | None:
-        """Return the content of a file, or None if there is no such file."""
+    def require_directory(self, name: str) -> None:
+        """Check that nothing but a directory has this name, if anything has. Raises CorruptionError."""
         ...
 
     @abstractmethod
-    def read_stamped(self, name: str) -> tuple[bytes, Stamp] | None:
-        """Return the content of a file and its stamp, or None if there is no such file.
+    def read(self, name: str, *, most: int = LARGEST_FILE) -> bytes | None:
+        """Return the content of a file, or None if nothing has this name. Arguments and errors as `read_stamped`."""
+        ...
+
+    @abstractmethod
+    def read_stamped(self, name: str, *, most: int = LARGEST_FILE) -> tuple[bytes, Stamp] | None:
+        """Return the content of a file and its stamp, or None if nothing has this name.
 
         The stamp is not newer than the content: a replacement in between shows later.
+
+        Args:
+            most: bytes that it may have; a larger one is refused before it is read.
+
+        Raises:
+            CorruptionError: it is larger, or not a file.
         """
         ...
 

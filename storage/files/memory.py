@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import stat
 import threading
 import time
 from collections.abc import Mapping
 from itertools import count
 
 from storage.files.base import QUARANTINE, Files, Stamp
+from storage.files.regular import LARGEST_FILE, not_a, too_large
 
 
 class MemoryFiles(Files):
@@ -47,14 +49,26 @@ class MemoryFiles(Files):
         """Tell whether it is the same store."""
         return other is self
 
-    def read(self, name: str) -> bytes | None:
-        """Return the content of a file, or None if there is no such file."""
-        content = self.read_stamped(name)
+    def require_directory(self, name: str) -> None:
+        """Check that no file has this name."""
+        if name in self.objects:
+            raise not_a("a directory", stat.S_IFREG, where=self.place(name), name=name)
+
+    def read(self, name: str, *, most: int = LARGEST_FILE) -> bytes | None:
+        """Return the content of a file, or None if nothing has this name."""
+        content = self.read_stamped(name, most=most)
         return None if content is None else content[0]
 
-    def read_stamped(self, name: str) -> tuple[bytes, Stamp] | None:
-        """Return the content of a file and its stamp, or None if there is no such file."""
-        return self.objects.get(name)
+    def read_stamped(self, name: str, *, most: int = LARGEST_FILE) -> tuple[bytes, Stamp] | None:
+        """Return the content of a file and its stamp, or None if nothing has this name."""
+        for end in [at for at, letter in enumerate(name) if letter == "/"]:
+            self.require_directory(name[:end])
+        found = self.objects.get(name)
+        if found is None and self.exists(name):
+            raise not_a("a file", stat.S_IFDIR, where=self.place(name))
+        if found is not None and found[1].size > most:
+            raise too_large(found[1].size, most, where=self.place(name))
+        return found
 
     def read_range(self, name: str, start: int, size: int, stamp: int) -> bytes | None:
         """Return `size` bytes from `start`, or None if the file is gone or its stamp no longer has this hash."""

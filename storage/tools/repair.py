@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from storage.commit.aside import left_aside, origin, put_back
-from storage.commit.damage import damaged_plan, written_by
+from storage.commit.damage import written_by
 from storage.commit.manifest import Manifest
-from storage.commit.records import PLAN, REMAP, SEAL, SHARDS, TOKENIZER, record_name
+from storage.commit.records import REMAP, SEAL, SHARDS, TOKENIZER, record_name
 from storage.files import open_files
 from storage.files.base import QUARANTINE, Files, StorePath
 from storage.tools.verify import Report, verify
@@ -48,7 +48,7 @@ def repair(path: StorePath, *, apply: bool) -> list[Action]:
 
     Raises:
         UsageError: there is no store.
-        CorruptionError: plan.json itself is damaged: only a copy helps.
+        CorruptionError: plan.json itself is damaged: only a copy helps. Or a directory of the store is something else.
         OutOfSpaceError, StorageUnavailableError: the file system refuses.
     """
     files = open_files(path)
@@ -72,19 +72,16 @@ def command_after(path: StorePath) -> str:
 
 def _planned(files: Files) -> list[Action]:
     """Return everything to move, in order: parts and what is put back, damaged directories, seal, records."""
-    report = verify(files)
-    for problem in report.problems:
-        if problem.name == PLAN:
-            raise damaged_plan(files, problem.message)
-    actions = _answers(files, report)
+    manifest = Manifest.open(files)  # what it refuses cannot be mended here
+    actions = _answers(manifest, verify(files))
     return [action for action in actions if action.missing or files.exists(action.name)]
 
 
-def _answers(files: Files, report: Report) -> list[Action]:
+def _answers(manifest: Manifest, report: Report) -> list[Action]:
     parts: list[Action] = []
     directories: dict[str, Action] = {}
     records: dict[str, Action] = {}
-    manifest = Manifest.open(files)
+    files = manifest.files
     for problem in report.problems:
         if problem.shard is None:
             if problem.name == REMAP or problem.name.startswith(f"{TOKENIZER}/"):

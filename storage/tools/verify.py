@@ -15,7 +15,18 @@ from storage.commit.aside import left_aside
 from storage.commit.claims import Claims
 from storage.commit.manifest import Manifest, tokenizer_hashes, tokenizer_name
 from storage.commit.open_shard import CommittedObjects, DamageError, OpenShard, chunk_cache
-from storage.commit.records import COMMITS, PLAN, REMAP, SEAL, SHARDS, TOKENIZER, CommitRecord, Seal, record_name
+from storage.commit.records import (
+    COMMITS,
+    DIRECTORIES,
+    PLAN,
+    REMAP,
+    SEAL,
+    SHARDS,
+    TOKENIZER,
+    CommitRecord,
+    Seal,
+    record_name,
+)
 from storage.errors import CorruptionError, DistillError
 from storage.files import open_files
 from storage.files.base import QUARANTINE, TEMPORARY, Files, StorePath
@@ -106,6 +117,9 @@ def verify(path: StorePath, *, quick: bool = False) -> Report:
     """
     report = Report(quick=quick)
     files = open_files(path)
+    _check_directories(files, report)
+    if report.problems:
+        return report
     try:
         manifest = Manifest.open(files)
     except CorruptionError as error:
@@ -124,6 +138,14 @@ def verify(path: StorePath, *, quick: bool = False) -> Report:
     if seal is None and not report.problems:
         report.warnings.append(f"not sealed: {report.committed} of {report.shards} shards are committed")
     return report
+
+
+def _check_directories(files: Files, report: Report) -> None:
+    for name in DIRECTORIES:
+        try:
+            files.require_directory(name)
+        except CorruptionError as error:
+            report.add(error, name=name)
 
 
 def _check_parts(manifest: Manifest, report: Report) -> NDArray[np.uint32] | None:
@@ -169,6 +191,9 @@ def _check_shard(manifest: Manifest, record: CommitRecord, remap: NDArray[np.uin
     """Check a committed shard; return the name of its directory, which may have been left in `tmp`."""
     before = len(report.problems)
     sizes = manifest.files.tree(record.path)
+    if sizes is None and manifest.files.exists(record.path):
+        report.add("it is not a directory", name=record.path, shard=record.shard)
+        return record.path
     if sizes is None:
         aside = left_aside(manifest.files, record)
         left = f": a garbage collection was cut off, and left it in {aside}; `pipeline repair` puts it back"

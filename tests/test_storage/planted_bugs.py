@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import storage.commit.open_shard
@@ -47,14 +46,13 @@ class _AnyBytes(bytes):
         return False
 
 
-def _write_without_sync(path: Path, data: bytes) -> None:
-    with ExitStack() as opened:
-        files._write(files._open(path, files._CREATE, opened), data)
+def _write_without_sync(path: str, data: bytes, folder: int | None = None, *, synced: bool = True) -> None:
+    _WRITE_FILE(path, data, folder, synced=False)
 
 
-def _write_and_sync_again(path: Path, data: bytes) -> None:
+def _write_and_sync_again(path: str, data: bytes, folder: int | None = None, *, synced: bool = True) -> None:
     with ExitStack() as opened:
-        descriptor = files._open(path, files._CREATE, opened)
+        descriptor = files._open(path, files._CREATE, opened, folder)
         files._write(descriptor, data)
         try:
             files.os.fsync(descriptor)
@@ -62,17 +60,16 @@ def _write_and_sync_again(path: Path, data: bytes) -> None:
             files.os.fsync(descriptor)
 
 
-def _write_tree_without_file_syncs(root: Path, objects: Mapping[str, bytes], point: str) -> None:
-    files.os.mkdir(root)
-    folders = {root}
-    for name, data in objects.items():
-        for parent in reversed((root / name).parents):
-            if parent.is_relative_to(root) and parent not in folders:
-                files.os.mkdir(parent)
-                folders.add(parent)
-        _write_without_sync(root / name, data)
-    for folder in folders:
-        files._sync_directory(folder)
+def _write_tree_without_file_syncs(name: str, objects: Mapping[str, bytes], point: str, folder: int) -> None:
+    with ExitStack() as opened:
+        files._make_directory(name, folder, exclusively=True)
+        folders = {"": files._open(name, files._DIRECTORY, opened, folder)}
+        for path, data in objects.items():
+            inside, _, last = path.rpartition("/")
+            files._make_folders(inside, folders, opened)
+            _WRITE_FILE(last, data, folders[inside], synced=False)
+        for made in folders.values():
+            files._sync_directory(made)
 
 
 def _write_once(descriptor: int, data: bytes) -> None:
@@ -90,8 +87,9 @@ def _no_sync(*arguments: Any) -> None:
     """Nothing."""
 
 
-_WRITE, _TREE, _CREATE, _WRITE_DIRECTORY = (
+_WRITE, _WRITE_FILE, _TREE, _CREATE, _WRITE_DIRECTORY = (
     files._write,
+    files._write_file,
     LocalFiles.tree,
     LocalFiles.create,
     StoreWriter._write_directory,
@@ -103,10 +101,9 @@ def _create_by_rename(
     self: LocalFiles, name: str, data: bytes, *, point: str | None = None, durable: bool = True
 ) -> bool:
     path = self.root / name
-    with files.storage_errors(path):
-        temporary = self._temporary()
-        files._write_synced(temporary, data)
-        files.os.rename(temporary, path)
+    with files.storage_errors(path), self._temporary() as (making, temporary):
+        files._write_file(temporary, data, making)
+        files.os.rename(temporary, path, src_dir_fd=making)
         files._sync_directory(path.parent)
     return True
 
@@ -117,7 +114,7 @@ def _create_in_place(
     path = self.root / name
     with files.storage_errors(path):
         try:
-            files._write_synced(path, data)
+            files._write_file(path, data)
         except FileExistsError:
             return False
         files._sync_directory(path.parent)
@@ -181,7 +178,7 @@ def _move_without_sync(self: LocalFiles, name: str, target: str) -> bool:
 def _bugs() -> dict[str, Substitutes]:
     """Every planted defect by its name."""
     return {
-        "small files are not synced": [(files, "_write_synced", _write_without_sync)],
+        "small files are not synced": [(files, "_write_file", _write_without_sync)],
         "the files of a shard are not synced": [(files, "_write_tree", _write_tree_without_file_syncs)],
         "directories are not synced": [(files, "_sync_directory", _no_sync)],
         "links of a dead process are not synced": [(LocalFiles, "prepare", _prepare_what_is_missing)],
@@ -196,7 +193,7 @@ def _bugs() -> dict[str, Substitutes]:
             (StoreWriter, "_write_directory", _write_directory_and_remember),
             (LocalFiles, "create", _seal_then_create),
         ],
-        "a failed sync is tried again": [(files, "_write_synced", _write_and_sync_again)],
+        "a failed sync is tried again": [(files, "_write_file", _write_and_sync_again)],
         "a short write passes for a whole one": [(files, "_write", _write_once)],
         "a full disk is not told": [(files, "_write", _write_as_far_as_it_goes)],
         "a directory that is there is trusted": [(StoreWriter, "_holds", lambda self, record: True)],

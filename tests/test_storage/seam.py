@@ -29,7 +29,7 @@ class Call:
     Attributes:
         function: one of CHANGING; `open` only for a file that it creates.
         path: the file concerned: of a descriptor the one that it was opened for, of link and rename the first.
-        arguments: as given.
+        arguments: as given, but for names inside of an open directory: these are paths here.
         proceed: makes the real call and returns its result. May be called again, with other arguments.
     """
 
@@ -57,17 +57,25 @@ class SeamOs:
             def proceed(*others: Any) -> Any:
                 return real(*(others or arguments), **options)
 
-            first = arguments[0]
-            path = self._paths.get(first, "") if isinstance(first, int) else os.fspath(first)
+            first = self._path(arguments[0], options.get("dir_fd", options.get("src_dir_fd")))
+            named = (arguments[0] if isinstance(arguments[0], int) else first, *arguments[1:])
+            if "dst_dir_fd" in options:
+                named = (first, self._path(arguments[1], options["dst_dir_fd"]), *arguments[2:])
             if name == "open" and not arguments[1] & os.O_CREAT:
                 result = proceed()
             else:
-                result = self._watcher(Call(name, path, arguments, proceed))
+                result = self._watcher(Call(name, first, named, proceed))
             if name == "open":
-                self._paths[result] = path
+                self._paths[result] = first
             return result
 
         return call
+
+    def _path(self, name: Any, folder: int | None) -> str:
+        """The path of a descriptor, or of a name in an open directory."""
+        if isinstance(name, int):
+            return self._paths.get(name, "")
+        return os.path.join(self._paths.get(folder, "") if folder is not None else "", os.fspath(name))
 
 
 @contextmanager

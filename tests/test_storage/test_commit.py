@@ -123,7 +123,11 @@ def looks_per_shard(path, monkeypatch, *, shards):
     with monkeypatch.context() as patch:
         for name in ("read_stamped", "exists", "entries"):
             real = getattr(LocalFiles, name)
-            patch.setattr(LocalFiles, name, lambda self, entry, real=real: looks.append(entry) or real(self, entry))
+            patch.setattr(
+                LocalFiles,
+                name,
+                lambda self, entry, real=real, **bound: looks.append(entry) or real(self, entry, **bound),
+            )
         for number, shard in enumerate(writer.missing()):
             looks.clear()
             writer.commit(shard, cases.make_batch(plan, shard))

@@ -63,7 +63,7 @@ def test_telling_progress_does_not_look_for_every_shard(sealed, tmp_path, monkey
     looks, told, found = [], [], []
 
     def noted(real):
-        return lambda self, entry: looks.append(self.root / entry) or real(self, entry)
+        return lambda self, entry, **bound: looks.append(self.root / entry) or real(self, entry, **bound)
 
     for name in ("read_stamped", "exists"):
         monkeypatch.setattr(LocalFiles, name, noted(getattr(LocalFiles, name)))

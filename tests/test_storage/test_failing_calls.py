@@ -99,9 +99,10 @@ def test_errors_while_reading(memory, monkeypatch):
     def failing_open(*arguments, **options):
         if next(calls) == failing:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return open(*arguments, **options)
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(storage.files.local, "open", failing_open, raising=False)
+    real = storage.files.local.open_descriptor
+    monkeypatch.setattr(storage.files.local, "open_descriptor", failing_open)
     assert read_store(memory / "store", rows).errors == {}
     total = next(calls)
     assert total > 40

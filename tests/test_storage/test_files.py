@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.errors import UsageError
+from storage.errors import CorruptionError, UsageError
 from storage.files import open_files
 from storage.files.base import Files, Stamp
 from storage.files.local import LocalFiles
@@ -52,6 +52,14 @@ def test_a_file_is_created_once(files):
     files.settle("commits")
 
 
+def test_a_file_that_is_too_large_is_not_read(files):
+    files.create("commits/0", b"12345")
+    assert files.read("commits/0", most=5) == b"12345"
+    for read in (files.read, files.read_stamped):
+        with pytest.raises(CorruptionError, match="it has 5 bytes, more than the 4 that it may have"):
+            read("commits/0", most=4)
+
+
 def test_of_many_that_create_a_file_at_once_one_is_told_so(files):
     begin, told = threading.Barrier(8), []
 
@@ -70,9 +78,19 @@ def test_of_many_that_create_a_file_at_once_one_is_told_so(files):
 
 def test_a_directory_is_no_file(files):
     files.create_directory("shards/a", DIRECTORY, point="shard")
-    assert files.read("shards/a") is None
-    assert files.read_stamped("shards/a/entropy") is None
-    assert files.read("shards/a/zarr.json/x") is None
+    for name, told in (
+        ("shards/a", "it is a directory, not a file"),
+        ("shards/a/entropy", "it is a directory, not a file"),
+        ("shards/a/zarr.json/x", r"shards/a/zarr\.json is a file, not a directory"),
+    ):
+        for read in (files.read, files.read_stamped):
+            with pytest.raises(CorruptionError, match=f"^{told}") as caught:
+                read(name)
+            assert caught.value.where == files.place(name.removesuffix("/x"))
+    files.require_directory("shards/a")
+    files.require_directory("shards/none")
+    with pytest.raises(CorruptionError, match=r"^shards/a/zarr\.json is a file, not a directory"):
+        files.require_directory("shards/a/zarr.json")
     assert not files.create("shards/a", b"")
     assert files.entries("shards/a/zarr.json") == set()
     assert files.tree("shards/a/zarr.json") is None

@@ -232,9 +232,9 @@ def test_leftovers_are_not_read_and_claims_a_few_times(store, monkeypatch):
         shutil.copytree(store / ORPHAN, store / "shards" / f"000003-{number:016x}")
     read, real = list[str](), LocalFiles.read
 
-    def noted(self, name):
+    def noted(self, name, **bound):
         read.append(name)
-        return real(self, name)
+        return real(self, name, **bound)
 
     monkeypatch.setattr(LocalFiles, "read", noted)
     assert len(collect_garbage(store, apply=True)) == 6 + 2 * 20
