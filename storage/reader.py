@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from storage.cache import BoundedCache
 from storage.commit.damage import written_by
 from storage.commit.manifest import Manifest, tokenizer_hashes
-from storage.commit.open_shard import CommittedObjects, DamageError, OpenShard, chunk_cache, no_stamps
-from storage.commit.records import CommitRecord, Seal, SealedShard, record_name
+from storage.commit.open_shard import CommittedObjects, DamageError, OpenShard, chunk_cache, differences, no_stamps
+from storage.commit.records import CommitRecord, Seal, SealedShard
 from storage.errors import CorruptionError, UsageError
 from storage.files import open_files
 from storage.files.base import StorePath
@@ -29,7 +29,6 @@ from storage.plan import SPLITS, Plan, Split
 from storage.rows import SequenceBatch
 from storage.segments import row_starts
 from storage.threads import Each, default_threads, in_threads
-from storage.values import sha256
 
 Indices = Sequence[int] | NDArray[np.integer]
 Run = tuple[SealedShard, int, int]  # neighbouring sequences in one shard: it, the first, the end
@@ -90,10 +89,16 @@ class StoreReader:
         self.rows: int = sum(item.rows for item in self.shards)
         self.tokens: int = sum(item.tokens for item in self.shards)
         self.starts: NDArray[np.int64] = row_starts(np.array([item.sequences for item in self.shards], np.int64))
+        for item in self.shards:
+            if item.sequences == 0:
+                self._shard(item)  # nothing will be read from it, so this is where it has to prove that it is empty
 
     def _sealed(self, allow_partial: bool) -> Seal:
         seal = self._manifest.seal()
         if seal is not None:
+            for item in seal.shards:  # before any of their numbers is used
+                if item.split == self.split:
+                    self._manifest.sealed_record(item)
             return seal
         records = [record for spec in self._manifest.shards if (record := self._manifest.record(spec)) is not None]
         if not allow_partial:
@@ -141,10 +146,10 @@ class StoreReader:
         with in_threads(self._threads_for(wanted) if targets else 1) as each:
             cuts = self._load(runs, each, targets=targets) or [self._nothing()]
             try:
-                return decode_batch(self.plan, cuts, self.remap, scaled=scaled, each=each)
+                return decode_batch(self.plan, cuts, self.remap, targets=targets, scaled=scaled, each=each)
             except ValueError as error:
                 for run, cut in zip(runs, cuts, strict=True):
-                    self._decode_alone(run[0], cut)
+                    self._decode_alone(run[0], cut, targets=targets)
                 raise AssertionError("damage in a batch, but in none of its parts") from error
 
     def _threads_for(self, wanted: NDArray[np.int64]) -> int:
@@ -179,9 +184,9 @@ class StoreReader:
             loaded = dict(zip(names, each(load, names), strict=True))
         return [{name: loaded[name][index] for name in shard.specs} for index, shard in enumerate(shards)]
 
-    def _decode_alone(self, item: SealedShard, cut: Slices) -> None:
+    def _decode_alone(self, item: SealedShard, cut: Slices, *, targets: bool) -> None:
         try:
-            decode_batch(self.plan, [cut], self.remap)
+            decode_batch(self.plan, [cut], self.remap, targets=targets)
         except ValueError as error:
             raise self._damaged(item, DamageError(f"its rows: {error}")) from error
 
@@ -196,29 +201,26 @@ class StoreReader:
     def _shard(self, item: SealedShard) -> OpenShard:
         shard = self._open.get(item.shard)
         if shard is None:
-            record = self._record(item)
-            checked = self._checked.setdefault(item.shard, no_stamps(record))
-            objects = CommittedObjects(self._files, record, self._cache, checked)
+            record = self._manifest.sealed_record(item)
             try:
-                shard = OpenShard(self.plan, record, objects, self._cache)
+                shard = OpenShard(self.plan, record, self._objects(record), self._cache)
             except DamageError as error:
                 raise self._damaged(item, error) from error
             self._open.put(item.shard, shard)
         return shard
 
-    def _record(self, item: SealedShard) -> CommitRecord:
-        spec = self._manifest.shards[item.shard]
-        name = record_name(item.shard)
-        data = self._files.read(name)
-        if data is None:
-            raise self._manifest.damage.shard(spec, "its commit record is missing", name=name)
-        record = self._manifest.parse_record(spec, data)
-        if sha256(data) != item.record_sha256:
-            raise self._manifest.damage.shard(spec, "its commit record is not the sealed one", name=name)
-        return record
+    def _objects(self, record: CommitRecord) -> CommittedObjects:
+        """Return the files of a shard, whose names and sizes are compared with its directory the first time."""
+        checked = self._checked.get(record.shard)
+        if checked is None:
+            difference = next(differences(record, self._files.tree(record.path) or {}), None)
+            if difference is not None:
+                raise difference
+            checked = self._checked[record.shard] = no_stamps(record)
+        return CommittedObjects(self._files, record, self._cache, checked)
 
     def _damaged(self, item: SealedShard, error: DamageError) -> CorruptionError:
         spec = self._manifest.shards[item.shard]
-        record = self._record(item)
+        record = self._manifest.sealed_record(item)
         name = record.path if error.name is None else f"{record.path}/{error.name}"
         return self._manifest.damage.shard(spec, str(error), name=name)

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.commit.bounds import check_record
 from storage.commit.damage import Damage, damaged_plan
-from storage.commit.records import PLAN, REMAP, SEAL, TOKENIZER, CommitRecord, Seal, record_name
+from storage.commit.records import PLAN, REMAP, SEAL, TOKENIZER, CommitRecord, Seal, SealedShard, record_name
 from storage.errors import UsageError
 from storage.files.base import Files
 from storage.format.remap import decode_remap, remap_sha256
@@ -35,7 +36,7 @@ def read_plan(files: Files) -> Plan | None:
         return None
     try:
         plan = Plan.from_json(data)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise damaged_plan(files, str(error)) from error
     return plan
 
@@ -132,16 +133,29 @@ class Manifest:
         return None if data is None else self.parse_record(spec, data)
 
     def parse_record(self, spec: ShardSpec, data: bytes) -> CommitRecord:
-        """Read a record and check that it belongs to this shard of this store."""
+        """Read a record and check that it belongs to this shard of this store, and states what such a shard may hold."""
         name = record_name(spec.index)
         try:
             record = CommitRecord.from_json(data)
+            if record.store_id != self.plan.store_id:
+                raise self.damage.shard(spec, "its commit record is another store's", name=name)
+            if record.spec() != spec:
+                raise self.damage.shard(spec, "its commit record is another shard's", name=name)
+            check_record(self.plan, record)
         except ValueError as error:
             raise self.damage.shard(spec, f"its commit record: {error}", name=name) from error
-        if record.store_id != self.plan.store_id:
-            raise self.damage.shard(spec, "its commit record is another store's", name=name)
-        if record.spec() != spec:
-            raise self.damage.shard(spec, "its commit record is another shard's", name=name)
+        return record
+
+    def sealed_record(self, sealed: SealedShard) -> CommitRecord:
+        """Return the record of a shard, held against the seal."""
+        spec = self.shards[sealed.shard]
+        record = self.record(spec)
+        found = sealed.contradiction(record)
+        if found is not None and found[0] == SEAL:
+            raise self.damage.file(*found)
+        if found is not None:
+            raise self.damage.shard(spec, found[1], name=found[0])
+        assert record is not None, "a missing record contradicts the seal"
         return record
 
     def seal(self) -> Seal | None:
