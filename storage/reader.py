@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from storage.cache import BoundedCache
 from storage.commit.damage import written_by
-from storage.commit.manifest import Manifest, tokenizer_hashes
-from storage.commit.open_shard import CommittedObjects, DamageError, OpenShard, chunk_cache, differences, no_stamps
+from storage.commit.manifest import LARGEST_TOKENIZER, Manifest, tokenizer_hashes
+from storage.commit.open_shard import FOREIGN, CommittedObjects, DamageError, OpenShard, chunk_cache, no_stamps
 from storage.commit.records import CommitRecord, Seal, SealedShard
-from storage.errors import CorruptionError, UsageError
+from storage.errors import CorruptionError, IdentityError, UsageError
 from storage.files import open_files
 from storage.files.base import StorePath
 from storage.format.arrays import array_specs
@@ -45,6 +45,7 @@ class StoreReader:
         allow_partial: read an unsealed store as the set of shards that are committed now.
         cache_bytes: bound on what is kept in memory of shards: decoded chunks and checked files.
         threads: that a large `read` may use; None for one per core, at most 4. The result is the same.
+        expected_digest: that the store must have; None for any. It vouches for all that the reader gives.
 
     Attributes:
         plan: what the store was made from and what its rows hold.
@@ -56,6 +57,7 @@ class StoreReader:
 
     Raises:
         UsageError: no store there, or it is not sealed and `allow_partial` is not given.
+        IdentityError: the store has another digest than the expected one.
         CorruptionError: a file of the store is missing, empty, short, altered, swapped or foreign. It names the shard,
             the file, the documents, and the command that repairs it. All reading methods raise it too.
     """
@@ -68,6 +70,7 @@ class StoreReader:
         allow_partial: bool = False,
         cache_bytes: int = CACHE_BYTES,
         threads: int | None = None,
+        expected_digest: str | None = None,
     ) -> None:
         if split not in SPLITS:
             raise UsageError(f"split {split!r} is neither 'train' nor 'heldout'")
@@ -85,6 +88,12 @@ class StoreReader:
         self.remap: NDArray[np.uint32] = self._manifest.remap()
         seal = self._sealed(allow_partial)
         self.digest: str = seal.digest
+        if expected_digest is not None and self.digest != expected_digest:
+            raise IdentityError(
+                f"the store has the digest {self.digest}, expected is {expected_digest}",
+                where=str(self._files),
+                fix="name the store with that digest; `pipeline status` prints a store's own",
+            )
         self.shards: tuple[SealedShard, ...] = tuple(item for item in seal.shards if item.split == split)
         self.rows: int = sum(item.rows for item in self.shards)
         self.tokens: int = sum(item.tokens for item in self.shards)
@@ -116,7 +125,10 @@ class StoreReader:
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """Return the teacher's tokenizer files by name, as they were; each is checked by its hash here."""
-        return {name: self._manifest.tokenizer_file(name) for name in tokenizer_hashes(self.plan)}
+        found: dict[str, bytes] = {}
+        for name in tokenizer_hashes(self.plan):
+            found[name] = self._manifest.tokenizer_file(name, most=LARGEST_TOKENIZER - sum(map(len, found.values())))
+        return found
 
     def lengths(self) -> NDArray[np.int64]:
         """Return the tokens of each sequence, int64 [S]. Opens every shard of the split."""
@@ -210,12 +222,11 @@ class StoreReader:
         return shard
 
     def _objects(self, record: CommitRecord) -> CommittedObjects:
-        """Return the files of a shard, whose names and sizes are compared with its directory the first time."""
+        """Return the files of a shard. The first time, its directory must hold no others: those would never be read."""
         checked = self._checked.get(record.shard)
         if checked is None:
-            difference = next(differences(record, self._files.tree(record.path) or {}), None)
-            if difference is not None:
-                raise difference
+            for name in sorted((self._files.tree(record.path) or {}).keys() - record.objects.keys()):
+                raise DamageError(FOREIGN, name)
             checked = self._checked[record.shard] = no_stamps(record)
         return CommittedObjects(self._files, record, self._cache, checked)
 

@@ -27,7 +27,7 @@ def canonical_json(value: Json) -> bytes:
 
 
 def parse_json(data: bytes) -> Json:
-    """Return the JSON value in bytes that anyone may have written. Raises ValueError, also for what is nested deeply."""
+    """Return the JSON value in bytes that anyone may have written. Raises ValueError, also for deep nesting."""
     try:
         value = json.loads(data)
     except RecursionError as error:

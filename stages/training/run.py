@@ -39,6 +39,7 @@ FREE_FIELDS = frozenset(
         "device",
         "distributed",
         "epochs",
+        "expected_digest",
         "heldout",
         "rendering",
         "run",

@@ -20,7 +20,7 @@ from storage.format.remap import decode_remap, remap_sha256
 from storage.plan import Plan, ShardSpec
 from storage.values import sha256
 
-LARGEST_TOKENIZER_FILE = 1 << 30  # bytes, decompressed
+LARGEST_TOKENIZER = 1 << 28  # bytes of all tokenizer files together, decompressed
 XZ_MEMORY = 1 << 27  # bytes that decompression may take; our files need a tenth of it
 
 
@@ -57,9 +57,11 @@ def compress_tokenizer_file(data: bytes) -> bytes:
     return lzma.compress(data, preset=6)
 
 
-def _decompress(data: bytes) -> bytes:
+def _decompress(data: bytes, *, most: int) -> bytes:
     decoder = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=XZ_MEMORY)
-    content = decoder.decompress(data, max_length=LARGEST_TOKENIZER_FILE)
+    content = decoder.decompress(data, max_length=most + 1)
+    if len(content) > most:
+        raise ValueError(f"the tokenizer's files hold more than {LARGEST_TOKENIZER} bytes")
     if not decoder.eof or decoder.unused_data:
         raise ValueError("it is cut short or has something after its end")
     return content
@@ -115,12 +117,12 @@ class Manifest:
             raise self.damage.file(REMAP, "its hash is not the plan's")
         return remap
 
-    def tokenizer_file(self, name: str) -> bytes:
-        """Return the content of a tokenizer file that the plan lists."""
+    def tokenizer_file(self, name: str, *, most: int = LARGEST_TOKENIZER) -> bytes:
+        """Return the content of a tokenizer file that the plan lists, which may be `most` bytes long."""
         path = tokenizer_name(name)
         data = self._require(path)
         try:
-            content = _decompress(data)
+            content = _decompress(data, most=most)
         except (lzma.LZMAError, ValueError, EOFError) as error:
             raise self.damage.file(path, str(error)) from error
         if sha256(content) != tokenizer_hashes(self.plan)[name]:
@@ -133,7 +135,7 @@ class Manifest:
         return None if data is None else self.parse_record(spec, data)
 
     def parse_record(self, spec: ShardSpec, data: bytes) -> CommitRecord:
-        """Read a record and check that it belongs to this shard of this store, and states what such a shard may hold."""
+        """Read a record and check that it belongs to this shard of this store and states what it may hold."""
         name = record_name(spec.index)
         try:
             record = CommitRecord.from_json(data)

@@ -5,7 +5,6 @@ Data path: commit record, files -> **open shard** -> slices of stored values -> 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +22,7 @@ from storage.values import sha256
 
 ChunkCache = BoundedCache[Any]  # decoded chunks (arrays), and checked files (memoryviews)
 LARGE_CHUNK = 1 << 16  # bytes
+FOREIGN = "a foreign file"  # in a shard's directory, beside those of its record
 FILE_BYTES = 1000  # of memory that an open shard takes for each of its files, measured
 
 
@@ -60,19 +60,6 @@ def no_stamps(record: CommitRecord) -> NDArray[np.int64]:
 def chunk_cache(limit: int) -> ChunkCache:
     """Return a cache for open shards that holds up to `limit` bytes."""
     return BoundedCache(limit, lambda value: int(value.nbytes))
-
-
-def differences(record: CommitRecord, sizes: Mapping[str, int]) -> Iterator[DamageError]:
-    """Yield how a shard's directory differs from its record in names and sizes, which are as `Files.tree` tells them."""
-    for name in sorted(sizes.keys() - record.objects.keys()):
-        yield DamageError("a foreign file", name)
-    for name, item in record.objects.items():
-        if name not in sizes:
-            yield DamageError("the file is missing", name)
-        elif sizes[name] < 0:
-            yield DamageError("it is not a regular file", name)
-        elif sizes[name] != item.size:
-            yield DamageError(f"it has {sizes[name]} bytes; the commit record says {item.size}", name)
 
 
 class CommittedObjects:
@@ -184,7 +171,9 @@ class OpenShard:
             raise DamageError(f"it states {layout.length} values; the commit record says {length}", name)
         longest = spec.layout(length, tokens=self._counts.tokens, rows=self._counts.rows).chunk
         if layout.chunk > longest:
-            raise DamageError(f"it states chunks of {layout.chunk}; the longest that the format allows is {longest}", name)
+            raise DamageError(
+                f"it states chunks of {layout.chunk}; the longest that the format allows is {longest}", name
+            )
         size = self._sizes.get(f"{spec.name}/{layout.key}", 0)
         if length and layout.index_bytes > size:
             raise DamageError(f"it states {layout.chunks} chunks; the object has {size} bytes", name)
@@ -281,7 +270,9 @@ class OpenShard:
         least, beyond = self._documents
         for piece in pieces:
             if np.any((piece < least) | (piece >= beyond)):
-                raise DamageError(f"it has documents beyond {least} to {beyond - 1}", f"{name}/{self.layouts[name].key}")
+                raise DamageError(
+                    f"it has documents beyond {least} to {beyond - 1}", f"{name}/{self.layouts[name].key}"
+                )
         return pieces
 
     def _bits(self, name: str, start: int, end: int) -> NDArray[np.bool_]:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from storage.commit.aside import left_aside
 from storage.commit.claims import Claims
-from storage.commit.manifest import Manifest, tokenizer_hashes, tokenizer_name
-from storage.commit.open_shard import CommittedObjects, DamageError, OpenShard, chunk_cache, differences
+from storage.commit.manifest import LARGEST_TOKENIZER, Manifest, tokenizer_hashes, tokenizer_name
+from storage.commit.open_shard import FOREIGN, CommittedObjects, DamageError, OpenShard, chunk_cache
 from storage.commit.records import COMMITS, PLAN, REMAP, SEAL, SHARDS, TOKENIZER, CommitRecord, Seal, record_name
 from storage.errors import CorruptionError, DistillError
 from storage.files import open_files
@@ -70,9 +70,7 @@ class Report:
         """0 without damage, else the code of CorruptionError."""
         return CorruptionError.exit_code if self.problems else 0
 
-    def add(
-        self, error: str | DistillError, *, name: str, shard: int | None = None, foreign: bool = False
-    ) -> None:
+    def add(self, error: str | DistillError, *, name: str, shard: int | None = None, foreign: bool = False) -> None:
         """Note damage."""
         message = error.what if isinstance(error, DistillError) else error
         self.problems.append(Problem(shard=shard, name=name, message=message, foreign=foreign))
@@ -131,9 +129,10 @@ def verify(path: StorePath, *, quick: bool = False) -> Report:
 
 def _check_parts(manifest: Manifest, report: Report) -> NDArray[np.uint32] | None:
     """Check remap and tokenizer; return the remap if it is good."""
+    most = LARGEST_TOKENIZER
     for name in tokenizer_hashes(manifest.plan):
         try:
-            manifest.tokenizer_file(name)
+            most -= len(manifest.tokenizer_file(name, most=most))
         except CorruptionError as error:
             report.add(error, name=tokenizer_name(name))
     try:
@@ -175,9 +174,15 @@ def _check_shard(manifest: Manifest, record: CommitRecord, remap: NDArray[np.uin
         left = f": a garbage collection was cut off, and left it in {aside}; `pipeline repair` puts it back"
         report.add(f"the directory is missing{left if aside else ''}", name=record.path, shard=record.shard)
         return aside or record.path
-    for found in differences(record, sizes):
-        name = f"{record.path}/{found.name}"
-        report.add(found.problem, name=name, shard=record.shard, foreign=found.name not in record.objects)
+    for name in sorted(sizes.keys() - record.objects.keys()):
+        report.add(FOREIGN, name=f"{record.path}/{name}", shard=record.shard, foreign=True)
+    for name, item in record.objects.items():
+        if name not in sizes:
+            report.add("the file is missing", name=f"{record.path}/{name}", shard=record.shard)
+        elif sizes[name] != item.size:
+            found = f"it has {sizes[name]} bytes" if sizes[name] >= 0 else "it is not a regular file"
+            message = f"{found}; the commit record says {item.size}"
+            report.add(message, name=f"{record.path}/{name}", shard=record.shard)
     if not report.quick:
         _check_content(manifest, record, remap, report, decode=len(report.problems) == before)
     report.rows += record.counts.rows
