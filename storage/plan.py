@@ -23,6 +23,7 @@ from storage.values import (
     as_float,
     canonical_json,
     json_differences,
+    parse_json,
     require_fields,
     require_hash,
     require_list,
@@ -39,6 +40,7 @@ COLUMN_AXES = ("row", "sequence")
 COLUMN_DTYPES = ("uint8", "uint16", "uint32", "uint64", "float16", "float32")
 _COLUMN_NAME = re.compile("[a-z][a-z0-9_]{0,62}")
 LARGEST_DOCUMENTS = 2**63 - 1  # rows hold document numbers as int64
+LARGEST_WINDOW = 2**32 - 1  # window_start is uint32
 LARGEST_SHARDS = 1_000_000  # of training; a reader lists them all
 
 
@@ -68,7 +70,7 @@ class HeldoutRule:
         return int.from_bytes(digest[:8], "big") < self.fraction * 2.0**64
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ShardSpec:
     """One unit of work: the documents of `split` with first_document <= number < end_document."""
 
@@ -128,6 +130,8 @@ class Plan:
         for name in ("teacher", "tokenizer", "rendering", "batching", "recorded"):
             require_section(name, getattr(self, name))
         require_section("recorded.teacher", self.recorded.get("teacher", {}))
+        if self.rendering.get("window") is not None:
+            require_whole("rendering.window", self.rendering["window"], least=0, most=LARGEST_WINDOW)
         for name, described in (("teacher", self.teacher), ("tokenizer", self.tokenizer)):
             _check_files(f"{name}.files", described.get("files", {}))
         require_list("corpus", self.corpus)
@@ -174,9 +178,9 @@ class Plan:
 
         Raises:
             UsageError: it is a whole plan, of another format version or with a codec that this version does not know.
-            ValueError, RecursionError: these are not the bytes of a plan.
+            ValueError: these are not the bytes of a plan.
         """
-        content = json.loads(data)
+        content = parse_json(data)
         require_section("plan.json", content)
         own = content.pop("sha256", None)
         if hashlib.sha256(canonical_json(content)).hexdigest() != own:

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from storage.cache import BoundedCache
 from storage.commit.damage import written_by
-from storage.commit.manifest import Manifest, tokenizer_hashes
-from storage.commit.open_shard import CommittedObjects, DamageError, OpenShard, chunk_cache, no_stamps
-from storage.commit.records import CommitRecord, Seal, SealedShard, record_name
-from storage.errors import CorruptionError, UsageError
+from storage.commit.manifest import LARGEST_TOKENIZER, Manifest, tokenizer_hashes
+from storage.commit.open_shard import FOREIGN, CommittedObjects, DamageError, OpenShard, chunk_cache, no_stamps
+from storage.commit.records import CommitRecord, Seal, SealedShard
+from storage.errors import CorruptionError, IdentityError, UsageError
 from storage.files import open_files
 from storage.files.base import StorePath
 from storage.format.arrays import array_specs
@@ -29,7 +29,6 @@ from storage.plan import SPLITS, Plan, Split
 from storage.rows import SequenceBatch
 from storage.segments import row_starts
 from storage.threads import Each, default_threads, in_threads
-from storage.values import sha256
 
 Indices = Sequence[int] | NDArray[np.integer]
 Run = tuple[SealedShard, int, int]  # neighbouring sequences in one shard: it, the first, the end
@@ -46,6 +45,7 @@ class StoreReader:
         allow_partial: read an unsealed store as the set of shards that are committed now.
         cache_bytes: bound on what is kept in memory of shards: decoded chunks and checked files.
         threads: that a large `read` may use; None for one per core, at most 4. The result is the same.
+        expected_digest: that the store must have; None for any. It vouches for all that the reader gives.
 
     Attributes:
         plan: what the store was made from and what its rows hold.
@@ -57,6 +57,7 @@ class StoreReader:
 
     Raises:
         UsageError: no store there, or it is not sealed and `allow_partial` is not given.
+        IdentityError: the store has another digest than the expected one.
         CorruptionError: a file of the store is missing, empty, short, altered, swapped or foreign. It names the shard,
             the file, the documents, and the command that repairs it. All reading methods raise it too.
     """
@@ -69,6 +70,7 @@ class StoreReader:
         allow_partial: bool = False,
         cache_bytes: int = CACHE_BYTES,
         threads: int | None = None,
+        expected_digest: str | None = None,
     ) -> None:
         if split not in SPLITS:
             raise UsageError(f"split {split!r} is neither 'train' nor 'heldout'")
@@ -86,14 +88,26 @@ class StoreReader:
         self.remap: NDArray[np.uint32] = self._manifest.remap()
         seal = self._sealed(allow_partial)
         self.digest: str = seal.digest
+        if expected_digest is not None and self.digest != expected_digest:
+            raise IdentityError(
+                f"the store has the digest {self.digest}, expected is {expected_digest}",
+                where=str(self._files),
+                fix="name the store with that digest; `pipeline status` prints a store's own",
+            )
         self.shards: tuple[SealedShard, ...] = tuple(item for item in seal.shards if item.split == split)
         self.rows: int = sum(item.rows for item in self.shards)
         self.tokens: int = sum(item.tokens for item in self.shards)
         self.starts: NDArray[np.int64] = row_starts(np.array([item.sequences for item in self.shards], np.int64))
+        for item in self.shards:
+            if item.sequences == 0:
+                self._shard(item)  # nothing will be read from it, so this is where it has to prove that it is empty
 
     def _sealed(self, allow_partial: bool) -> Seal:
         seal = self._manifest.seal()
         if seal is not None:
+            for item in seal.shards:  # before any of their numbers is used
+                if item.split == self.split:
+                    self._manifest.sealed_record(item)
             return seal
         records = [record for spec in self._manifest.shards if (record := self._manifest.record(spec)) is not None]
         if not allow_partial:
@@ -111,7 +125,10 @@ class StoreReader:
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """Return the teacher's tokenizer files by name, as they were; each is checked by its hash here."""
-        return {name: self._manifest.tokenizer_file(name) for name in tokenizer_hashes(self.plan)}
+        found: dict[str, bytes] = {}
+        for name in tokenizer_hashes(self.plan):
+            found[name] = self._manifest.tokenizer_file(name, most=LARGEST_TOKENIZER - sum(map(len, found.values())))
+        return found
 
     def lengths(self) -> NDArray[np.int64]:
         """Return the tokens of each sequence, int64 [S]. Opens every shard of the split."""
@@ -141,10 +158,10 @@ class StoreReader:
         with in_threads(self._threads_for(wanted) if targets else 1) as each:
             cuts = self._load(runs, each, targets=targets) or [self._nothing()]
             try:
-                return decode_batch(self.plan, cuts, self.remap, scaled=scaled, each=each)
+                return decode_batch(self.plan, cuts, self.remap, targets=targets, scaled=scaled, each=each)
             except ValueError as error:
                 for run, cut in zip(runs, cuts, strict=True):
-                    self._decode_alone(run[0], cut)
+                    self._decode_alone(run[0], cut, targets=targets)
                 raise AssertionError("damage in a batch, but in none of its parts") from error
 
     def _threads_for(self, wanted: NDArray[np.int64]) -> int:
@@ -179,9 +196,9 @@ class StoreReader:
             loaded = dict(zip(names, each(load, names), strict=True))
         return [{name: loaded[name][index] for name in shard.specs} for index, shard in enumerate(shards)]
 
-    def _decode_alone(self, item: SealedShard, cut: Slices) -> None:
+    def _decode_alone(self, item: SealedShard, cut: Slices, *, targets: bool) -> None:
         try:
-            decode_batch(self.plan, [cut], self.remap)
+            decode_batch(self.plan, [cut], self.remap, targets=targets)
         except ValueError as error:
             raise self._damaged(item, DamageError(f"its rows: {error}")) from error
 
@@ -196,29 +213,25 @@ class StoreReader:
     def _shard(self, item: SealedShard) -> OpenShard:
         shard = self._open.get(item.shard)
         if shard is None:
-            record = self._record(item)
-            checked = self._checked.setdefault(item.shard, no_stamps(record))
-            objects = CommittedObjects(self._files, record, self._cache, checked)
+            record = self._manifest.sealed_record(item)
             try:
-                shard = OpenShard(self.plan, record, objects, self._cache)
+                shard = OpenShard(self.plan, record, self._objects(record), self._cache)
             except DamageError as error:
                 raise self._damaged(item, error) from error
             self._open.put(item.shard, shard)
         return shard
 
-    def _record(self, item: SealedShard) -> CommitRecord:
-        spec = self._manifest.shards[item.shard]
-        name = record_name(item.shard)
-        data = self._manifest.record_bytes(spec)
-        if data is None:
-            raise self._manifest.damage.shard(spec, "its commit record is missing", name=name)
-        record = self._manifest.parse_record(spec, data)
-        if sha256(data) != item.record_sha256:
-            raise self._manifest.damage.shard(spec, "its commit record is not the sealed one", name=name)
-        return record
+    def _objects(self, record: CommitRecord) -> CommittedObjects:
+        """Return the files of a shard. The first time, its directory must hold no others: those would never be read."""
+        checked = self._checked.get(record.shard)
+        if checked is None:
+            for name in sorted((self._files.tree(record.path) or {}).keys() - record.objects.keys()):
+                raise DamageError(FOREIGN, name)
+            checked = self._checked[record.shard] = no_stamps(record)
+        return CommittedObjects(self._files, record, self._cache, checked)
 
     def _damaged(self, item: SealedShard, error: DamageError) -> CorruptionError:
         spec = self._manifest.shards[item.shard]
-        record = self._record(item)
+        record = self._manifest.sealed_record(item)
         name = record.path if error.name is None else f"{record.path}/{error.name}"
         return self._manifest.damage.shard(spec, str(error), name=name)

@@ -13,7 +13,8 @@ from itertools import pairwise
 from storage.values import as_float, require_number, require_whole, short
 
 LARGEST_DRAWS = 65_535  # a shard holds counts of draws as uint16
-LARGEST_VOCABULARY = 2**32 - 1  # ids are uint32, and all ones stands for no id
+LARGEST_VOCABULARY = 2**24  # a reader holds a number for each token, four times over while it opens a store
+LARGEST_K = 2**32 - 1  # sizes of heads are uint32
 LARGEST_SEED = 2**64 - 1  # random numbers take it as one uint64
 LEAST_TEMPERATURE, LARGEST_TEMPERATURE = 0.01, 100.0  # beyond, a row is its greatest logit, or flat
 
@@ -101,7 +102,7 @@ class TargetSpec:
     def _check_types(self) -> None:
         if not isinstance(self.kind, str) or not _NAME.fullmatch(self.kind):
             raise ValueError(f"kind must be a name, such as {', '.join(NAMED_KINDS)}, found {short(self.kind)}")
-        require_whole("k", self.k, least=0, most=LARGEST_VOCABULARY)
+        require_whole("k", self.k, least=0, most=LARGEST_K)
         require_whole("draws", self.draws, least=0, most=LARGEST_DRAWS)
         require_whole("seed", self.seed, least=0, most=LARGEST_SEED)
         if self.p is not None:

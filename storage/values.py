@@ -7,19 +7,41 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from functools import cache
 from typing import Any
 
 Json = Any  # a JSON value: dict, list, str, int, float, bool or None
+LARGEST_DEPTH = 64  # of objects and lists inside each other: what reads a value goes as deep as it does
 _LARGEST_EXACT = 1 << 53  # whole numbers up to this are floats without rounding
+_HASH = re.compile("[0-9a-f]{64}")
 
 
 def canonical_json(value: Json) -> bytes:
     """Return the one byte string of a JSON value: sorted keys, no spaces, UTF-8, no NaN."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode()
+
+
+def parse_json(data: bytes) -> Json:
+    """Return the JSON value in bytes that anyone may have written. Raises ValueError, also for deep nesting."""
+    try:
+        value = json.loads(data)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    level = [value]
+    for _ in range(LARGEST_DEPTH):
+        level = [inner for outer in level if isinstance(outer, dict | list) for inner in _inside(outer)]
+    if level:
+        raise ValueError(f"it is nested deeper than {LARGEST_DEPTH} objects and lists")
+    return value
+
+
+def _inside(outer: Json) -> Iterable[Json]:
+    return outer.values() if isinstance(outer, dict) else outer
 
 
 def sha256(data: bytes) -> str:
@@ -60,7 +82,7 @@ def require_number(name: str, value: Any) -> None:
 
 def require_hash(name: str, value: Any) -> None:
     """Refuse anything but a sha256 in lower-case hex."""
-    if not isinstance(value, str) or len(value) != 64 or not set(value) <= set("0123456789abcdef"):
+    if not isinstance(value, str) or not _HASH.fullmatch(value):
         raise ValueError(f"{name} must be a sha256 in 64 hex digits, found {short(value)}")
 
 
@@ -78,12 +100,19 @@ def require_list(name: str, value: Any) -> None:
 
 def require_fields(name: str, value: Any, kind: type) -> None:
     """Refuse anything but a JSON object with exactly the fields of a dataclass."""
+    wanted = _field_names(kind)
+    if isinstance(value, dict) and value.keys() == wanted:
+        return
     require_section(name, value)
-    wanted = {item.name for item in fields(kind)}
     for missing in sorted(wanted - value.keys()):
         raise ValueError(f"{name} has no field {missing}")
     for unknown in sorted(value.keys() - wanted):
         raise ValueError(f"{name} has an unknown field {short(unknown)}")
+
+
+@cache
+def _field_names(kind: type) -> frozenset[str]:
+    return frozenset(item.name for item in fields(kind))
 
 
 def short(value: Any) -> str:

@@ -16,7 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.commit.aside import discard
-from storage.commit.manifest import Manifest, compress_tokenizer_file, read_plan, tokenizer_hashes, tokenizer_name
+from storage.commit.bounds import check_record
+from storage.commit.manifest import (
+    LARGEST_TOKENIZER,
+    Manifest,
+    compress_tokenizer_file,
+    read_plan,
+    tokenizer_hashes,
+    tokenizer_name,
+)
 from storage.commit.records import COMMITS, PLAN, REMAP, SEAL, SHARDS, TOKENIZER, CommitRecord, Seal, record_name
 from storage.errors import CorruptionError, IdentityError, UsageError
 from storage.faults import fault_point
@@ -159,6 +167,7 @@ class StoreWriter:
         content = batch if logprob is None else replace(batch, logprob=logprob)
         objects = encode_shard(self.plan, shard, content, self._rank)
         mine = CommitRecord.of(self.plan.store_id, shard, objects, counts_of(self.plan, batch))
+        check_record(self.plan, mine)
         fault_point("encoded")
         stored = self._manifest.record(shard)
         if stored is not None:
@@ -269,6 +278,12 @@ def _check_arguments(plan: Plan, remap: NDArray[np.uint32], tokenizer_files: Map
             f"the tokenizer files {sorted(given)} are not those that the plan names",
             where="plan: tokenizer.files",
             fix="build the plan with the sha256 of each tokenizer file",
+        )
+    if sum(map(len, tokenizer_files.values())) > LARGEST_TOKENIZER:
+        raise UsageError(
+            f"the tokenizer's files have more than {LARGEST_TOKENIZER} bytes together",
+            where="plan: tokenizer.files",
+            fix="leave out what no tokenizer needs",
         )
 
 

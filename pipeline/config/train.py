@@ -155,6 +155,8 @@ class TrainConfig(Model):
 
     store: StoreDirectory | None = None
     """Directory of the store. Exactly one of store and teacher_model."""
+    expected_digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    """Digest that the store must have, as pipeline status prints it: any other content is refused. Default: any."""
     teacher_model: TeacherConfig | None = None
     """Online run: a live teacher that reads every batch with the student, over the full vocabulary."""
     corpus: Annotated[tuple[SourceConfig, ...], Field(min_length=1)] | None = None
@@ -225,6 +227,8 @@ class TrainConfig(Model):
             raise ValueError("teacher_model needs a corpus to read")
         if self.teacher_model is not None and self.allow_partial:
             raise ValueError("allow_partial belongs to store")
+        if self.teacher_model is not None and self.expected_digest is not None:
+            raise ValueError("expected_digest belongs to store")
         return self
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.config.extract import HeldoutConfig, RenderingConfig
 from pipeline.config.train import TrainConfig
@@ -80,6 +81,7 @@ def read_training_data(config: TrainConfig) -> Generator[Tokenized, None, Traini
 
     Raises:
         UsageError: store, corpus or teacher are missing or unfit.
+        IdentityError: the store has another digest than the configuration expects.
         CorruptionError: the store is damaged.
     """
     if config.store is not None:
@@ -99,11 +101,12 @@ def open_training_data(config: TrainConfig, tell: Callable[[Tokenized], None] = 
 
 
 def _stored(config: TrainConfig, path: Path) -> TrainingData:
-    reader = StoreReader(path, allow_partial=config.allow_partial)
+    demands: dict[str, Any] = {"allow_partial": config.allow_partial, "expected_digest": config.expected_digest}
+    reader = StoreReader(path, **demands)
     plan = reader.plan
     return TrainingData(
         train=reader,
-        heldout=StoreReader(path, split="heldout", allow_partial=config.allow_partial),
+        heldout=StoreReader(path, split="heldout", **demands),
         digest=reader.digest,
         order_digest=reader.digest,
         vocab_size=plan.vocab_size,

@@ -43,6 +43,7 @@ FREE_FIELDS = frozenset(
         "device",
         "distributed",
         "epochs",
+        "expected_digest",
         "heldout",
         "rendering",
         "run",

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from storage.values import Json
 
+ROUNDING = 1e-3  # nats by which a log-probability may pass 0 through rounding
+
 
 @dataclass(frozen=True)
 class Exact:
@@ -30,13 +32,13 @@ class Exact:
         return logprob_H.astype("<f4")
 
     def decode(self, codes_H: NDArray[np.generic], head_size_R: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Return the values themselves [H]."""
+        """Return the values themselves [H]. Raises ValueError for what is no log-probability."""
         del head_size_R
-        return codes_H.astype(np.float32)
+        return _checked(codes_H)
 
     def decode_ranks(self, codes_KR: NDArray[np.generic]) -> NDArray[np.float32]:
-        """Return the values themselves [K, R]."""
-        return codes_KR.astype(np.float32)
+        """Return the values themselves [K, R]. Raises ValueError as `decode` does."""
+        return _checked(codes_KR)
 
     def round_numbers(self, values: NDArray[np.float32]) -> NDArray[np.generic]:
         """Return the values themselves."""
@@ -49,3 +51,10 @@ class Exact:
     def parameters(self) -> dict[str, Json]:
         """Return the id alone."""
         return {"id": self.id}
+
+
+def _checked(codes: NDArray[np.generic]) -> NDArray[np.float32]:
+    values: NDArray[np.float32] = codes.astype(np.float32)
+    if values.size and not -np.inf < values.min() <= values.max() <= ROUNDING:
+        raise ValueError(f"log-probabilities go from {values.min()} to {values.max()}, or one is NaN")
+    return values

@@ -11,8 +11,19 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.commit.bounds import check_record
 from storage.commit.damage import Damage, damaged_plan
-from storage.commit.records import DIRECTORIES, PLAN, REMAP, SEAL, TOKENIZER, CommitRecord, Seal, record_name
+from storage.commit.records import (
+    DIRECTORIES,
+    PLAN,
+    REMAP,
+    SEAL,
+    TOKENIZER,
+    CommitRecord,
+    Seal,
+    SealedShard,
+    record_name,
+)
 from storage.errors import CorruptionError, UsageError
 from storage.files.base import Files
 from storage.files.regular import LARGEST_FILE
@@ -20,7 +31,7 @@ from storage.format.remap import decode_remap, remap_sha256
 from storage.plan import Plan, ShardSpec
 from storage.values import sha256
 
-LARGEST_TOKENIZER_FILE = 1 << 30  # bytes, decompressed
+LARGEST_TOKENIZER = 1 << 28  # bytes of all tokenizer files together, decompressed
 SEALED_SHARD_BYTES = 512  # of a line of the seal, at most
 XZ_MEMORY = 1 << 27  # bytes that decompression may take; our files need a tenth of it
 
@@ -42,7 +53,7 @@ def read_plan(files: Files) -> Plan | None:
         return None
     try:
         plan = Plan.from_json(data)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise damaged_plan(files, str(error)) from error
     return plan
 
@@ -63,9 +74,11 @@ def compress_tokenizer_file(data: bytes) -> bytes:
     return lzma.compress(data, preset=6)
 
 
-def _decompress(data: bytes) -> bytes:
+def _decompress(data: bytes, *, most: int) -> bytes:
     decoder = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=XZ_MEMORY)
-    content = decoder.decompress(data, max_length=LARGEST_TOKENIZER_FILE)
+    content = decoder.decompress(data, max_length=most + 1)
+    if len(content) > most:
+        raise ValueError(f"the tokenizer's files hold more than {LARGEST_TOKENIZER} bytes")
     if not decoder.eof or decoder.unused_data:
         raise ValueError("it is cut short or has something after its end")
     return content
@@ -121,12 +134,12 @@ class Manifest:
             raise self.damage.file(REMAP, "its hash is not the plan's")
         return remap
 
-    def tokenizer_file(self, name: str) -> bytes:
-        """Return the content of a tokenizer file that the plan lists."""
+    def tokenizer_file(self, name: str, *, most: int = LARGEST_TOKENIZER) -> bytes:
+        """Return the content of a tokenizer file that the plan lists, which may be `most` bytes long."""
         path = tokenizer_name(name)
         data = self._require(path)
         try:
-            content = _decompress(data)
+            content = _decompress(data, most=most)
         except (lzma.LZMAError, ValueError, EOFError) as error:
             raise self.damage.file(path, str(error)) from error
         if sha256(content) != tokenizer_hashes(self.plan)[name]:
@@ -147,16 +160,29 @@ class Manifest:
             raise self.damage.shard(spec, f"its commit record: {error.what}", name=name) from error
 
     def parse_record(self, spec: ShardSpec, data: bytes) -> CommitRecord:
-        """Read a record and check that it belongs to this shard of this store."""
+        """Read a record and check that it belongs to this shard of this store and states what it may hold."""
         name = record_name(spec.index)
         try:
             record = CommitRecord.from_json(data)
+            if record.store_id != self.plan.store_id:
+                raise self.damage.shard(spec, "its commit record is another store's", name=name)
+            if record.spec() != spec:
+                raise self.damage.shard(spec, "its commit record is another shard's", name=name)
+            check_record(self.plan, record)
         except ValueError as error:
             raise self.damage.shard(spec, f"its commit record: {error}", name=name) from error
-        if record.store_id != self.plan.store_id:
-            raise self.damage.shard(spec, "its commit record is another store's", name=name)
-        if record.spec() != spec:
-            raise self.damage.shard(spec, "its commit record is another shard's", name=name)
+        return record
+
+    def sealed_record(self, sealed: SealedShard) -> CommitRecord:
+        """Return the record of a shard, held against the seal."""
+        spec = self.shards[sealed.shard]
+        record = self.record(spec)
+        found = sealed.contradiction(record)
+        if found is not None and found[0] == SEAL:
+            raise self.damage.file(*found)
+        if found is not None:
+            raise self.damage.shard(spec, found[1], name=found[0])
+        assert record is not None, "a missing record contradicts the seal"
         return record
 
     def seal(self) -> Seal | None:

@@ -23,6 +23,7 @@ from storage.values import sha256
 
 ChunkCache = BoundedCache[Any]  # decoded chunks (arrays), and checked files (memoryviews)
 LARGE_CHUNK = 1 << 16  # bytes
+FOREIGN = "a foreign file"  # in a shard's directory, beside those of its record
 FILE_BYTES = 1000  # of memory that an open shard takes for each of its files, measured
 
 
@@ -141,15 +142,14 @@ class OpenShard:
             even=is_even(plan, rows=record.counts.rows, head=record.counts.head_entries),
         )
         lengths = axis_lengths(record.counts)
-        names = {name for spec in self.specs.values() for name in spec.files(lengths[spec.axis])}
-        if names | {GROUP} != set(record.objects):
-            raise DamageError("the record's files are not the arrays of this plan", GROUP)
         try:
             read_group(objects.whole(GROUP), plan, record.spec())
         except DamageError:
             raise
         except ValueError as error:
             raise DamageError(str(error), GROUP) from error
+        self._counts = record.counts
+        self._documents = record.first_document, record.end_document
         self.layouts = {name: self._layout(spec, lengths[spec.axis]) for name, spec in self.specs.items()}
         self._edges = {name: self._offsets(name, lengths[axis]) for axis, name in OFFSETS.items() if name in self.specs}
         indices = sum(layout.index_bytes for layout in self.layouts.values())  # each is kept from its first use on
@@ -173,13 +173,21 @@ class OpenShard:
             raise DamageError(str(error), name) from error
         if layout.length != length:
             raise DamageError(f"it states {layout.length} values; the commit record says {length}", name)
+        longest = spec.layout(length, tokens=self._counts.tokens, rows=self._counts.rows).chunk
+        if layout.chunk > longest:
+            raise DamageError(
+                f"it states chunks of {layout.chunk}; the longest that the format allows is {longest}", name
+            )
+        size = self._sizes.get(f"{spec.name}/{layout.key}", 0)
+        if length and layout.index_bytes > size:
+            raise DamageError(f"it states {layout.chunks} chunks; the object has {size} bytes", name)
         return layout
 
     def _offsets(self, name: str, length: int) -> NDArray[np.int64]:
-        values = np.concatenate(self.values(name, 0, self.layouts[name].length), dtype=np.int64, casting="unsafe")
-        if values[0] != 0 or values[-1] != length or np.any(np.diff(values) < 0):
+        values = np.concatenate(self.values(name, 0, self.layouts[name].length))  # uint64: differences would wrap
+        if values[0] != 0 or values[-1] != length or np.any(values[1:] < values[:-1]):
             raise DamageError(f"offsets do not rise from 0 to {length}", name)
-        return values
+        return values.astype(np.int64)
 
     def values(self, name: str, start: int, end: int) -> list[NDArray[Any]]:
         """Return stored values of an array, positions start to end - 1, in pieces: one from each chunk that has some.
@@ -242,6 +250,8 @@ class OpenShard:
             return [np.zeros(self._length_without_targets(spec, first, end), spec.dtype)]
         if name in self._edges:
             return [self._edges[name][first : end + 1]]
+        if name == "document":
+            return self._numbers(name, first, end)
         if spec.axis == "sequence":
             return self.values(name, first, end)
         if spec.axis == "token_byte":
@@ -258,6 +268,20 @@ class OpenShard:
         edges = self._edges[offsets]
         return int(edges[first]), int(edges[end])
 
+    def _numbers(self, name: str, first: int, end: int) -> list[NDArray[Any]]:
+        """Return numbers of documents, which must be the shard's."""
+        pieces = self.values(name, first, end)
+        least, beyond = self._documents
+        for piece in pieces:
+            if np.any((piece < least) | (piece >= beyond)):
+                raise DamageError(
+                    f"it has documents beyond {least} to {beyond - 1}", f"{name}/{self.layouts[name].key}"
+                )
+        return pieces
+
     def _bits(self, name: str, start: int, end: int) -> NDArray[np.bool_]:
         packed = np.concatenate(self.values(name, start // 8, -(-end // 8)))
-        return np.unpackbits(packed)[start % 8 : start % 8 + end - start].view(bool)
+        bits = np.unpackbits(packed).view(bool)
+        if end == self._counts.tokens and np.any(bits[start % 8 + end - start :]):
+            raise DamageError("its bits beyond the last token are not 0", f"{name}/{self.layouts[name].key}")
+        return bits[start % 8 : start % 8 + end - start]

@@ -6,15 +6,26 @@ reader accepts exactly the bytes that a writer wrote. FORMAT.md lists the fields
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from storage.files.base import QUARANTINE, TEMPORARY
-from storage.plan import FORMAT_VERSION, ShardSpec, Split
+from storage.plan import FORMAT_VERSION, LARGEST_DOCUMENTS, SPLITS, ShardSpec, Split
 from storage.rows import Counts
-from storage.values import Json, canonical_json, sha256
+from storage.values import (
+    Json,
+    canonical_json,
+    parse_json,
+    require_fields,
+    require_hash,
+    require_list,
+    require_number,
+    require_section,
+    require_whole,
+    sha256,
+    short,
+)
 
 PLAN = "plan.json"
 REMAP = "remap"
@@ -24,6 +35,7 @@ COMMITS = "commits"
 TOKENIZER = "tokenizer"
 DIRECTORIES = (TOKENIZER, COMMITS, SHARDS, TEMPORARY, QUARANTINE)  # of the store itself
 DIRECTORY_HASH_DIGITS = 16
+LARGEST_NUMBER = 2**63 - 1  # that any field may state; `bounds` knows what a shard of a plan may hold
 
 _Stored = TypeVar("_Stored", "CommitRecord", "Seal")
 
@@ -105,17 +117,36 @@ class CommitRecord:
 
     @classmethod
     def from_content(cls, content: dict[str, Any]) -> CommitRecord:
-        """Build a record from the fields of its file."""
-        content["objects"] = {name: StoredObject(**item) for name, item in content["objects"].items()}
-        content["counts"] = Counts(**content["counts"])
-        record = cls(**content)
-        numbers = [item.size for item in record.objects.values()]
-        numbers += [value for name, value in vars(record.counts).items() if name != "head_mass"]
-        if not all(type(number) is int and number >= 0 for number in [record.shard, *numbers]):
-            raise ValueError("sizes and counts must be whole numbers")
+        """Build a record from the fields of its file, which may hold anything yet."""
+        require_fields("the record", content, cls)
+        _require_shard(content)
+        require_hash("store_id", content["store_id"])
+        for name in ("first_document", "end_document"):
+            require_whole(name, content[name], least=0, most=LARGEST_DOCUMENTS)
+        require_fields("counts", content["counts"], Counts)
+        for name, value in content["counts"].items():
+            if name != "head_mass":
+                require_whole(f"counts.{name}", value, least=0, most=LARGEST_NUMBER)
+        require_number("counts.head_mass", content["counts"]["head_mass"])
+        require_section("objects", content["objects"])
+        objects = {name: _stored_object(name, item) for name, item in content["objects"].items()}
+        record = cls(**{**content, "objects": objects, "counts": Counts(**content["counts"])})
         if record.directory != directory_name(record.shard, record.objects):
             raise ValueError("the directory's name does not agree with the hashes of its objects")
         return record
+
+
+def _require_shard(content: Mapping[str, Json]) -> None:
+    require_whole("shard", content["shard"], least=0, most=LARGEST_NUMBER)
+    if content["split"] not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, found {short(content['split'])}")
+
+
+def _stored_object(name: str, item: Json) -> StoredObject:
+    require_fields(name, item, StoredObject)
+    require_whole(f"the size of {name}", item["size"], least=0, most=LARGEST_NUMBER)
+    require_hash(f"the sha256 of {name}", item["sha256"])
+    return StoredObject(**item)
 
 
 def directory_name(shard: int, objects: Mapping[str, StoredObject]) -> str:
@@ -157,6 +188,33 @@ class SealedShard:
             record_sha256=sha256(record.to_json()),
         )
 
+    @classmethod
+    def from_content(cls, content: Json) -> SealedShard:
+        """Build the line of a shard from what the seal's file says, which may be anything yet."""
+        require_fields("a shard of the seal", content, cls)
+        _require_shard(content)
+        for name in ("sequences", "tokens", "rows"):
+            require_whole(name, content[name], least=0, most=LARGEST_NUMBER)
+        require_hash("record_sha256", content["record_sha256"])
+        return cls(**content)
+
+    def contradiction(self, record: CommitRecord | None) -> tuple[str, str] | None:
+        """Hold the record of this shard against the seal.
+
+        Returns:
+            The file that is damaged, and how; None if they agree.
+        """
+        name = record_name(self.shard)
+        if record is None:
+            return name, "its commit record is missing"
+        found = SealedShard.of(record)
+        if found.record_sha256 != self.record_sha256:
+            return name, "its commit record is not the sealed one"
+        for field, value in vars(found).items():
+            if vars(self)[field] != value:
+                return SEAL, f"it says {field} {vars(self)[field]} of shard {self.shard}, the commit record {value}"
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Seal:
@@ -190,8 +248,11 @@ class Seal:
 
     @classmethod
     def from_content(cls, content: dict[str, Any]) -> Seal:
-        """Build a seal from the fields of its file."""
-        return cls(store_id=content["store_id"], shards=tuple(SealedShard(**item) for item in content["shards"]))
+        """Build a seal from the fields of its file, which may hold anything yet."""
+        require_fields("the seal", content, cls)
+        require_hash("store_id", content["store_id"])
+        require_list("shards", content["shards"])
+        return cls(store_id=content["store_id"], shards=tuple(map(SealedShard.from_content, content["shards"])))
 
 
 def _signed(content: dict[str, Json]) -> bytes:
@@ -200,16 +261,13 @@ def _signed(content: dict[str, Json]) -> bytes:
 
 
 def _read(kind: type[_Stored], data: bytes) -> _Stored:
-    try:
-        content = json.loads(data)
-        version = content.pop("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(f"format version {version!r}; this version reads {FORMAT_VERSION}")
-        del content["sha256"]
-        stored = kind.from_content(content)
-        written = stored.to_json()
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"not a {kind.__name__}: {error!r}") from error
-    if written != data:
+    content = parse_json(data)
+    require_section(kind.__name__, content)
+    version = content.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise ValueError(f"format version {short(version)}; this version reads {FORMAT_VERSION}")
+    content.pop("sha256", None)
+    stored = kind.from_content(content)
+    if stored.to_json() != data:
         raise ValueError("its own sha256 does not agree with its content")
     return stored

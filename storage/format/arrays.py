@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from storage.codecs import logprob_codec
-from storage.format.chunks import DTYPES, ArrayLayout
+from storage.format.chunks import DTYPES, LARGEST_CHUNK, ArrayLayout
 from storage.plan import Plan
 from storage.rows import ARRAYS
 
@@ -40,18 +40,15 @@ class ArraySpec:
     by_rank: bool = False
     second: str = "rank"
 
-    def files(self, length: int) -> set[str]:
-        """Return the names of its files: metadata, and one object unless it is empty."""
-        layout = self.layout(length, tokens=0, rows=0)
-        return {f"{self.name}/zarr.json", *([f"{self.name}/{layout.key}"] if length else [])}
-
     def layout(self, length: int, *, tokens: int, rows: int) -> ArrayLayout:
-        """Cut the array into chunks of about 4096 tokens or rows, equal up to rounding.
+        """Cut the array into chunks of about 4096 tokens or rows, equal up to rounding: the longest that it may have.
 
-        Arrays with one value per sequence are one chunk. The head and tail axes have as many chunks as the row axis.
+        Arrays with one value per sequence are one chunk. The head and tail axes have as many chunks as the row axis,
+        or more where a chunk would pass `LARGEST_CHUNK`.
         """
         units = {"token": tokens, "token_byte": tokens, "row": rows, "head": rows, "tail": rows}
-        pieces = max(1, round(units.get(self.axis, 0) / CHUNK_UNITS))
+        size = length * (self.ranks or 1) * self.dtype.itemsize
+        pieces = max(1, round(units.get(self.axis, 0) / CHUNK_UNITS), -(-size // LARGEST_CHUNK))
         return ArrayLayout(
             axis=self.axis,
             dtype=self.dtype,

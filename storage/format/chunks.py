@@ -10,7 +10,6 @@ metadata cannot be led to run another codec: numcodecs registers pickle among ot
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +22,7 @@ from numcodecs import zstd
 from numpy.typing import NDArray
 from pcodec import ChunkConfig, PagingSpec, standalone
 
-from storage.values import Json, canonical_json
+from storage.values import Json, canonical_json, parse_json
 
 PCODEC_LEVEL = 11
 SMALLEST_PAGE = 512  # rows
@@ -31,6 +30,9 @@ LARGEST_PAGE = 1 << 18  # values, the default of pcodec and numcodecs
 ZSTD_LEVEL = 9
 CRC_BYTES = 4
 INDEX_ENTRY_BYTES = 16
+LARGEST_METADATA = 1 << 16  # bytes of a zarr.json
+LARGEST_CHUNK = 1 << 32  # bytes of an inner chunk in memory
+LARGEST_OVERHEAD = 1 << 16  # bytes beside its values that a chunk may take in an object
 DTYPES = {name: np.dtype(code) for name, code in (
     ("uint8", "u1"), ("uint16", "<u2"), ("uint32", "<u4"), ("uint64", "<u8"), ("float16", "<f2"), ("float32", "<f4"),
 )}  # fmt: skip
@@ -148,6 +150,12 @@ class ArrayLayout:
         """Size of the index at the end of the object."""
         return self.chunks * INDEX_ENTRY_BYTES + CRC_BYTES
 
+    @property
+    def object_bytes(self) -> tuple[int, int]:
+        """The least and the most bytes that its object may have, whose chunks are these or shorter ones."""
+        values = math.prod(self.chunk_shape) * self.dtype.itemsize
+        return self.index_bytes, self.chunks * (4 * values + LARGEST_OVERHEAD) + self.index_bytes
+
     def metadata(self) -> dict[str, Json]:
         """Return the content of zarr.json."""
         compress = (
@@ -206,7 +214,7 @@ class ArrayLayout:
             ValueError: any other metadata, other codecs included.
         """
         try:
-            content = json.loads(data)
+            content = parse_json(data)
             index = 1 if by_rank else 0
             length = content["shape"][index]
             chunk = content["codecs"][0]["configuration"]["chunk_shape"][index]
@@ -267,7 +275,8 @@ def decode_index(data: bytes | memoryview, layout: ArrayLayout, size: int) -> ND
     if len(data) != layout.index_bytes or _crc(body) != crc:
         raise ValueError("crc32c of the chunk index does not agree with its content")
     index = np.frombuffer(body, dtype="<u8").reshape(-1, 2)
-    ends = np.cumsum(index[:, 1])
-    if not np.array_equal(index[:, 0], ends - index[:, 1]) or int(ends[-1]) + layout.index_bytes != size:
+    edges = np.append(index[:, 0], np.uint64(size - layout.index_bytes))
+    # Compared before they are subtracted: sums and differences of numbers that anyone wrote may wrap around.
+    if edges[0] != 0 or np.any(edges[1:] < edges[:-1]) or not np.array_equal(np.diff(edges), index[:, 1]):
         raise ValueError("the chunk index does not tile the object")
     return index

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from storage.codecs import LogprobCodec, logprob_codec
 from storage.format.arrays import column_array
 from storage.plan import Plan
-from storage.rows import ARRAYS, OFFSETS, ArrayField, SequenceBatch
+from storage.rows import ARRAYS, NUMBERS, OFFSETS, ArrayField, SequenceBatch
 from storage.segments import cumsum_rows, row_starts
 from storage.threads import Each
 
@@ -30,24 +30,33 @@ VALUES_AT_ONCE = 1 << 16  # a few hundred kilobytes with what is made of them: t
 
 
 def decode_batch(
-    plan: Plan, runs: Sequence[Slices], remap: NDArray[np.uint32], *, scaled: bool = True, each: Each = map
+    plan: Plan,
+    runs: Sequence[Slices],
+    remap: NDArray[np.uint32],
+    *,
+    targets: bool = True,
+    scaled: bool = True,
+    each: Each = map,
 ) -> SequenceBatch:
     """Join runs of sequences, each cut from a shard, and decode them.
 
     Args:
         runs: stored values by array name, as `OpenShard.sequences` cuts them. Offsets begin anywhere.
         remap: token id of each rank [V].
+        targets: whether the runs have the content of rows.
         scaled: False leaves log-probabilities as the codec gives them, before each head is scaled to its mass.
         each: runs the work on ids, even heads and tails, in threads or one after the other.
 
     Raises:
-        ValueError: sizes contradict each other or a rank is outside the vocabulary.
+        ValueError: arrays contradict each other or the plan, a rank is outside the vocabulary, or a number is NaN.
     """
     found = _offsets(runs)
     for item in ARRAYS:
         if item.name not in found and item.stored not in ("id", "logprob"):
             found[item.name] = _plain(item, runs, rows=int(found["row_offset"][-1]))
-    _check_sizes(found)
+    _check_positions(found)
+    if targets:
+        _check_rows(plan, found)
     codec, work = logprob_codec(plan.codecs["logprob"]), Work()
     scale_to = found["tail_logit"] if scaled and codec.renormalises else None
     for item in reversed(ARRAYS):  # threads begin with what takes longest: the log-probabilities
@@ -114,10 +123,44 @@ def _plain(item: ArrayField, runs: Sequence[Slices], *, rows: int) -> NDArray[An
     return _joined(pieces, item.dtype)
 
 
-def _check_sizes(found: Mapping[str, NDArray[Any]]) -> None:
-    for part in ("head", "tail"):
-        if not np.array_equal(row_starts(found[f"{part}_size"])[found["row_offset"]], found[f"{part}_offset"]):
+def _check_positions(found: Mapping[str, NDArray[Any]]) -> None:
+    """Check that the rows of each sequence are where `has_row` says, never at its last token."""
+    starts, has_row = found["token_offset"], found["has_row"]
+    if not np.array_equal(row_starts(has_row)[starts], found["row_offset"]):
+        raise ValueError("has_row and row_offset disagree")
+    last = starts[1:][np.diff(starts) > 0] - 1
+    if np.any(has_row[last]):
+        raise ValueError("the last token of a sequence has a row")
+
+
+def _check_rows(plan: Plan, found: Mapping[str, Any]) -> None:
+    """Check what rows state of themselves against the plan and each other, before anything is computed from it."""
+    rows, draws = found["row_offset"], plan.target.draws
+    for part, most in (("head", plan.target.k), ("tail", draws)):
+        size, most = found[f"{part}_size"], min(most, plan.vocab_size)
+        least = min(most, 1) if part == "head" else 0
+        if len(size) and not least <= size.min() <= size.max() <= most:
+            raise ValueError(f"{part}_size goes from {size.min()} to {size.max()}; it may be {least} to {most}")
+        if not np.array_equal(row_starts(size)[rows], found[f"{part}_offset"]):
             raise ValueError(f"the row sizes do not add up to {part}_offset")
+    drawn = found["tail_size"] > 0
+    if np.any(found["count"] == 0):
+        raise ValueError("a count is 0")
+    if np.any(_sums(found["count"], found["tail_size"])[drawn] != draws):
+        raise ValueError(f"counts do not add up to {draws} draws")
+    if draws and np.any(~drawn & (found["tail_logit"] > -np.inf)):
+        raise ValueError("a row has tail mass but no samples")
+    for item in NUMBERS:
+        if found[item.name] is not None and np.any(np.isnan(found[item.name])):
+            raise ValueError(f"{item.name} is NaN")
+
+
+def _sums(values_N: NDArray[Any], size_R: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Return the sum of the entries of each row, int64 [R]."""
+    total = row_starts(values_N)
+    starts = row_starts(size_R)
+    sums: NDArray[np.int64] = total[starts[1:]] - total[starts[:-1]]
+    return sums
 
 
 def _do(task: Task) -> None:

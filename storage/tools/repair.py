@@ -88,6 +88,9 @@ def _answers(manifest: Manifest, report: Report) -> list[Action]:
                 gone = not files.exists(problem.name)
                 parts.append(Action(name=problem.name, reason=problem.message, missing=gone))
             continue
+        if problem.foreign:
+            parts.append(Action(name=problem.name, reason=problem.message))
+            continue
         if problem.name.startswith(f"{SHARDS}/"):
             record = manifest.record(manifest.shards[problem.shard])
             aside = None if record is None else left_aside(files, record)

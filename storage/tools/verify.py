@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from storage.commit.aside import left_aside
 from storage.commit.claims import Claims
-from storage.commit.manifest import Manifest, tokenizer_hashes, tokenizer_name
-from storage.commit.open_shard import CommittedObjects, DamageError, OpenShard, chunk_cache
+from storage.commit.manifest import LARGEST_TOKENIZER, Manifest, tokenizer_hashes, tokenizer_name
+from storage.commit.open_shard import FOREIGN, CommittedObjects, DamageError, OpenShard, chunk_cache
 from storage.commit.records import (
     COMMITS,
     DIRECTORIES,
@@ -34,7 +34,6 @@ from storage.format.decode import decode_batch
 from storage.format.encode import counts_of
 from storage.format.validate import check_batch
 from storage.plan import ShardSpec
-from storage.values import sha256
 
 HEAD_MASS_TOLERANCE = 1e-5  # sums may be rounded otherwise on another machine
 
@@ -47,11 +46,13 @@ class Problem:
         shard: its index; None for files of the whole store.
         name: file or directory inside the store.
         message: what is wrong.
+        foreign: it is a file that the shard does not have, beside all that it has.
     """
 
     shard: int | None
     name: str
     message: str
+    foreign: bool = False
 
 
 @dataclass(kw_only=True)
@@ -80,10 +81,10 @@ class Report:
         """0 without damage, else the code of CorruptionError."""
         return CorruptionError.exit_code if self.problems else 0
 
-    def add(self, error: str | DistillError, *, name: str, shard: int | None = None) -> None:
+    def add(self, error: str | DistillError, *, name: str, shard: int | None = None, foreign: bool = False) -> None:
         """Note damage."""
         message = error.what if isinstance(error, DistillError) else error
-        self.problems.append(Problem(shard=shard, name=name, message=message))
+        self.problems.append(Problem(shard=shard, name=name, message=message, foreign=foreign))
 
 
 def require_whole(path: StorePath, *, advice: str) -> None:
@@ -150,9 +151,10 @@ def _check_directories(files: Files, report: Report) -> None:
 
 def _check_parts(manifest: Manifest, report: Report) -> NDArray[np.uint32] | None:
     """Check remap and tokenizer; return the remap if it is good."""
+    most = LARGEST_TOKENIZER
     for name in tokenizer_hashes(manifest.plan):
         try:
-            manifest.tokenizer_file(name)
+            most -= len(manifest.tokenizer_file(name, most=most))
         except CorruptionError as error:
             report.add(error, name=tokenizer_name(name))
     try:
@@ -179,11 +181,9 @@ def _check_record(manifest: Manifest, spec: ShardSpec, seal: Seal | None, report
     except CorruptionError as error:
         report.add(error, name=name, shard=spec.index)
         return None
-    if seal is not None:
-        if record is None:
-            report.add("the commit record is missing", name=name, shard=spec.index)
-        elif sha256(record.to_json()) != seal.shards[spec.index].record_sha256:
-            report.add("the commit record is not the sealed one", name=name, shard=spec.index)
+    found = None if seal is None else seal.shards[spec.index].contradiction(record)
+    if found is not None:
+        report.add(found[1], name=found[0], shard=None if found[0] == SEAL else spec.index)
     return record
 
 
@@ -200,12 +200,13 @@ def _check_shard(manifest: Manifest, record: CommitRecord, remap: NDArray[np.uin
         report.add(f"the directory is missing{left if aside else ''}", name=record.path, shard=record.shard)
         return aside or record.path
     for name in sorted(sizes.keys() - record.objects.keys()):
-        report.add("a foreign file", name=f"{record.path}/{name}", shard=record.shard)
+        report.add(FOREIGN, name=f"{record.path}/{name}", shard=record.shard, foreign=True)
     for name, item in record.objects.items():
         if name not in sizes:
             report.add("the file is missing", name=f"{record.path}/{name}", shard=record.shard)
         elif sizes[name] != item.size:
-            message = f"it has {sizes[name]} bytes; the commit record says {item.size}"
+            found = f"it has {sizes[name]} bytes" if sizes[name] >= 0 else "it is not a regular file"
+            message = f"{found}; the commit record says {item.size}"
             report.add(message, name=f"{record.path}/{name}", shard=record.shard)
     if not report.quick:
         _check_content(manifest, record, remap, report, decode=len(report.problems) == before)
@@ -217,14 +218,15 @@ def _check_content(
     manifest: Manifest, record: CommitRecord, remap: NDArray[np.uint32] | None, report: Report, *, decode: bool
 ) -> None:
     objects = CommittedObjects(manifest.files, record, chunk_cache(0))
-    for name in record.objects:
+    told = {problem.name for problem in report.problems}
+    for full, name in ((f"{record.path}/{name}", name) for name in record.objects):
+        if full in told:
+            continue
         try:
             objects.whole(name)
         except DamageError as error:
             decode = False
-            full = f"{record.path}/{name}"
-            if full not in {problem.name for problem in report.problems}:
-                report.add(error.problem, name=full, shard=record.shard)
+            report.add(error.problem, name=full, shard=record.shard)
     if not decode or remap is None:
         return
     try:

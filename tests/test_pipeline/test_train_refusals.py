@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from pipeline.cli import main
@@ -309,6 +310,26 @@ def test_a_run_on_a_store_that_has_grown_is_refused(tiny_store: Path, configure:
     held_back.write_bytes(records[held_back])
     with pytest.raises(IdentityError, match="the store has grown since this run began"):
         list(train(config))
+
+
+def test_a_store_must_have_the_digest_that_is_expected(tiny_store: Path, configure: MakeConfig, tmp_path: Path) -> None:
+    digest, other = StoreReader(tiny_store).digest, "0" * 64
+    with pytest.raises(IdentityError, match=f"the store has the digest {digest}, expected is {other}") as caught:
+        list(train(configure(expected_digest=other)))
+    assert caught.value.exit_code == 3
+    assert not (tmp_path / "run").exists()
+    assert stop_at(configure(expected_digest=digest, steps=2, checkpoint={"every": 1}), 1) == 0
+    assert isinstance(list(train(configure(steps=2, checkpoint={"every": 1})))[-1], Finished), (
+        "it may be left out later"
+    )
+
+
+def test_an_expected_digest_is_one_of_a_store(configure: MakeConfig) -> None:
+    for wrong in ("0" * 63, "X" * 64):
+        with pytest.raises(ValidationError, match="expected_digest"):
+            configure(expected_digest=wrong)
+    with pytest.raises(ValidationError, match="expected_digest belongs to store"):
+        configure(store=None, teacher_model={"path": "x"}, corpus=[{"source": "topics"}], expected_digest="0" * 64)
 
 
 @pytest.fixture(scope="module")

@@ -107,8 +107,11 @@ def test_no_row_of_a_damaged_shard_is_returned(store, damage, kind):
     assert f"shard {SHARD} (train, documents 6 to 11)" in message
     assert f"pipeline repair {store}" in message
     assert (f"{SHARD:06d}.json" if kind == "record" else kind) in message
-    assert len(read_shard(store, 0)) > 0, "the others can still be read"
+    if kind != "record":  # without it, nothing says how many sequences come before those of the next shard
+        assert len(read_shard(store, 0)) > 0, "the others can still be read"
     assert {problem.shard for problem in verify(store).problems} >= {SHARD}
+    if damage not in ("flipped", "swapped"):
+        assert SHARD in {problem.shard for problem in verify(store, quick=True).problems}, "names and sizes tell"
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -193,9 +196,13 @@ def test_a_foreign_file_inside_a_shard_is_damage(any_store, sealed):
     assert [problem.message for problem in report.problems] == ["a foreign file"]
     assert report.exit_code == 4
     assert verify(any_store, quick=True).exit_code == 4
-    repair(any_store, apply=True)
-    cases.write_store(any_store)
+    for _ in range(2):
+        with pytest.raises(CorruptionError, match=r"shard 1 .* notes.txt: a foreign file"):
+            read_shard(any_store, SHARD)
+    (action,) = repair(any_store, apply=True)
+    assert action.name.endswith("/notes.txt"), "the shard stays: nothing of it is lost"
     assert cases.tree(any_store) == cases.tree(sealed)
+    assert verify(any_store).exit_code == 0
 
 
 def test_orphans_are_a_warning(store):

@@ -90,8 +90,9 @@ def test_any_order_gives_the_same_rows(store):
 
 def test_chunks_change_nothing(store, tmp_path, monkeypatch):
     whole = StoreReader(store)
-    monkeypatch.setattr(storage.format.arrays, "CHUNK_UNITS", 8)
-    cases.write_store(tmp_path / "store", whole.plan)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.format.arrays, "CHUNK_UNITS", 8)
+        cases.write_store(tmp_path / "store", whole.plan)
     many = StoreReader(tmp_path / "store")
     for numbers in ([3], [9, 2, 2], range(len(whole))):
         one, other = whole.read(numbers), many.read(numbers)

@@ -125,8 +125,9 @@ def test_equals_plain_zarr(sealed):
 @pytest.fixture
 def many_chunks(fresh, monkeypatch):
     """A store whose shards have about ten chunks per array."""
-    monkeypatch.setattr(storage.format.arrays, "CHUNK_UNITS", 8)
-    cases.write_store(fresh)
+    with monkeypatch.context() as patch:  # a reader knows no other than the real one
+        patch.setattr(storage.format.arrays, "CHUNK_UNITS", 8)
+        cases.write_store(fresh)
     return fresh
 
 
