@@ -20,6 +20,7 @@ from stages.devices import resolve_device, resolve_dtype
 from stages.input_files import unchanged
 from stages.losses import FusedLinearKDLoss, KDLossConfig
 from stages.losses.fit import misfit
+from stages.models.load import attention_for
 from stages.models.packed import use_packed_attention
 from stages.parallel.processes import ALONE, Processes
 from stages.parallel.tensor_parallel import cut_model
@@ -130,7 +131,7 @@ def build_learner(config: TrainConfig, data: TrainingData, recipe: Recipe, proce
         check_vocabulary(model, data.vocab_size, same_tokenizer=same)
         check_positions(model.config, data.window, lambda: data.longest)
     model.to(recipe.device)  # type: ignore[arg-type]  # transformers types this method for its own decorator
-    use_packed_attention(model, config.attention)
+    use_packed_attention(model, attention_for(model.config, config.attention, key="attention"))
     if processes.tp is not None:
         cut_model(model, processes.tp)
     student = Student.of(model, recipe.dtype)
@@ -161,7 +162,7 @@ def _live_teacher(
             vocab_size=data.vocab_size,
             device=device,
             dtype=resolve_dtype(config.teacher_model.dtype, device),
-            attention=config.teacher_model.attention,
+            attention=data.attention,
             load=BACKENDS[config.teacher_model.backend].load(),
         )
     return replace(teacher, files=data.teacher_files)
