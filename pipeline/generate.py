@@ -20,6 +20,7 @@ from stages.corpus.tokenizer import load_tokenizer
 from stages.devices import resolve_device, resolve_dtype
 from stages.models.files import find_model, load_config, quiet
 from stages.models.load import attention_for, load_model, memory_told
+from stages.models.special_tokens import SpecialTokens
 from stages.training.run import read_record
 from storage.errors import UsageError
 
@@ -96,13 +97,15 @@ def _answer(
     with memory_told(str(directory), "use a larger device"):
         model: Any = load_model(files, dtype=resolve_dtype(dtype, device), attention=attention).to(device)  # type: ignore[arg-type]
     inputs = torch.tensor([ids], device=device)
+    tokens = SpecialTokens.of(model, tokenizer)
     with quiet():
         output = model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
             max_new_tokens=limit,
             do_sample=False,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            eos_token_id=list(tokens.ends) or None,
+            pad_token_id=next((index for index in (tokens.pad, *tokens.ends) if index is not None), None),
         )
     new = output[0, len(ids) :].tolist()
     return Answer(
