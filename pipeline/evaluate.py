@@ -28,6 +28,7 @@ from stages.batches.sequences import lengths, part
 from stages.devices import resolve_device, resolve_dtype
 from stages.models.files import ModelDirectory, file_hashes, find_model, load_config
 from stages.models.head import Head
+from stages.models.load import attention_for
 from stages.student.identity import compare_tokenizers
 from stages.teacher import BACKENDS, REFERENCE
 from stages.teacher.backend import CandidateTeacher
@@ -266,9 +267,9 @@ def _read(
 ) -> _Read:
     """Run a model over all sequences and keep the hidden states at positions with a row, in order."""
     began = time.perf_counter()
-    load_config(files)
     # A store of eager attention may be of an architecture that knows no other.
-    attention = "eager" if plan.teacher.get("attention") == "eager" else "sdpa"
+    asked = "eager" if plan.teacher.get("attention") == "eager" else "sdpa"
+    attention = attention_for(load_config(files), asked, key="attention")
     load = BACKENDS[backend].load()
     model = load(files, vocab_size=plan.vocab_size, device=device, dtype=dtype, attention=attention, key=None)
     assert not isinstance(model, CandidateTeacher), "evaluate asks for a backend that gives hidden states"

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.evaluate import model_directory
 from pipeline.runs import find_record
 from stages.corpus.tokenizer import load_tokenizer
 from stages.devices import resolve_device, resolve_dtype
-from stages.models.files import find_model, quiet
+from stages.models.files import find_model, load_config, quiet
+from stages.models.load import attention_for, load_model, memory_told
+from stages.models.special_tokens import SpecialTokens
 from stages.training.run import read_record
 from storage.errors import UsageError
 
@@ -92,15 +93,20 @@ def _answer(
     began = time.perf_counter()
     tokenizer = load_tokenizer(directory)
     ids = _prompt_ids(tokenizer, prompt, chat=chat, where=str(directory))
-    model = _load(directory, device, resolve_dtype(dtype, device))
+    files = find_model(str(directory))
+    attention = attention_for(load_config(files), "sdpa", key="attention")
+    with memory_told(str(directory), "use a larger device"):
+        model: Any = load_model(files, dtype=resolve_dtype(dtype, device), attention=attention).to(device)  # type: ignore[arg-type]
     inputs = torch.tensor([ids], device=device)
+    tokens = SpecialTokens.of(model, tokenizer)
     with quiet():
-        output = model.generate(  # type: ignore[operator]  # a mixin method that the stubs do not see
+        output = model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
             max_new_tokens=limit,
             do_sample=False,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            eos_token_id=list(tokens.ends) or None,
+            pad_token_id=next((index for index in (tokens.pad, *tokens.ends) if index is not None), None),
         )
     new = output[0, len(ids) :].tolist()
     return Answer(
@@ -124,19 +130,3 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool, 
     if not ids:
         raise UsageError("the prompt is empty", where="PROMPT", fix="give some text to continue")
     return [int(index) for index in ids]
-
-
-def _load(directory: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    try:
-        with quiet():
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
-            )
-    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
-        if "memory" in str(error).lower():
-            raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        fix = "check its files, or fetch the model anew"
-        raise UsageError(f"the model cannot be loaded: {reason}", where=str(directory), fix=fix) from error
-    ready: PreTrainedModel = model.to(device).eval()
-    return ready

@@ -16,6 +16,7 @@ from stages.corpus import Corpus, SourceSpec, open_corpus
 from stages.corpus.tokenize import Rendering, resolve_special
 from stages.corpus.tokenizer import load_tokenizer, real_tokens
 from stages.models.files import ModelDirectory, find_model, load_config, position_limit
+from stages.models.load import attention_for
 from stages.teacher import BACKENDS
 from storage.errors import UsageError
 
@@ -28,6 +29,7 @@ class Reading:
         corpus: checked as a whole.
         model, model_config, tokenizer: the teacher's.
         vocab_size: real tokens.
+        attention: how the teacher attends, which may be another way than the configuration asks for.
         rendering: how documents become token windows.
     """
 
@@ -36,6 +38,7 @@ class Reading:
     model_config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
+    attention: str
     rendering: Rendering
 
 
@@ -71,6 +74,7 @@ def open_reading(
         model_config=model_config,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
+        attention=attention_for(model_config, teacher.attention, key=f"{key}.attention"),
         rendering=Rendering(
             window=rendering.window,
             overlap=rendering.overlap,

@@ -27,6 +27,7 @@ from stages.batches.microbatch import MicroBatch
 from stages.batches.steps import evenly_spaced, prefetch, training_steps
 from stages.devices import dtype_name
 from stages.student.model import Student
+from stages.student.padding import weights_to_save
 from stages.student.save import save_student
 from stages.training.checkpoint import Checkpoints, TrainingProgress
 from stages.training.metrics import MetricsLog, NoMetricsLog
@@ -35,6 +36,8 @@ from stages.training.run import Finish, RunDirectory
 from stages.training.schedule import Schedule
 from stages.training.step import Learner, optimizer_step, require_finite_weights, validate
 from storage.errors import IdentityError
+
+_SAMPLED = 16  # sequences at which a finished student is looked at
 
 
 def train(config: TrainConfig) -> Iterator[Event]:
@@ -160,7 +163,16 @@ def _train(
 
     require_finite_weights(student.model, progress.step)
     facts = card_facts(config, data, student, progress)
-    save_student(student.model, run.model, tokenizer_files=data.tokenizer_files, facts=facts, processes=processes)
+    sample = evenly_spaced(data.train, _SAMPLED, replace(shape, with_targets=False))
+    weights = weights_to_save(student, sample, vocab_size=data.vocab_size, processes=processes)
+    save_student(
+        student.model,
+        run.model,
+        weights=weights,
+        tokenizer_files=data.tokenizer_files,
+        facts=facts,
+        processes=processes,
+    )
     totals = Finish(step=progress.step, tokens=progress.tokens, seconds=progress.seconds)
     processes.on_main(lambda: run.finish(totals))
     yield Finished(

@@ -216,7 +216,7 @@ def _planned(config: ExtractConfig, *, weights: bool) -> Extraction:
             reading.model_config,
             backend=config.teacher.backend,
             dtype=dtype,
-            attention=config.teacher.attention,
+            attention=reading.attention,
         )
     files = tokenizer_files(model.directory)
     remap = build_remap(sample.counts)

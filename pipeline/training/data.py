@@ -44,6 +44,7 @@ class TrainingData:
         record: what run.json says: the digest, and where things were.
         store: the store, if the rows come from one.
         teacher: the live teacher's directory, in an online run that needs its weights.
+        attention: how it attends.
         teacher_files: its files as they were before they were hashed.
     """
 
@@ -57,6 +58,7 @@ class TrainingData:
     record: Mapping[str, Json]
     store: StoreReader | None = None
     teacher: ModelDirectory | None = None
+    attention: str = "sdpa"
     teacher_files: tuple[FileState, ...] = ()
 
     @property
@@ -170,6 +172,7 @@ def _online(config: TrainConfig) -> Generator[Tokenized, None, TrainingData]:
             "identity": identity,
         },
         teacher=reading.model if with_teacher else None,
+        attention=reading.attention,
         teacher_files=states,
     )
 
@@ -182,7 +185,7 @@ def _teacher_identity(config: TrainConfig, reading: Reading) -> dict[str, Json]:
         reading.model_config,
         backend=config.teacher_model.backend,
         dtype=resolve_dtype(config.teacher_model.dtype, device),
-        attention=config.teacher_model.attention,
+        attention=reading.attention,
     )
 
 

@@ -20,10 +20,12 @@ from stages.devices import resolve_device, resolve_dtype
 from stages.input_files import unchanged
 from stages.losses import FusedLinearKDLoss, KDLossConfig
 from stages.losses.fit import misfit
+from stages.models.load import attention_for
 from stages.models.packed import use_packed_attention
+from stages.models.special_tokens import adopt_special_tokens
 from stages.parallel.processes import ALONE, Processes
 from stages.parallel.tensor_parallel import cut_model
-from stages.student.identity import check_positions, check_tokenizer, check_vocabulary
+from stages.student.identity import check_positions, check_tokenizer, check_vocabulary, read_tokenizer
 from stages.student.model import Student
 from stages.student.save import CardFacts
 from stages.student.source import StudentSource, build_student
@@ -129,8 +131,9 @@ def build_learner(config: TrainConfig, data: TrainingData, recipe: Recipe, proce
         model = build_student(source, seed=config.seed)
         check_vocabulary(model, data.vocab_size, same_tokenizer=same)
         check_positions(model.config, data.window, lambda: data.longest)
+    adopt_special_tokens(model, read_tokenizer(data.tokenizer_files))
     model.to(recipe.device)  # type: ignore[arg-type]  # transformers types this method for its own decorator
-    use_packed_attention(model, config.attention)
+    use_packed_attention(model, attention_for(model.config, config.attention, key="attention"))
     if processes.tp is not None:
         cut_model(model, processes.tp)
     student = Student.of(model, recipe.dtype)
@@ -161,7 +164,7 @@ def _live_teacher(
             vocab_size=data.vocab_size,
             device=device,
             dtype=resolve_dtype(config.teacher_model.dtype, device),
-            attention=config.teacher_model.attention,
+            attention=data.attention,
             load=BACKENDS[config.teacher_model.backend].load(),
         )
     return replace(teacher, files=data.teacher_files)

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -22,7 +23,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.utils import logging
 
 from stages.input_files import FileState, file_sha256, user_path
@@ -160,20 +161,37 @@ def _download(name: str, revision: str | None, *, weights: bool, key: str) -> Mo
 
 def load_config(model: ModelDirectory) -> PretrainedConfig:
     """Read config.json. Raises UsageError if it is broken, of an unknown architecture, or needs remote code."""
-    path = model.directory / "config.json"
+    return read_config(model.directory / "config.json")
+
+
+def read_config(path: Path) -> PretrainedConfig:
+    """Read a model's configuration from a file. Raises UsageError as `load_config`."""
+    require_model_file(path)
+    refuse_hub_kernels(path)
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            model.directory, trust_remote_code=False, local_files_only=True
-        )
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except MemoryError:
         raise
     except Exception as error:  # transformers parses a file of the user here, and fails in as many ways as it can
         raise UsageError(
-            f"cannot read the model's configuration: {first_line(error)}",
-            where=str(path),
-            fix="repair it, or use an architecture that the installed transformers knows; remote code is never run",
+            f"cannot read the model's configuration: {first_line(error)}", where=str(path), fix=_advice_on(path)
         ) from error
     return config
+
+
+def _advice_on(path: Path) -> str:
+    """Say what mends a configuration that transformers does not read: the file, its architecture, or one value."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return "repair the file, or download it again: it is not JSON"
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    if isinstance(kind, str) and kind in CONFIG_MAPPING:
+        return "repair that value, or download the file again"
+    return (
+        f"choose another model, or upgrade transformers if a newer one than {version('transformers')} knows {kind!r}; "
+        "code that comes with a model is never run"
+    )
 
 
 def position_limit(model_config: PretrainedConfig) -> int | None:

@@ -50,6 +50,14 @@ class HeadRule:
                 return cls(logit_multiplier=1.0 / factor if divides else factor, softcap=softcap)
         return cls(softcap=softcap)
 
+    def applied(self, logits_NV: Tensor) -> Tensor:
+        """Return what the matrix product becomes, in its own memory."""
+        if self.logit_multiplier != 1.0:
+            logits_NV *= self.logit_multiplier
+        if self.softcap is not None:
+            logits_NV.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits_NV
+
 
 class Head:
     """The output layer of a model, in float32 and cut to the real tokens.
@@ -81,11 +89,7 @@ class Head:
             logits_NV = torch.mm(hidden_ND.float(), self.weight_VD.T)
         if self.bias_V is not None:
             logits_NV += self.bias_V
-        if self.rule.logit_multiplier != 1.0:
-            logits_NV *= self.rule.logit_multiplier
-        if self.rule.softcap is not None:
-            logits_NV.div_(self.rule.softcap).tanh_().mul_(self.rule.softcap)
-        return logits_NV
+        return self.rule.applied(logits_NV)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.corpus.tokenizer import FILES, first_difference, load_tokenizer
 from stages.models.files import position_limit
@@ -55,15 +55,20 @@ def compare_tokenizers(directory: Path, teacher_files: Mapping[str, bytes], *, w
         IdentityError: as `check_tokenizer`.
         UsageError: there is no tokenizer.
     """
-    with tempfile.TemporaryDirectory(prefix="topk-distill-tokenizer-") as stored:
-        write_tokenizer(teacher_files, Path(stored))
-        difference = first_difference(load_tokenizer(Path(stored)), load_tokenizer(directory))
+    difference = first_difference(read_tokenizer(teacher_files), load_tokenizer(directory))
     if difference is not None:
         raise IdentityError(
             f"the student's tokenizer is not the teacher's: {difference}",
             where=f"{where} (the first is the teacher's)",
             fix="use a student with the teacher's tokenizer, or a teacher (and a store of it) with the student's",
         )
+
+
+def read_tokenizer(files: Mapping[str, bytes]) -> PreTrainedTokenizerBase:
+    """Return the tokenizer whose files these are, by name. Raises UsageError as `load_tokenizer`."""
+    with tempfile.TemporaryDirectory(prefix="topk-distill-tokenizer-") as directory:
+        write_tokenizer(files, Path(directory))
+        return load_tokenizer(Path(directory))
 
 
 def check_vocabulary(model: PreTrainedModel, vocab_size: int, *, same_tokenizer: bool) -> None:

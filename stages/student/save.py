@@ -5,10 +5,13 @@ Data path: trained student -> **model directory** with weights, configuration, t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from stages.durable import durable_directory
@@ -16,6 +19,7 @@ from stages.models.files import quiet
 from stages.parallel.processes import ALONE, Processes
 from stages.parallel.tensors import whole
 from stages.student.identity import write_tokenizer
+from stages.student.padding import names_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,7 @@ def save_student(
     model: PreTrainedModel,
     directory: Path,
     *,
+    weights: dict[str, Tensor] | None = None,
     tokenizer_files: Mapping[str, bytes],
     facts: CardFacts,
     processes: Processes = ALONE,
@@ -55,16 +60,25 @@ def save_student(
 
     Args:
         directory: RUN/model.
+        weights: what `weights_to_save` returns; None: the model's, as they are.
         tokenizer_files: the store's tokenizer files by name.
         facts: for the model card.
         processes: that share the model; all of them call, the main one writes.
     """
-    weights = whole(model.state_dict(), keep=processes.main)
+    if weights is None:
+        weights = whole(model.state_dict(), keep=processes.main)
+    embeddings: Any = model.get_input_embeddings()
+    name = names_of(model, embeddings.weight)[0]
 
     def write() -> None:
         with durable_directory(directory) as temporary:
+            rows = len(weights[name])
             with quiet():
-                model.save_pretrained(temporary, state_dict=weights)
+                model.save_pretrained(temporary, state_dict=weights)  # empties the dictionary
+            if rows < len(embeddings.weight):  # padding was cut off
+                config = copy.deepcopy(model.config)
+                config.get_text_config().vocab_size = rows
+                config.save_pretrained(temporary)
             write_tokenizer(tokenizer_files, temporary)
             (temporary / "README.md").write_text(model_card(facts), encoding="utf-8")
 

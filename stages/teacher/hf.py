@@ -7,18 +7,16 @@ Axis legend: B sequences, T tokens, D hidden width, N positions, V real tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from stages.models.files import ModelDirectory, first_line, quiet
+from stages.models.files import ModelDirectory
 from stages.models.head import Head, HeadRule
-from stages.out_of_memory import is_out_of_memory
-from storage.errors import NumericsError, OutOfSpaceError, UsageError
+from stages.models.load import load_model, memory_told
+from storage.errors import NumericsError, UsageError
 
 PROBE_TOKENS = 8
 
@@ -61,8 +59,10 @@ class HFTeacher:
             OutOfSpaceError: it does not fit into memory.
         """
         where = str(files.directory)
-        with _memory_told(where, key):
-            model = _from_pretrained(files, dtype=dtype, attention=attention, key=key)
+        smaller = "use a larger device" if key is None else f"use a larger device, or {key}.dtype: bfloat16"
+        attention_key = None if key is None else f"{key}.attention"
+        with memory_told(where, smaller):
+            model: Any = load_model(files, dtype=dtype, attention=attention, attention_key=attention_key)
             teacher = cls(model.to(device).eval().requires_grad_(False), vocab_size, where=where)
         teacher._check_head(where, key)
         return teacher
@@ -98,65 +98,3 @@ class HFTeacher:
                 where=where,
                 fix="report the architecture; stages/models/head.py lists the ones that scale their logits",
             )
-
-
-def _from_pretrained(files: ModelDirectory, *, dtype: torch.dtype, attention: str, key: str | None) -> Any:
-    where = str(files.directory)
-    try:
-        with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                files.directory,
-                dtype=dtype,
-                attn_implementation=attention,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are in the report, and refused below by name
-            )
-    except Exception as error:  # transformers builds a model of the user's files here, and fails in many ways
-        if is_out_of_memory(error):
-            raise
-        eager = "" if key is None else f"; if it is the attention that fails, set {key}.attention: eager"
-        fix = f"check the files{eager}"
-        raise UsageError(f"cannot load the model: {first_line(error)}", where=where, fix=fix) from error
-    model, report = loaded
-    _refuse_mismatched(report["mismatched_keys"], where)
-    _refuse_missing(report["missing_keys"], where)
-    return model
-
-
-@contextmanager
-def _memory_told(where: str, key: str | None) -> Iterator[None]:
-    """Say what does not fit where memory runs out."""
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        fix = "use a larger device" if key is None else f"use a larger device, or {key}.dtype: bfloat16"
-        raise OutOfSpaceError("the model does not fit into memory", where=where, fix=fix) from error
-
-
-def _refuse_mismatched(keys: Iterable[tuple[str, torch.Size, torch.Size]], where: str) -> None:
-    """Refuse weights of other shapes: transformers fills those with random numbers too."""
-    found = sorted(keys)
-    if found:
-        name, in_file, asked_for = found[0]
-        raise UsageError(
-            f"{len(found)} weights have other shapes than the configuration asks for, such as {name}: "
-            f"{list(in_file)} in the file, {list(asked_for)} asked for",
-            where=where,
-            fix="config.json and weights belong to different models: download or convert the model again",
-        )
-
-
-def _refuse_missing(keys: Iterable[Any], where: str) -> None:
-    """Refuse a file that lacks weights: transformers fills those with random numbers."""
-    names = sorted(str(key) for key in keys)
-    if names:
-        raise UsageError(
-            f"the weight files lack {len(names)} weights that the configuration asks for, such as {names[0]}",
-            where=where,
-            fix="download or convert the model again",
-        )

@@ -22,10 +22,11 @@ from transformers import (
 
 from stages.corpus.tokenizer import tokenizer_files
 from stages.models.packed import PACKED_SDPA, use_packed_attention
+from stages.student.architecture import chosen_layers, keep_layers
 from stages.student.identity import check_tokenizer, check_vocabulary
 from stages.student.model import Student
 from stages.student.save import CardFacts, save_student
-from stages.student.source import StudentSource, build_student, chosen_layers, keep_layers
+from stages.student.source import StudentSource, build_student
 from storage.errors import IdentityError, UsageError
 
 SIZES = {
@@ -138,6 +139,32 @@ def test_random_students_of_one_seed_are_equal(tiny_teacher_dir: Path) -> None:
     assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
 
 
+@pytest.mark.parametrize("init", ["from_config", "pretrained", "layers_of_teacher"])
+@pytest.mark.parametrize(
+    "config", [LlamaConfig(**SIZES, eos_token_id=1), Qwen2Config(**SIZES, tie_word_embeddings=True)]
+)
+def test_an_end_token_that_pads_learns_as_every_other(init: str, config: PreTrainedConfig, tmp_path: Path) -> None:
+    ids_1T = torch.tensor([[5, 9, 1, 7, 1, 3]])
+    trained = []
+    for pad in (None, 1):
+        directory = tmp_path / f"pad {pad}"
+        model_of(config).save_pretrained(directory)
+        stored = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps({**stored, "pad_token_id": pad}))
+        source = StudentSource(init=init, path=str(directory), layers=2 if init == "layers_of_teacher" else None)  # type: ignore[arg-type]
+        model = build_student(source, seed=0)
+        assert model.config.pad_token_id == pad
+        first = model.get_input_embeddings().weight[1].detach().clone()  # type: ignore[no-untyped-call]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(3):
+            model(input_ids=ids_1T, labels=ids_1T).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert (model.get_input_embeddings().weight[1] - first).norm() > 1e-2  # type: ignore[no-untyped-call]
+        trained.append(model.state_dict())
+    assert all(torch.equal(weight, trained[1][name]) for name, weight in trained[0].items())
+
+
 def test_a_student_can_be_made_from_a_bare_config_file(tiny_teacher_dir: Path, tmp_path: Path) -> None:
     shutil.copy(tiny_teacher_dir / "config.json", tmp_path)
     source = StudentSource(init="from_config", path=str(tmp_path / "config.json"), overrides={"hidden_size": 32})
@@ -162,7 +189,7 @@ def test_a_configuration_that_makes_no_model_is_told(overrides: dict[str, object
 def test_a_broken_weight_file_is_told(tiny_teacher_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_teacher_dir, tmp_path / "broken")
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"not a safetensors file")
-    with pytest.raises(UsageError, match="cannot be loaded"):
+    with pytest.raises(UsageError, match="cannot load the model"):
         build_student(StudentSource(init="pretrained", path=str(tmp_path / "broken")), seed=0)
 
 

@@ -193,7 +193,7 @@ def test_broken_or_foreign_configuration(content: str, tmp_path: Path) -> None:
         ({"num_attention_heads": "four"}, "Validation error for field 'num_attention_heads': TypeError"),
         ({"num_attention_heads": 0}, "by zero"),
         ({"num_key_value_heads": 0}, "cannot load the model: .*by zero"),
-        ({"hidden_act": "nope"}, "cannot load the model: KeyError 'nope'"),
+        ({"hidden_act": "nope"}, "cannot load the model: .*KeyError 'nope'"),
     ],
     ids=str,
 )
