@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -52,6 +52,21 @@ def find_record(path: Path) -> Path | None:
         if (place / "run.json").is_file() and (place / "config.yaml").is_file():
             return place / "run.json"
     return None
+
+
+def learned_rendering(path: Path) -> Mapping[str, Json]:
+    """Return how the documents were rendered that a run learned from; empty if that is not known.
+
+    Args:
+        path: run or model directory.
+
+    Raises:
+        UsageError: the run's record is damaged.
+    """
+    record = find_record(path)
+    learned_from = {} if record is None else read_record(record)["store"]
+    found = learned_from.get("rendering", learned_from.get("identity", {}).get("rendering"))
+    return found if isinstance(found, dict) else {}
 
 
 def warn_if_trained_on(path: Path, plan: Plan, documents: Sequence[int]) -> str | None:
