@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from stages.corpus import Corpus
-from stages.corpus.facts import Tally
+from stages.corpus.facts import Fact, Tally
 from stages.corpus.rendering import Rendering
 from stages.corpus.tokenize import render
 from storage.errors import UsageError
@@ -59,10 +59,10 @@ def take_sample(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, rendering: R
             break
     if rows == 0:
         raise UsageError(
-            f"no target row in {documents} documents: each is shorter than rendering.min_tokens or than two tokens, or "
-            "has a prompt and more tokens than rendering.window",
+            f"no target row in {documents} documents: {tally.documents[Fact.LEFT_OUT]} have a prompt that fills "
+            "rendering.window, the others are shorter than rendering.min_tokens or than two tokens",
             where="corpus",
-            fix="check the field that holds the text, rendering.min_tokens, rendering.window and rendering.too_long",
+            fix="check the field that holds the text, rendering.window and rendering.min_tokens",
         )
     return Sample(documents=documents, tokens=tokens, rows=rows, counts=counts, tally=tally)
 

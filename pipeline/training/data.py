@@ -163,9 +163,9 @@ def _online(config: TrainConfig) -> Generator[Tokenized, None, TrainingData]:
     if len(train) == 0:
         raise UsageError(
             f"no training sequence in {len(reading.corpus)} documents: they are held out, shorter than "
-            "rendering.min_tokens, or have a prompt and more tokens than rendering.window",
+            "rendering.min_tokens, or have a prompt that fills rendering.window",
             where="corpus",
-            fix="check the field that holds the text, heldout.fraction, and rendering: min_tokens, window, too_long",
+            fix="check the field that holds the text, rendering.min_tokens, rendering.window and heldout.fraction",
         )
     return TrainingData(
         train=train,

@@ -21,7 +21,8 @@ class Fact(Enum):
     OWN_END = auto()  # ends with the end token: gets no second one
     MOVED_ENDS = auto()  # has tokens made from several characters, and they end after the last of these
     BORDER_CUT = auto()  # prompt and text would have merged: each is tokenised for itself
-    LEFT_OUT = auto()  # has a prompt and more tokens than a window: left out
+    TEXT_CUT = auto()  # has a prompt and more tokens than a window: ends with the window
+    LEFT_OUT = auto()  # the same, and the prompt alone fills the window: left out
     PROMPT_CUT = auto()  # the same: the prompt loses its beginning
     WINDOWED = auto()  # the same: later windows do not show how the prompt began
     BORDER_MERGED = auto()  # prompt and text merge and cannot be told apart
@@ -36,6 +37,7 @@ PLAN_KEYS: Mapping[Fact, str] = {
     Fact.OWN_END: "end_token",
     Fact.MOVED_ENDS: "token_end",
     Fact.BORDER_CUT: "prompt_border",
+    Fact.TEXT_CUT: "too_long",
     Fact.LEFT_OUT: "too_long",
     Fact.PROMPT_CUT: "too_long",
 }
@@ -55,10 +57,13 @@ _SENTENCES: Mapping[Fact, str] = {
     Fact.OWN_END: "end{s} with the end token: no second one is put behind",
     Fact.BORDER_CUT: "would merge prompt and text into one token: each is tokenised for itself, as a prompt is when "
     "a model answers it",
-    Fact.LEFT_OUT: f"{_LONGER} left out; other ways: a longer window, rendering.too_long: cut_prompt or window",
+    Fact.TEXT_CUT: f"{_LONGER} read up to there, since the rest would not show how the prompt began; a longer window "
+    "keeps them whole",
+    Fact.LEFT_OUT: "with a prompt that fills rendering.window {is} left out; a longer window keeps them, "
+    "rendering.too_long: cut_prompt their ends",
     Fact.PROMPT_CUT: f"{_LONGER} read without the beginning of the prompt",
     Fact.WINDOWED: f"{_LONGER} learned in windows that do not show how the prompt began; rendering.too_long: drop "
-    "leaves out such documents",
+    "leaves out such windows",
     Fact.BORDER_MERGED: "merge{s} prompt and text, and this tokenizer cannot spell them apart: a student learns tokens "
     "there that no prompt alone ends with",
     Fact.SPECIAL_TOKENS: "spell{s} special tokens, which are read as such ({tokens}): right for rendered "
@@ -88,7 +93,7 @@ class Tally:
             met: facts that the corpus holds, counted or not.
         """
         common = self.special.most_common(COMMON_TOKENS)
-        tokens = ", ".join(f"{names.get(token, token)} {round(count * scale):,} times" for token, count in common)
+        tokens = ", ".join(f"{names.get(token, token)}: {round(count * scale):,}" for token, count in common)
         counts = {fact: round(self.documents[fact] * scale) for fact in (*met, *self.documents)}
         return tuple(
             f"{_documents(counts[fact], about=scale > 1)} "

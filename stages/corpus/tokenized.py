@@ -140,4 +140,6 @@ def _fitted(tokenized: TokenizedDocument, rendering: Rendering) -> TokenizedDocu
     if rendering.too_long == "cut_prompt" and tokenized.prompt - begin > surplus:
         kept = np.r_[:begin, begin + surplus : len(tokenized.tokens)]
         return tokenized.taking(kept, prompt=tokenized.prompt - surplus).noting({Fact.PROMPT_CUT: True})
-    return tokenized.taking(np.empty(0, dtype=np.int64), prompt=0).noting({Fact.LEFT_OUT: True})
+    if tokenized.prompt < rendering.window:
+        return tokenized.taking(np.arange(rendering.window), prompt=tokenized.prompt).noting({Fact.TEXT_CUT: True})
+    return tokenized.taking(np.arange(0), prompt=0).noting({Fact.LEFT_OUT: True})

@@ -186,11 +186,12 @@ def test_a_document_longer_than_a_window(bos: int | None, tiny_tokenizer_dir: Pa
         for too_long in ("drop", "cut_prompt", "window")
     }
     assert {way: found.facts - whole.facts for way, found in ways.items()} == {
-        "drop": {Fact.LEFT_OUT},
+        "drop": {Fact.TEXT_CUT},
         "cut_prompt": {Fact.PROMPT_CUT},
         "window": {Fact.WINDOWED},
     }
-    assert len(ways["drop"].tokens) == 0
+    np.testing.assert_array_equal(ways["drop"].tokens, whole.tokens[:window])
+    assert ways["drop"].prompt == whole.prompt
     np.testing.assert_array_equal(ways["window"].tokens, whole.tokens)
     cut_document = ways["cut_prompt"]
     begin = [] if bos is None else [bos]
@@ -201,12 +202,21 @@ def test_a_document_longer_than_a_window(bos: int | None, tiny_tokenizer_dir: Pa
     assert cut_document.token_end_byte[-1] == len("".join(LONG).encode())
 
 
-def test_a_text_that_fills_the_window_alone_is_left_out_of_a_cut(tiny_tokenizer_dir: Path) -> None:
+def test_windows_that_prompt_or_text_fill_alone(tiny_tokenizer_dir: Path) -> None:
+    """A prompt that fills one leaves no row, unless its beginning may go; a text that fills one cannot be helped."""
     tokenizer = load_tokenizer(tiny_tokenizer_dir)
-    text = len(tokenizer(LONG[1])["input_ids"])
-    fits = document_of(*LONG, tokenizer, window=text + 1, too_long="cut_prompt")
-    assert (fits.prompt, len(fits.tokens)) == (1, text + 1)
-    assert document_of(*LONG, tokenizer, window=text, too_long="cut_prompt").facts >= {Fact.LEFT_OUT}
+    prompt, text = (len(tokenizer(part)["input_ids"]) for part in LONG)
+
+    def read(window: int, too_long: str, prompt: str = LONG[0]) -> tuple[int, int, set[Fact]]:
+        found = document_of(prompt, LONG[1], tokenizer, window=window, too_long=too_long)
+        return found.prompt, len(found.tokens), set(found.facts)
+
+    assert read(prompt, "drop") == (0, 0, {Fact.LEFT_OUT})
+    assert read(prompt + 1, "drop") == (prompt, prompt + 1, {Fact.TEXT_CUT})
+    assert read(text + 1, "cut_prompt") == (1, text + 1, {Fact.PROMPT_CUT})
+    assert read(text, "cut_prompt") == (0, 0, {Fact.LEFT_OUT})
+    short = "4711"
+    assert read(text, "cut_prompt", short)[2] == read(text, "drop", short)[2] == {Fact.TEXT_CUT}
 
 
 @pytest.mark.parametrize("too_long", ["drop", "cut_prompt", "window"])
