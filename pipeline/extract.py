@@ -50,7 +50,8 @@ def extract(config: ExtractConfig, *, limit: int | None = None) -> Iterator[Even
     todo = _from_own_place(writer.missing())
     chosen = todo[:limit]
     shards = len(planned.plan.shards())
-    yield Started(store=str(files), shards=shards, missing=len(todo), rows=expected_rows(planned, todo))
+    rows = expected_rows(planned, todo)
+    yield Started(store=str(files), shards=shards, missing=len(todo), rows=rows, notes=planned.notes)
     if chosen:
         teacher = teacher or load_teacher(planned)
         yield from first_row(planned, teacher, chosen, meter)

@@ -6,7 +6,7 @@ Data path: run or model directory and a prompt -> **answer**. Greedy, so that th
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.evaluate import model_directory
-from pipeline.runs import find_record
+from pipeline.runs import find_record, learned_rendering
+from stages.corpus import Document
+from stages.corpus.rendering import Rendering
+from stages.corpus.tokenize import resolve_special
+from stages.corpus.tokenized import tokenize
 from stages.corpus.tokenizer import load_tokenizer
 from stages.devices import resolve_device, resolve_dtype
 from stages.models.files import find_model, load_config, quiet
@@ -23,6 +27,7 @@ from stages.models.load import attention_for, load_model, memory_told
 from stages.models.special_tokens import SpecialTokens
 from stages.training.run import read_record
 from storage.errors import UsageError
+from storage.values import Json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +39,43 @@ class Answer:
     text: str
     tokens: int
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Question:
+    """A prompt, whether it is a turn of a conversation, and how the documents were rendered that the student knows."""
+
+    text: str
+    chat: bool
+    rendering: Mapping[str, Json]
+
+    def ids(self, tokenizer: PreTrainedTokenizerBase, *, where: str) -> list[int]:
+        """Return token ids as documents that begin with this text have them.
+
+        Raises:
+            UsageError: there are none, or no chat template.
+        """
+        text = self.text
+        if self.chat:
+            if not tokenizer.chat_template:
+                raise UsageError("the tokenizer has no chat template", where=where, fix="ask without --chat")
+            turns = [{"role": "user", "content": text}]
+            text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        policy = "auto" if "bos" not in self.rendering else "never" if self.rendering["bos"] is None else "always"
+        as_text = self.rendering.get("special_tokens") == "text" and not self.chat  # a template has special tokens
+        rendering = Rendering(
+            window=1,
+            overlap=0,
+            min_tokens=1,
+            bos=resolve_special(tokenizer, policy, eos=False)[0],
+            eos=None,
+            vocab_size=len(tokenizer),
+            special_tokens="text" if as_text else "parse",
+        )
+        (document,) = tokenize([Document.of(0, "", text)], tokenizer, rendering)
+        if not len(document.tokens):
+            raise UsageError("the prompt is empty", where="PROMPT", fix="give some text to continue")
+        return [int(index) for index in document.tokens]
 
 
 def generate(
@@ -63,8 +105,9 @@ def generate(
     directory = find_model(str(model_directory(path)), fetch=False).directory
     directories = {"student": directory, **({"teacher": teacher_directory(path)} if teacher else {})}
     torch_device = resolve_device(device)
+    question = _Question(text=prompt, chat=chat, rendering=learned_rendering(path))
     for role, model in directories.items():
-        yield _answer(role, model, prompt, chat=chat, limit=max_new_tokens, device=torch_device, dtype=dtype)
+        yield _answer(role, model, question, limit=max_new_tokens, device=torch_device, dtype=dtype)
 
 
 def teacher_directory(path: Path) -> Path:
@@ -87,13 +130,11 @@ def teacher_directory(path: Path) -> Path:
 
 
 @torch.inference_mode()
-def _answer(
-    role: str, directory: Path, prompt: str, *, chat: bool, limit: int, device: torch.device, dtype: str
-) -> Answer:
+def _answer(role: str, directory: Path, question: _Question, *, limit: int, device: torch.device, dtype: str) -> Answer:
     began = time.perf_counter()
     tokenizer = load_tokenizer(directory)
-    ids = _prompt_ids(tokenizer, prompt, chat=chat, where=str(directory))
-    files = find_model(str(directory))
+    ids = question.ids(tokenizer, where=str(directory))
+    files = find_model(str(directory), fetch=False)
     attention = attention_for(load_config(files), "sdpa", key="attention")
     with memory_told(str(directory), "use a larger device"):
         model: Any = load_model(files, dtype=resolve_dtype(dtype, device), attention=attention).to(device)  # type: ignore[arg-type]
@@ -116,17 +157,3 @@ def _answer(
         tokens=len(new),
         seconds=time.perf_counter() - began,
     )
-
-
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool, where: str) -> list[int]:
-    if chat:
-        if not tokenizer.chat_template:
-            raise UsageError("the tokenizer has no chat template", where=where, fix="ask without --chat")
-        turns = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    else:
-        ids = tokenizer(prompt)["input_ids"]
-    if not ids:
-        raise UsageError("the prompt is empty", where="PROMPT", fix="give some text to continue")
-    return [int(index) for index in ids]

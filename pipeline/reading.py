@@ -13,7 +13,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from pipeline.config.base import section
 from pipeline.config.extract import RenderingConfig, SourceConfig, TeacherConfig
 from stages.corpus import Corpus, SourceSpec, open_corpus
-from stages.corpus.tokenize import Rendering, resolve_special
+from stages.corpus.rendering import Rendering
+from stages.corpus.tokenize import resolve_special
 from stages.corpus.tokenizer import load_tokenizer, real_tokens
 from stages.models.files import ModelDirectory, find_model, load_config, position_limit
 from stages.models.load import attention_for
@@ -82,6 +83,8 @@ def open_reading(
             bos=bos,
             eos=eos,
             vocab_size=vocab_size,
+            too_long=rendering.too_long,
+            special_tokens=rendering.special_tokens,
         ),
     )
 

@@ -65,6 +65,21 @@ def find_record(path: Path) -> Path | None:
     return None
 
 
+def learned_rendering(path: Path) -> Mapping[str, Json]:
+    """Return how the documents were rendered that a run learned from; empty if that is not known.
+
+    Args:
+        path: run or model directory.
+
+    Raises:
+        UsageError: the run's record is damaged.
+    """
+    record = find_record(path)
+    learned_from = {} if record is None else read_record(record)["store"]
+    found = learned_from.get("rendering", learned_from.get("identity", {}).get("rendering"))
+    return found if isinstance(found, dict) else {}
+
+
 def warn_if_trained_on(path: Path, plan: Plan, documents: Sequence[int]) -> str | None:
     """Say whether a run may have learned from documents that it is to be scored on.
 

@@ -75,7 +75,14 @@ class RenderingConfig(Model):
     bos: Literal["auto", "always", "never"] = "auto"
     """Begin-of-sequence token before each document. auto: as the tokenizer does by itself."""
     eos: bool = True
-    """End-of-sequence token after each document."""
+    """End-of-sequence token after each document. One that has its begin or end token in its text gets no second one."""
+    special_tokens: Literal["parse", "text"] = "parse"
+    """Special tokens that a text spells: parse reads them as such, which rendered conversations need; text reads them
+    as the characters that they are, which is right for prose about them."""
+    too_long: Literal["drop", "cut_prompt", "window"] = "drop"
+    """What becomes of a document with a prompt that has more tokens than a window. drop leaves out what is beyond the
+    window, and the whole document if its prompt fills it; cut_prompt leaves out the beginning of the prompt where that
+    is enough; window learns the text in later windows too, which do not show how the prompt began."""
     min_tokens: Positive = 2
     """Shorter documents and windows are left out."""
 

@@ -16,12 +16,13 @@ if TYPE_CHECKING:  # imports the model libraries
 
 @dataclass(frozen=True, kw_only=True)
 class Started:
-    """The plan is written. `missing` of `shards` shards are left, about `rows` rows."""
+    """The plan is written. `missing` of `shards` shards are left, about `rows` rows; `notes` are about the corpus."""
 
     store: str
     shards: int
     missing: int
     rows: int
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,9 @@ from pipeline.extraction.rates import RateKey, read_rate
 from pipeline.extraction.survey import Sample, take_sample
 from pipeline.reading import Reading, open_reading, require_hidden_states
 from stages.corpus import Corpus
-from stages.corpus.tokenize import Rendering
+from stages.corpus.rendering import Rendering
+from stages.corpus.scan import facts_for_plan
+from stages.corpus.tokenized import special_names
 from stages.corpus.tokenizer import tokenizer_files, tokenizer_identity
 from stages.devices import dtype_name, resolve_device, resolve_dtype
 from stages.input_files import FileState, file_sha256
@@ -61,6 +63,7 @@ class Extraction:
         sample: what a fixed sample of documents holds.
         remap: token id of each frequency rank [V].
         tokenizer_files: content by name.
+        notes: what the corpus holds that a user should know of, in sentences.
         teacher_files: the teacher's files as they were before they were hashed; none where they were not.
     """
 
@@ -75,6 +78,7 @@ class Extraction:
     sample: Sample
     remap: NDArray[np.uint32]
     tokenizer_files: dict[str, bytes]
+    notes: tuple[str, ...]
     teacher_files: tuple[FileState, ...]
 
     def scaled(self, sampled: int) -> int:
@@ -110,6 +114,7 @@ class Estimate:
         rate_source: `measured` by an earlier extraction with this teacher here, `given`, or None.
         seconds: None if the rate is unknown.
         teacher, device, dtype: what would run where.
+        notes: what the corpus holds that a user should know of, in sentences; counts are extrapolated like the rest.
     """
 
     documents: int
@@ -128,6 +133,7 @@ class Estimate:
     teacher: str
     device: str
     dtype: str
+    notes: tuple[str, ...]
 
 
 def build_plan(config: ExtractConfig) -> Extraction:
@@ -171,6 +177,7 @@ def estimate(config: ExtractConfig, *, tokens_per_second: float | None = None) -
         teacher=planned.model.name,
         device=str(planned.device),
         dtype=dtype_name(planned.dtype),
+        notes=planned.notes,
     )
 
 
@@ -207,6 +214,7 @@ def _planned(config: ExtractConfig, *, weights: bool) -> Extraction:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.teacher.dtype, device)
     sample = take_sample(reading.corpus, reading.tokenizer, reading.rendering)
+    facts = facts_for_plan(reading.corpus, reading.tokenizer, reading.rendering) if weights else frozenset()
     states: tuple[FileState, ...] = ()
     teacher: dict[str, Json] = {}
     if weights:
@@ -229,7 +237,7 @@ def _planned(config: ExtractConfig, *, weights: bool) -> Extraction:
         vocab_size=vocab_size,
         corpus=tuple(source.identity for source in reading.corpus.sources),
         documents=len(reading.corpus),
-        rendering=reading.rendering.to_plan(),
+        rendering=reading.rendering.to_plan(facts),
         target=target,
         heldout=HeldoutRule(fraction=config.heldout.fraction, seed=config.heldout.seed),
         documents_per_shard=_number(config.documents_per_shard)
@@ -251,6 +259,9 @@ def _planned(config: ExtractConfig, *, weights: bool) -> Extraction:
         sample=sample,
         remap=remap,
         tokenizer_files=files,
+        notes=sample.tally.sentences(
+            special_names(reading.tokenizer), scale=len(reading.corpus) / sample.documents, met=facts
+        ),
         teacher_files=states,
     )
 

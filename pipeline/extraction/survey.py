@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from stages.corpus import Corpus
-from stages.corpus.tokenize import Rendering, render
+from stages.corpus.facts import Fact, Tally
+from stages.corpus.rendering import Rendering
+from stages.corpus.tokenize import render
 from storage.errors import UsageError
 
 SAMPLE_TOKENS = 200_000
@@ -28,12 +30,14 @@ class Sample:
     Attributes:
         documents, tokens, rows: how much was sampled.
         counts: int64 [V], how often each token id occurs in it.
+        tally: what a user should know of, over these documents.
     """
 
     documents: int
     tokens: int
     rows: int
     counts: NDArray[np.int64]
+    tally: Tally
 
 
 def take_sample(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> Sample:
@@ -44,8 +48,9 @@ def take_sample(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, rendering: R
     """
     counts = np.zeros(rendering.vocab_size, dtype=np.int64)
     documents = tokens = rows = 0
+    tally = Tally()
     for numbers in sample_rounds(len(corpus)):
-        for sequence in render(corpus.documents(numbers), tokenizer, rendering):
+        for sequence in render(corpus.documents(numbers), tokenizer, rendering, tally):
             counts += np.bincount(sequence.tokens, minlength=rendering.vocab_size)
             tokens += len(sequence)
             rows += int(sequence.has_row.sum())
@@ -54,11 +59,12 @@ def take_sample(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, rendering: R
             break
     if rows == 0:
         raise UsageError(
-            f"no target row in {documents} documents: each is shorter than rendering.min_tokens or than two tokens",
+            f"no target row in {documents} documents: {tally.documents[Fact.LEFT_OUT]} have a prompt that fills "
+            "rendering.window, the others are shorter than rendering.min_tokens or than two tokens",
             where="corpus",
-            fix="check the field that holds the text, and rendering.min_tokens",
+            fix="check the field that holds the text, rendering.window and rendering.min_tokens",
         )
-    return Sample(documents=documents, tokens=tokens, rows=rows, counts=counts)
+    return Sample(documents=documents, tokens=tokens, rows=rows, counts=counts, tally=tally)
 
 
 def sample_rounds(count: int) -> Iterator[list[int]]:

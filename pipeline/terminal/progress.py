@@ -158,6 +158,8 @@ def tell_extract(event: extract_events.Event, screen: Display) -> None:
     """Tell one event of phase 1."""
     if isinstance(event, extract_events.Started):
         screen.line(f"store {event.store}: {event.missing} of {event.shards} shards to do, about {event.rows:,} rows")
+        for note in event.notes:
+            screen.line(note)
     elif isinstance(event, extract_events.FirstRow):
         screen.line(first_row_text(event))
     elif isinstance(event, extract_events.Progress):
@@ -203,6 +205,8 @@ def tell_train(event: train_events.Event, screen: Display) -> None:
         rate = f"{event.tokens / max(event.seconds, 1e-9):,.0f} tokens/s  {duration_text(event.seconds_left)} left"
         done = f"{event.documents:,} of {event.total:,} documents tokenised"
         screen.advance(event.documents, event.total, f"{done}  {rate}")
+        for note in event.notes:
+            screen.line(note)
     elif isinstance(event, train_events.Started):
         size = f"{event.parameters / 1e6:,.1f}M parameters, {event.dtype} on {event.device}"
         resumed = f", resuming after step {event.step}" if event.step else ""

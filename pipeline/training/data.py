@@ -6,6 +6,7 @@ Data path: TrainConfig -> **sequences of both splits, tokenizer, identity** -> o
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ from pipeline.config.train import TrainConfig
 from pipeline.reading import Reading, open_reading, require_hidden_states
 from stages.batches.corpus import Tokenized, split_corpus
 from stages.batches.steps import SequenceSource
+from stages.corpus.facts import Tally
 from stages.corpus.tokenize import render
+from stages.corpus.tokenized import special_names
 from stages.corpus.tokenizer import tokenizer_files, tokenizer_identity
 from stages.devices import resolve_device, resolve_dtype
 from stages.input_files import FileState
@@ -119,6 +122,7 @@ def _stored(config: TrainConfig, path: Path) -> TrainingData:
             "id": plan.store_id,
             "path": str(path.absolute()),
             "teacher": plan.recorded.get("teacher", {}),
+            "rendering": dict(plan.rendering),
         },
         store=reader,
     )
@@ -135,27 +139,38 @@ def _online(config: TrainConfig) -> Generator[Tokenized, None, TrainingData]:
     reading = open_reading(config.corpus, rendering, config.teacher_model, weights=with_teacher, key=TEACHER_KEY)
     rule = HeldoutRule(**(config.heldout or HeldoutConfig()).model_dump())
     files = tokenizer_files(reading.model.directory)
+    states = file_states(reading.model) if with_teacher else ()
+    tally = Tally()
+    documents = reading.corpus.documents(range(len(reading.corpus)))
+    sequences = render(documents, reading.tokenizer, reading.rendering, tally)
+    began = time.perf_counter()
+    train, heldout = yield from split_corpus(sequences, rule, documents=len(reading.corpus))
+    if notes := tally.sentences(special_names(reading.tokenizer)):
+        yield Tokenized(
+            documents=len(reading.corpus),
+            total=len(reading.corpus),
+            tokens=train.tokens + heldout.tokens,
+            seconds=time.perf_counter() - began,
+            seconds_left=0.0,
+            notes=notes,
+        )
     identity = {
         "corpus": [dict(source.identity) for source in reading.corpus.sources],
         "tokenizer": tokenizer_identity(reading.tokenizer, files, reading.vocab_size),
         "vocab_size": reading.vocab_size,
-        "rendering": reading.rendering.to_plan(),
+        "rendering": reading.rendering.to_plan(tally.documents),
         "heldout": vars(rule),
     }
     order_digest = _digest(identity)
-    states = file_states(reading.model) if with_teacher else ()
     if with_teacher:
         identity["teacher"] = _teacher_identity(config, reading)
     digest = _digest(identity)
-    documents = reading.corpus.documents(range(len(reading.corpus)))
-    sequences = render(documents, reading.tokenizer, reading.rendering)
-    train, heldout = yield from split_corpus(sequences, rule, documents=len(reading.corpus))
     if len(train) == 0:
         raise UsageError(
-            f"no training sequence in {len(reading.corpus)} documents: they are held out, or shorter than "
-            "rendering.min_tokens",
+            f"no training sequence in {len(reading.corpus)} documents: they are held out, shorter than "
+            "rendering.min_tokens, or have a prompt that fills rendering.window",
             where="corpus",
-            fix="check the field that holds the text, rendering.min_tokens and heldout.fraction",
+            fix="check the field that holds the text, rendering.min_tokens, rendering.window and heldout.fraction",
         )
     return TrainingData(
         train=train,

@@ -26,13 +26,17 @@ TOKENS_BETWEEN_EVENTS = 1 << 20  # a second or so of tokenisation
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenized:
-    """How far a corpus is read: `documents` of `total`, and `tokens` of them. `seconds` are since the first."""
+    """How far a corpus is read: `documents` of `total`, and `tokens` of them. `seconds` are since the first.
+
+    The last one of a corpus has `notes`: what it holds that a user should know of, in sentences.
+    """
 
     documents: int
     total: int
     tokens: int
     seconds: float
     seconds_left: float
+    notes: tuple[str, ...] = ()
 
 
 class TokenizedCorpus:

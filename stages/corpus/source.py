@@ -16,6 +16,7 @@ from storage.errors import UsageError
 from storage.values import Json
 
 READ_AHEAD = 256  # documents per read of a source
+BYTE_ORDER_MARK = "\ufeff"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +34,25 @@ class SourceSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One item of the corpus: its number, its text, and how many characters of that are a prompt."""
+    """One item of the corpus.
+
+    Attributes:
+        number: its index in the corpus.
+        text: prompt and what follows it, without the byte order mark that a source may have put before either.
+        prompt: how many characters of the text are a prompt.
+        byte_order_mark: whether there was one.
+    """
 
     number: int
     text: str
     prompt: int = 0
+    byte_order_mark: bool = False
+
+    @classmethod
+    def of(cls, number: int, prompt: str, text: str) -> Document:
+        """Join a prompt, which may be empty, and the text behind it."""
+        parts = [part.removeprefix(BYTE_ORDER_MARK) for part in (prompt, text)]
+        return cls(number=number, text="".join(parts), prompt=len(parts[0]), byte_order_mark=parts != [prompt, text])
 
 
 class Source(Protocol):
@@ -129,7 +144,7 @@ class Corpus:
             )
             for number in wanted:
                 prompt, text = pairs[number - wanted[0]]
-                yield Document(number=number, text=prompt + text, prompt=len(prompt))
+                yield Document.of(number, prompt, text)
 
     def _runs(self, numbers: Iterable[int]) -> Iterator[tuple[int, list[int]]]:
         """Split rising numbers into runs within one source that span at most READ_AHEAD documents."""

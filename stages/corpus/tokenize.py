@@ -1,55 +1,25 @@
 """Documents become token windows: the sequences that the teacher sees.
 
-Data path: Document -> **TokenWindow** -> teacher. Every function here is a pure function of document and rendering.
+Data path: Document -> TokenizedDocument -> **TokenWindow** -> teacher. Windows are a pure function of document and
+rendering.
 
-Axis legend: T tokens of a document or of one window, C characters of a text.
+Axis legend: T tokens of a document or of one window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from stages.corpus.facts import Tally
+from stages.corpus.rendering import Rendering
 from stages.corpus.source import Document
+from stages.corpus.tokenized import TokenizedDocument, tokenize
 from storage.errors import UsageError
-from storage.segments import row_starts
-from storage.values import Json
-
-DOCUMENTS_PER_CALL = 64  # the tokenizer works on lists in parallel
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rendering:
-    """How a document becomes windows.
-
-    Attributes:
-        window, overlap, min_tokens: in tokens.
-        bos, eos: token ids, or None for no such token.
-        vocab_size: ids that the teacher has embeddings for lie below it.
-    """
-
-    window: int
-    overlap: int
-    min_tokens: int
-    bos: int | None
-    eos: int | None
-    vocab_size: int
-
-    def to_plan(self) -> dict[str, Json]:
-        """Return the `rendering` field of a plan, which holds `vocab_size` elsewhere."""
-        return {
-            "input": "text",
-            "window": self.window,
-            "overlap": self.overlap,
-            "min_tokens": self.min_tokens,
-            "bos": self.bos,
-            "eos": self.eos,
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,33 +65,51 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def render(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, rendering: Rendering
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    rendering: Rendering,
+    tally: Tally | None = None,
 ) -> Iterator[TokenWindow]:
     """Yield the windows of each document in order; documents and windows below `min_tokens` are left out.
+
+    Args:
+        tally: counts each document before its first window is yielded.
 
     Raises:
         UsageError: the tokenizer gives an id that the teacher has no embedding for.
     """
-    for document, tokens_T, end_byte_T, prompt in tokenize(documents, tokenizer, rendering):
-        if len(tokens_T) and int(tokens_T.max()) >= rendering.vocab_size:
-            raise UsageError(
-                f"token id {int(tokens_T.max())} is beyond the teacher's {rendering.vocab_size} embeddings",
-                where=f"document {document.number}",
-                fix="use the tokenizer that belongs to the teacher",
+    for tokenized in tokenize(documents, tokenizer, rendering):
+        if tally is not None:
+            tally.add(tokenized.facts, tokenized.special)
+        yield from cut(tokenized, rendering)
+
+
+def cut(tokenized: TokenizedDocument, rendering: Rendering) -> Iterator[TokenWindow]:
+    """Yield the windows of one document; it or a window below `min_tokens` is left out.
+
+    Raises:
+        UsageError: an id that the teacher has no embedding for.
+    """
+    tokens_T = tokenized.tokens
+    if len(tokens_T) and int(tokens_T.max()) >= rendering.vocab_size:
+        raise UsageError(
+            f"token id {int(tokens_T.max())} is beyond the teacher's {rendering.vocab_size} embeddings",
+            where=f"document {tokenized.document.number}",
+            fix="use the tokenizer that belongs to the teacher",
+        )
+    if len(tokens_T) < rendering.min_tokens:
+        return
+    for start, end, first_row in windows(len(tokens_T), rendering.window, rendering.overlap):
+        has_row_T = np.zeros(end - start, dtype=np.bool_)
+        has_row_T[max(first_row, tokenized.prompt - 1) - start : -1] = True
+        if end - start >= rendering.min_tokens and has_row_T.any():
+            yield TokenWindow(
+                document=tokenized.document.number,
+                window_start=start,
+                tokens=tokens_T[start:end],
+                token_end_byte=tokenized.token_end_byte[start:end],
+                has_row=has_row_T,
             )
-        if len(tokens_T) < rendering.min_tokens:
-            continue
-        for start, end, first_row in windows(len(tokens_T), rendering.window, rendering.overlap):
-            has_row_T = np.zeros(end - start, dtype=np.bool_)
-            has_row_T[max(first_row, prompt - 1) - start : -1] = True
-            if end - start >= rendering.min_tokens and has_row_T.any():
-                yield TokenWindow(
-                    document=document.number,
-                    window_start=start,
-                    tokens=tokens_T[start:end],
-                    token_end_byte=end_byte_T[start:end],
-                    has_row=has_row_T,
-                )
 
 
 def windows(tokens: int, window: int, overlap: int) -> Iterator[tuple[int, int, int]]:
@@ -139,52 +127,3 @@ def windows(tokens: int, window: int, overlap: int) -> Iterator[tuple[int, int, 
             return
         predicted = end
         start = end - overlap
-
-
-def tokenize(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, rendering: Rendering
-) -> Iterator[tuple[Document, NDArray[np.uint32], NDArray[np.uint32], int]]:
-    """Yield each document with its token ids uint32 [T], token_end_byte uint32 [T], and how many tokens are prompt.
-
-    Begin and end tokens are included; the begin token ends at byte 0, the end token at the last byte of the text. A
-    token that reaches beyond the prompt is not part of it.
-    """
-    stream = iter(documents)
-    while batch := list(islice(stream, DOCUMENTS_PER_CALL)):
-        encoded = tokenizer(
-            [document.text for document in batch],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            return_offsets_mapping=True,
-            verbose=False,  # no warning that a document is longer than the model's context: windows see to that
-        )
-        for document, ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            byte_of_C = character_bytes(document.text)
-            offsets_T2 = np.array(offsets, dtype=np.int64).reshape(-1, 2)
-            ends = end_bytes(offsets_T2, byte_of_C)
-            head = [] if rendering.bos is None else [rendering.bos]
-            tail = [] if rendering.eos is None else [rendering.eos]
-            tokens_T = np.array([*head, *ids, *tail], dtype=np.uint32)
-            end_byte_T = np.concatenate([[0] * len(head), ends, [byte_of_C[-1]] * len(tail)]).astype(np.uint32)
-            prompt = int((offsets_T2[:, 1] <= document.prompt).sum()) if document.prompt else 0
-            yield document, tokens_T, end_byte_T, len(head) + prompt
-
-
-def character_bytes(text: str) -> NDArray[np.int64]:
-    """Return where each character begins in the text's UTF-8 form, int64 [C+1]; the last value is its length."""
-    points_C = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-    sizes_C = 1 + (points_C >= 0x80).astype(np.int64) + (points_C >= 0x800) + (points_C >= 0x10000)
-    return row_starts(sizes_C)
-
-
-def end_bytes(offsets_T2: NDArray[np.int64], byte_of_C: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the end of each token in bytes [T] from its offsets in characters [T, 2].
-
-    Several tokens may share one character (byte-level tokens of a character beyond ASCII): all but the last of them
-    end where the character begins, because until then it is not complete.
-    """
-    start_T, end_T = offsets_T2[:, 0], offsets_T2[:, 1].copy()
-    if len(end_T) > 1:
-        end_T[:-1] = np.where(start_T[1:] < end_T[:-1], start_T[1:], end_T[:-1])
-    return byte_of_C[np.maximum.accumulate(end_T)] if len(end_T) else end_T

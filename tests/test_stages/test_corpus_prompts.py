@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
+from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pipeline.config.extract import SourceConfig
 from stages.corpus import SourceSpec, open_corpus
+from stages.corpus.facts import Fact
+from stages.corpus.rendering import Rendering
 from stages.corpus.source import Document, Prompted
-from stages.corpus.tokenize import Rendering, TokenWindow, render
+from stages.corpus.tokenize import TokenWindow, cut, render
+from stages.corpus.tokenized import TokenizedDocument, tokenize
 from stages.corpus.tokenizer import load_tokenizer
 from storage.errors import UsageError
 
+RULES: dict[str, Any] = {"overlap": 0, "min_tokens": 1, "vocab_size": 512}
 PAIRS = [
     ("What is a class?", " A class – naïve 語🙂 – is a kind."),
     ("", "no prompt at all here"),
@@ -101,11 +108,120 @@ def test_windows_inside_the_prompt_are_left_out(overlap: int, tiny_tokenizer_dir
         assert rows == {at for at in expected if (at + 1) % 16}
 
 
-def test_a_token_across_the_border_belongs_to_the_text(tiny_tokenizer_dir: Path) -> None:
+def merging_tokenizer(*, prefix_space: bool) -> PreTrainedTokenizerBase:
+    """Letters, ".memory" and "s." as single tokens; with a prefix space, every text begins with one."""
+    letters = sorted(set("usememory. add▁"))
+    merges, vocabulary = [], [*letters, "</s>"]
+    for word in (".memory", "s."):
+        for end in range(2, len(word) + 1):
+            merges.append((word[: end - 1], word[end - 1]))
+            vocabulary.append(word[:end])
+    model = BPE(vocab={token: index for index, token in enumerate(vocabulary)}, merges=merges)
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoders.Fuse()
+    if prefix_space:
+        prepend = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        tokenizer.normalizer = normalizers.Sequence(prepend)
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+def document_of(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> TokenizedDocument:
+    values = {"window": 512, "overlap": 0, "min_tokens": 1, "bos": None, "eos": None, "vocab_size": 512, **changes}
+    (found,) = tokenize([Document.of(0, prompt, answer)], tokenizer, Rendering(**values))
+    return found
+
+
+def test_prompt_and_text_that_would_merge_are_cut_where_they_meet() -> None:
+    tokenizer = merging_tokenizer(prefix_space=False)
+    prompt, answer = "use .", "memory.add"
+    assert ".memory" in tokenizer.tokenize(prompt + answer)
+    found = document_of(prompt, answer, tokenizer)
+    assert found.tokens.tolist() == tokenizer(prompt)["input_ids"] + tokenizer(answer)["input_ids"]
+    assert found.prompt == len(prompt)
+    assert found.facts == {Fact.BORDER_CUT}
+    assert found.token_end_byte.tolist() == list(range(1, len(prompt + answer) + 1))
+
+
+def test_prompt_and_text_that_do_not_merge_are_tokenised_together() -> None:
+    tokenizer = merging_tokenizer(prefix_space=False)
+    found = document_of("use ", ".memory.add", tokenizer)
+    assert found.tokens.tolist() == tokenizer("use .memory.add")["input_ids"]
+    assert found.facts == frozenset()
+
+
+def test_prompt_and_text_that_cannot_be_spelled_apart_are_told() -> None:
+    """A token across the border belongs to the text: the prompt must not tell of it."""
+    tokenizer = merging_tokenizer(prefix_space=True)
+    found = document_of("use .", "memory.add", tokenizer)
+    assert found.tokens.tolist() == tokenizer("use .memory.add")["input_ids"]
+    assert found.prompt == len("▁use▁")
+    assert found.facts == {Fact.BORDER_MERGED}
+
+
+@pytest.mark.parametrize("eos", [None, 1])
+@pytest.mark.parametrize(("prompt", "answer"), [*PAIRS, ("The stat", "ement"), ("naïve caf", "e\u0301!"), ("x ", "y")])
+def test_a_prompt_has_the_ids_that_it_has_alone(
+    prompt: str, answer: str, eos: int | None, tiny_tokenizer_dir: Path
+) -> None:
     tokenizer = load_tokenizer(tiny_tokenizer_dir)
-    text = "The statement"
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    token, (start, end) = next((index, span) for index, span in enumerate(offsets) if index and span[1] - span[0] > 1)
-    (sequence,) = windows_of(text[: end - 1], text[end - 1 :], tiny_tokenizer_dir)
-    assert start < end - 1
-    assert np.flatnonzero(sequence.has_row)[0] == token - 1
+    found = document_of(prompt, answer, tokenizer, bos=0, eos=eos)
+    alone = [0, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    assert found.tokens[: found.prompt].tolist() == alone
+    assert tokenizer.decode(found.tokens[1 : len(found.tokens) - (eos is not None)].tolist()) == prompt + answer
+
+
+LONG = ("code 4711. " * 12, "4711 it is")
+
+
+@pytest.mark.parametrize("bos", [None, 0])
+def test_a_document_longer_than_a_window(bos: int | None, tiny_tokenizer_dir: Path) -> None:
+    """No way of reading it, but the one that is asked for by name, has a row that does not see what it must."""
+    tokenizer = load_tokenizer(tiny_tokenizer_dir)
+    whole = document_of(*LONG, tokenizer, bos=bos, eos=1)
+    text_T = whole.tokens[whole.prompt :]
+    window = len(whole.tokens) - 5
+    ways = {
+        too_long: document_of(*LONG, tokenizer, bos=bos, eos=1, window=window, too_long=too_long)
+        for too_long in ("drop", "cut_prompt", "window")
+    }
+    assert {way: found.facts - whole.facts for way, found in ways.items()} == {
+        "drop": {Fact.TEXT_CUT},
+        "cut_prompt": {Fact.PROMPT_CUT},
+        "window": {Fact.WINDOWED},
+    }
+    np.testing.assert_array_equal(ways["drop"].tokens, whole.tokens[:window])
+    assert ways["drop"].prompt == whole.prompt
+    np.testing.assert_array_equal(ways["window"].tokens, whole.tokens)
+    cut_document = ways["cut_prompt"]
+    begin = [] if bos is None else [bos]
+    assert cut_document.tokens.tolist() == begin + whole.tokens[len(begin) + 5 :].tolist()
+    assert cut_document.tokens[cut_document.prompt :].tolist() == text_T.tolist()
+    (window_of_it,) = cut(cut_document, Rendering(**RULES, window=window, bos=bos, eos=1))
+    assert int(window_of_it.has_row.sum()) == len(text_T)
+    assert cut_document.token_end_byte[-1] == len("".join(LONG).encode())
+
+
+def test_windows_that_prompt_or_text_fill_alone(tiny_tokenizer_dir: Path) -> None:
+    """A prompt that fills one leaves no row, unless its beginning may go; a text that fills one cannot be helped."""
+    tokenizer = load_tokenizer(tiny_tokenizer_dir)
+    prompt, text = (len(tokenizer(part)["input_ids"]) for part in LONG)
+
+    def read(window: int, too_long: str, prompt: str = LONG[0]) -> tuple[int, int, set[Fact]]:
+        found = document_of(prompt, LONG[1], tokenizer, window=window, too_long=too_long)
+        return found.prompt, len(found.tokens), set(found.facts)
+
+    assert read(prompt, "drop") == (0, 0, {Fact.LEFT_OUT})
+    assert read(prompt + 1, "drop") == (prompt, prompt + 1, {Fact.TEXT_CUT})
+    assert read(text + 1, "cut_prompt") == (1, text + 1, {Fact.PROMPT_CUT})
+    assert read(text, "cut_prompt") == (0, 0, {Fact.LEFT_OUT})
+    short = "4711"
+    assert read(text, "cut_prompt", short)[2] == read(text, "drop", short)[2] == {Fact.TEXT_CUT}
+
+
+@pytest.mark.parametrize("too_long", ["drop", "cut_prompt", "window"])
+def test_documents_without_a_prompt_are_cut_into_windows(too_long: str, tiny_tokenizer_dir: Path) -> None:
+    tokenizer = load_tokenizer(tiny_tokenizer_dir)
+    found = document_of("", "".join(LONG), tokenizer, window=8, too_long=too_long)
+    assert found.tokens.tolist() == tokenizer("".join(LONG))["input_ids"]
+    assert found.facts == frozenset()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stages.corpus.facts import Fact
+from stages.corpus.offsets import character_bytes, end_characters
+from stages.corpus.rendering import Rendering
 from stages.corpus.source import Document
-from stages.corpus.tokenize import Rendering, TokenWindow, character_bytes, end_bytes, render, resolve_special, windows
+from stages.corpus.tokenize import TokenWindow, render, resolve_special, windows
+from stages.corpus.tokenized import tokenize
 from stages.corpus.tokenizer import load_tokenizer
 from storage.errors import UsageError
 
@@ -85,11 +91,11 @@ def test_token_ends_are_byte_positions_of_whole_characters(tiny_tokenizer_dir: P
         assert spelled.rstrip("\ufffd") == read.rstrip("\ufffd")
 
 
-def test_end_bytes_of_tokens_that_share_a_character() -> None:
+def test_ends_of_tokens_that_share_a_character() -> None:
     byte_of_C = character_bytes("a🙂b")
     assert byte_of_C.tolist() == [0, 1, 5, 6]
     offsets = np.array([[0, 1], [1, 2], [1, 2], [1, 2], [2, 3]])
-    assert end_bytes(offsets, byte_of_C).tolist() == [1, 1, 1, 5, 6]
+    assert byte_of_C[end_characters(offsets)].tolist() == [1, 1, 1, 5, 6]
 
 
 @given(st.text(max_size=40).filter(lambda text: text.isprintable()))
@@ -132,3 +138,43 @@ def test_rendering_does_not_depend_on_neighbours(tiny_tokenizer_dir: Path) -> No
 def test_an_id_beyond_the_teacher_is_refused(tiny_tokenizer_dir: Path) -> None:
     with pytest.raises(UsageError, match=r"token id \d+ is beyond the teacher's 300 embeddings"):
         sequences_of(TEXT, tiny_tokenizer_dir, vocab_size=300)
+
+
+SPELLED = {
+    "neither": ("The end", 1, 1),
+    "begin": ("<s>The end", 0, 1),
+    "end": ("The end</s>", 1, 0),
+    "both": ("<s>The end</s>", 0, 0),
+    "both, in white space": (" <s>The end</s>\n", 0, 0),
+    "the other way round": ("</s>The end<s>", 1, 1),
+    "inside": ("The <s>quick</s> end", 1, 1),
+    "end alone": ("</s>", 1, 0),
+}
+
+
+@pytest.mark.parametrize(("text", "begins", "ends"), SPELLED.values(), ids=SPELLED)
+def test_one_begin_and_one_end_token(text: str, begins: int, ends: int, tiny_tokenizer_dir: Path) -> None:
+    tokenizer = load_tokenizer(tiny_tokenizer_dir)
+    (found,) = tokenize([Document(number=0, text=text)], tokenizer, rendering(bos=0, eos=1, min_tokens=1))
+    assert found.tokens.tolist() == [0] * begins + tokenizer(text)["input_ids"] + [1] * ends
+    assert (Fact.OWN_BEGIN in found.facts, Fact.OWN_END in found.facts) == (not begins, not ends)
+    assert found.token_end_byte[-1] == len(text)
+    assert sum(found.special.values()) == len(re.findall("</?s>", text)) - (not begins) - (not ends)
+
+
+def test_one_token_that_is_begin_and_end_of_texts(tiny_tokenizer_dir: Path) -> None:
+    tokenizer = load_tokenizer(tiny_tokenizer_dir)
+    for text, wanted in (("a", [1, 1]), ("</s>a", [1, 1]), ("a</s>", [1, 1]), ("</s>a</s>", [1, 1]), ("</s>", [1])):
+        (found,) = tokenize([Document(number=0, text=text)], tokenizer, rendering(bos=1, eos=1, min_tokens=1))
+        assert [token for token in found.tokens.tolist() if token == 1] == wanted
+
+
+def test_special_tokens_in_prose_can_stay_text(tiny_tokenizer_dir: Path) -> None:
+    tokenizer, text = load_tokenizer(tiny_tokenizer_dir), "End a text with </s>"
+    for special_tokens, read in (("parse", 1), ("text", 0)):
+        rules = replace(rendering(bos=0, eos=1), special_tokens=special_tokens)
+        (found,) = tokenize([Document(number=0, text=text)], tokenizer, rules)
+        assert found.tokens.tolist().count(1) == 1  # its own, or the one that is put behind
+        assert (Fact.OWN_END in found.facts) == bool(read)
+        assert tokenizer.decode(found.tokens[1 : len(found.tokens) - 1 + read].tolist()) == text
+    assert tokenizer(text)["input_ids"][-1] == 1  # the tokenizer itself reads as ever
