@@ -23,6 +23,7 @@ from storage.values import (
     as_float,
     canonical_json,
     json_differences,
+    parse_json,
     require_fields,
     require_hash,
     require_list,
@@ -174,9 +175,9 @@ class Plan:
 
         Raises:
             UsageError: it is a whole plan, of another format version or with a codec that this version does not know.
-            ValueError, RecursionError: these are not the bytes of a plan.
+            ValueError: these are not the bytes of a plan.
         """
-        content = json.loads(data)
+        content = parse_json(data)
         require_section("plan.json", content)
         own = content.pop("sha256", None)
         if hashlib.sha256(canonical_json(content)).hexdigest() != own:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 
+from pipeline.config.loading import load_train
 from pipeline.inspect import RowText
 from pipeline.report.curves import Curves, calibration_plots, loss_plots, optimisation_plots, read_curves
 from pipeline.report.plots import PALETTE
@@ -87,11 +87,10 @@ def write_run_report(run: Path) -> Path:
     config_file = run / "config.yaml"
     if not config_file.is_file():
         raise UsageError("there is no training run here", where=str(run), fix="pipeline train CONFIG makes one")
-    text = config_file.read_text(encoding="utf-8")
+    config = load_train(config_file).model_dump(mode="json")
     curves = read_curves(run)
     if not curves.steps:
         raise UsageError("no step has been taken yet", where=str(run / "metrics.jsonl"))
-    config = yaml.safe_load(text)
     page = (
         _environment()
         .get_template("run.html.j2")
@@ -102,7 +101,7 @@ def write_run_report(run: Path) -> Path:
             curves=loss_plots({run.name: curves}, {run.name: 0}, ("loss", "ce", "kd")),
             optimisation=optimisation_plots(curves),
             run_facts=_run_facts(config, curves),
-            config=text,
+            config=config_file.read_text(encoding="utf-8"),
         )
     )
     return _write(run / "report.html", page)

@@ -35,7 +35,7 @@ def read_plan(files: Files) -> Plan | None:
         return None
     try:
         plan = Plan.from_json(data)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise damaged_plan(files, str(error)) from error
     return plan
 

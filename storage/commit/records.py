@@ -6,14 +6,13 @@ reader accepts exactly the bytes that a writer wrote. FORMAT.md lists the fields
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from storage.plan import FORMAT_VERSION, ShardSpec, Split
 from storage.rows import Counts
-from storage.values import Json, canonical_json, sha256
+from storage.values import Json, canonical_json, parse_json, sha256
 
 PLAN = "plan.json"
 REMAP = "remap"
@@ -199,14 +198,14 @@ def _signed(content: dict[str, Json]) -> bytes:
 
 def _read(kind: type[_Stored], data: bytes) -> _Stored:
     try:
-        content = json.loads(data)
+        content = parse_json(data)
         version = content.pop("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(f"format version {version!r}; this version reads {FORMAT_VERSION}")
         del content["sha256"]
         stored = kind.from_content(content)
         written = stored.to_json()
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a {kind.__name__}: {error!r}") from error
     if written != data:
         raise ValueError("its own sha256 does not agree with its content")

@@ -10,7 +10,6 @@ metadata cannot be led to run another codec: numcodecs registers pickle among ot
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +22,7 @@ from numcodecs import zstd
 from numpy.typing import NDArray
 from pcodec import ChunkConfig, PagingSpec, standalone
 
-from storage.values import Json, canonical_json
+from storage.values import Json, canonical_json, parse_json
 
 PCODEC_LEVEL = 11
 SMALLEST_PAGE = 512  # rows
@@ -206,7 +205,7 @@ class ArrayLayout:
             ValueError: any other metadata, other codecs included.
         """
         try:
-            content = json.loads(data)
+            content = parse_json(data)
             index = 1 if by_rank else 0
             length = content["shape"][index]
             chunk = content["codecs"][0]["configuration"]["chunk_shape"][index]
