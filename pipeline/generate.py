@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from pipeline.evaluate import model_directory
 from pipeline.runs import find_record
-from stages.corpus.tokenizer import load_tokenizer
+from stages.corpus.tokenizer import encode, load_tokenizer, tokenizer_errors
 from stages.devices import resolve_device, resolve_dtype
 from stages.models.files import find_model, quiet
 from stages.training.run import read_record
@@ -116,10 +116,11 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool, 
         if not tokenizer.chat_template:
             raise UsageError("the tokenizer has no chat template", where=where, fix="ask without --chat")
         turns = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        with tokenizer_errors("the chat template fails", where=where, fix="repair it, or ask without --chat"):
+            text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        ids = encode(tokenizer, [text], add_special_tokens=False)["input_ids"][0]
     else:
-        ids = tokenizer(prompt)["input_ids"]
+        ids = encode(tokenizer, [prompt])["input_ids"][0]
     if not ids:
         raise UsageError("the prompt is empty", where="PROMPT", fix="give some text to continue")
     return [int(index) for index in ids]

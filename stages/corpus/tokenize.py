@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from stages.corpus.source import Document
+from stages.corpus.tokenizer import encode
 from storage.errors import UsageError
 from storage.segments import row_starts
 from storage.values import Json
@@ -90,7 +91,7 @@ def resolve_special(tokenizer: PreTrainedTokenizerBase, bos: str, *, eos: bool) 
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    ids = tokenizer("a")["input_ids"]
+    ids = encode(tokenizer, ["a"])["input_ids"][0]
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
 
@@ -151,7 +152,8 @@ def tokenize(
     """
     stream = iter(documents)
     while batch := list(islice(stream, DOCUMENTS_PER_CALL)):
-        encoded = tokenizer(
+        encoded = encode(
+            tokenizer,
             [document.text for document in batch],
             add_special_tokens=False,
             return_attention_mask=False,
