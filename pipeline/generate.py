@@ -20,7 +20,7 @@ from stages.corpus import Document
 from stages.corpus.rendering import Rendering
 from stages.corpus.tokenize import resolve_special
 from stages.corpus.tokenized import tokenize
-from stages.corpus.tokenizer import load_tokenizer
+from stages.corpus.tokenizer import load_tokenizer, tokenizer_errors
 from stages.devices import resolve_device, resolve_dtype
 from stages.models.files import find_model, load_config, quiet
 from stages.models.load import attention_for, load_model, memory_told
@@ -60,7 +60,8 @@ class _Question:
             if not tokenizer.chat_template:
                 raise UsageError("the tokenizer has no chat template", where=where, fix="ask without --chat")
             turns = [{"role": "user", "content": text}]
-            text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+            with tokenizer_errors("the chat template fails", where=where, fix="repair it, or ask without --chat"):
+                text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         policy = "auto" if "bos" not in self.rendering else "never" if self.rendering["bos"] is None else "always"
         as_text = self.rendering.get("special_tokens") == "text" and not self.chat  # a template has special tokens
         rendering = Rendering(

@@ -15,6 +15,7 @@ import threading
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -49,6 +50,10 @@ def message_text(text: str) -> str:
     """Write a message: further lines are indented, so that none passes for a line of ours."""
     first, *others = printable(text, lines=True).split("\n")
     return "\n".join([first, *(line if line.startswith(" ") else f"  {line}" for line in others)])
+
+
+# Ctrl-C, what schedulers and torchrun send, a terminal that is closed, and what Slurm is told to send ahead of an end.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def prepare_libraries() -> None:
@@ -111,28 +116,64 @@ def is_main_process() -> bool:
 
 
 @contextlib.contextmanager
-def termination_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM (schedulers, torchrun, pre-emption) as Ctrl-C, so that both end in the same tidy way."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+def _handled(handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> Iterator[None]:
+    """Handle these signals, but for those that are ignored, as nohup ignores SIGHUP. Only a main thread can."""
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        found = {number: signal.getsignal(number) for number in numbers}
+        previous = {number: old for number, old in found.items() if old is not None and old != signal.SIG_IGN}
+    for number in previous:
+        signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        if threading.current_thread() is threading.main_thread():  # a forgotten generator may end in any
+            for number, old in previous.items():
+                signal.signal(number, old)
+
+
+@contextlib.contextmanager
+def termination_as_interrupt() -> Iterator[None]:
+    """Treat SIGTERM (schedulers, torchrun, pre-emption) and SIGHUP (a closed terminal) as Ctrl-C: all end tidily."""
+    with _handled(_interrupt, signal.SIGTERM, signal.SIGHUP):
+        yield
+
+
+@dataclass(kw_only=True)
+class StopRequest:
+    """Whether this process was asked to stop: the first signal that did."""
+
+    signal: signal.Signals | None = None
+
+
+@contextlib.contextmanager
+def stop_signals_noted() -> Iterator[StopRequest]:
+    """Note the first of STOP_SIGNALS, for work that saves itself at its next step; a second one interrupts it."""
+    request = StopRequest()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if request.signal is not None:
+            raise KeyboardInterrupt
+        request.signal = signal.Signals(number)
+        if is_main_process():
+            with contextlib.suppress(OSError):  # the terminal may be what is gone
+                # Past Python's own buffers, in whose midst this may be called.
+                os.write(2, f"\n{request.signal.name}: saving at the next step; a second one ends at once\n".encode())
+
+    with _handled(note, *STOP_SIGNALS):
+        yield request
 
 
 @contextlib.contextmanager
 def signals_end_process() -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C end the process at once, around a call that waits outside Python.
+    """Let SIGTERM, SIGHUP and Ctrl-C end the process at once, around a call that waits outside Python.
 
     A handler written in Python runs only when such a call has returned. What is ignored stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     replaced = {number: handler for number, handler in handlers.items() if callable(handler)}
     for number in replaced:
         signal.signal(number, signal.SIG_DFL)

@@ -17,20 +17,25 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
 from pipeline.config.train import TrainConfig, spelled_out
+from pipeline.runtime import stop_signals_noted
 from pipeline.training.data import TrainingData, read_training_data
 from pipeline.training.events import Event, Finished, Saved, Started, StepDone, Validated
 from pipeline.training.processes import processes_of
 from pipeline.training.recipe import Recipe, build_learner, card_facts
+from pipeline.training.saving import Saving
 from stages.batches.microbatch import MicroBatch
-from stages.batches.steps import evenly_spaced, prefetch, training_steps
+from stages.batches.steps import StepShape, evenly_spaced, prefetch, training_steps
 from stages.devices import dtype_name
+from stages.parallel.processes import Processes
 from stages.student.model import Student
 from stages.student.padding import weights_to_save
 from stages.student.save import save_student
-from stages.training.checkpoint import Checkpoints, TrainingProgress
-from stages.training.metrics import MetricsLog, NoMetricsLog
+from stages.training.checkpoint import FRESH, Checkpoints, TrainingProgress
+from stages.training.metrics import Metrics, MetricsLog, NoMetricsLog
 from stages.training.optimizer import AdamWSettings, build_optimizer
 from stages.training.run import Finish, RunDirectory
 from stages.training.schedule import Schedule
@@ -52,6 +57,7 @@ def train(config: TrainConfig) -> Iterator[Event]:
         NumericsError: loss, gradient or weights are not finite; the newest checkpoint is untouched.
         OutOfSpaceError, StorageUnavailableError: a checkpoint, the curve or the model cannot be written.
         PeerLostError: another process of the run has ended.
+        StoppedError: a process of the run was asked to stop by a signal; a checkpoint of the step is saved.
     """
     run = RunDirectory(path=config.run)
     with processes_of(config) as processes:
@@ -63,17 +69,20 @@ def train(config: TrainConfig) -> Iterator[Event]:
             folder=run.checkpoints, store_digest=data.digest, keep=config.checkpoint.keep, processes=processes
         )
         with processes.main_holds(run.held()):
-            finished = processes.on_main(lambda: _begin(config, data, recipe, run=run, checkpoints=checkpoints))
+            begun = processes.on_main(lambda: _claim(config, data, recipe, run=run, checkpoints=checkpoints))
+            if begun.step:
+                recipe = Recipe.of(config, data, begun)
+            finished = processes.on_main(lambda: _finished(config, recipe, begun, run=run))
             if finished is not None:
                 yield Finished(**asdict(finished), model=str(run.model), already=True)
                 return
             yield from _train(config, data, recipe, run=run, checkpoints=checkpoints)
 
 
-def _begin(
+def _claim(
     config: TrainConfig, data: TrainingData, recipe: Recipe, *, run: RunDirectory, checkpoints: Checkpoints
-) -> Finish | None:
-    """Claim the run directory for this run, or check that it is this run's; return its totals if it is finished."""
+) -> TrainingProgress:
+    """Claim the run directory for this run, or check that it is this run's; return where it stands."""
     # What dtype auto means here is part of the run: on another machine it may mean another one.
     dtype = dtype_name(recipe.dtype)
     run.begin(
@@ -82,17 +91,23 @@ def _begin(
         spelled_out=lambda stored: _with_dtype(spelled_out(stored), dtype),
     )
     finished = run.finished()
+    done = finished is not None and finished.step == recipe.schedule.steps and run.has_model()
+    return FRESH if done else checkpoints.newest()
+
+
+def _finished(config: TrainConfig, recipe: Recipe, begun: TrainingProgress, *, run: RunDirectory) -> Finish | None:
+    """Return the totals of the run if it is finished; else check that it can go on from where it stands."""
+    finished = run.finished()
     if finished is not None and finished.step == recipe.schedule.steps and run.has_model():
         return finished
-    newest = checkpoints.newest_step()
-    if finished is not None and newest == 0:
+    if finished is not None and begun.step == 0:
         raise IdentityError(
             f"the run finished at step {finished.step}, but no whole checkpoint is left to go on from",
             where=str(run.checkpoints),
             fix="restore its checkpoints, or choose another run directory",
         )
     # After a checkpoint was lost, a finished run goes on from an older one: its model has seen more steps than that.
-    steps_done = newest if finished is None else max(newest, finished.step)
+    steps_done = begun.step if finished is None else max(begun.step, finished.step)
     run.check_learning_rates(recipe.schedule, peak=config.optimizer.lr, done=steps_done)
     return None
 
@@ -108,23 +123,30 @@ def _train(
     torch.manual_seed(config.seed)
     processes, schedule, shape = checkpoints.processes, recipe.schedule, recipe.shape
     learner = build_learner(config, data, recipe, processes)
-    student = learner.student
-    optimizer = build_optimizer(student.model, AdamWSettings(**config.optimizer.model_dump()))
-    progress = checkpoints.resume(student.model, optimizer)
+    model = learner.student.model
+    optimizer = build_optimizer(model, AdamWSettings(**config.optimizer.model_dump()))
+    progress = checkpoints.resume(model, optimizer)
     heldout = evenly_spaced(data.heldout, config.validation.sequences, shape)
-    ahead = training_steps(data.train, recipe.order, shape, cursor=progress.cursor)
+    ahead = training_steps(data.train, recipe.order, shape, cursor=progress.cursor, end=recipe.end)
     steps = islice(ahead, schedule.steps - progress.step)
-    yield _started(config, data, student=student, schedule=schedule, progress=progress)
+    yield _started(config, data, student=learner.student, schedule=schedule, progress=progress)
+
+    def validates(number: int) -> bool:
+        return bool(heldout) and (number == schedule.steps or number % config.validation.every == 0)
 
     log = MetricsLog(run.metrics, last_step=progress.step) if processes.main else NoMetricsLog()
-    with log as metrics, closing(prefetch(steps)) as ready:
+    with stop_signals_noted() as asked, log as metrics, closing(prefetch(steps)) as ready:
+        saving = Saving(config.checkpoint, asked, processes)
+        if validates(progress.step) and processes.on_main(lambda: metrics.validated) != progress.step > 0:
+            yield _validate(config, learner, heldout, progress.step, metrics)  # it stopped there before it could
         began = time.perf_counter()
         for step in ready:
             number = progress.step + 1
             lr = config.optimizer.lr * schedule.factor(progress.step)
             learner = replace(learner, kd_ratio=recipe.kd_ratio.ratio(progress.step))
+            wishes = saving.wishes(learner.student.device)
             losses, grad_norm = optimizer_step(
-                learner, optimizer, step, lr=lr, clip_norm=config.clip_norm, number=number
+                learner, optimizer, step, lr=lr, clip_norm=config.clip_norm, number=number, riders=wishes
             )
             seconds = time.perf_counter() - began
             progress = TrainingProgress(
@@ -147,20 +169,33 @@ def _train(
                 seconds_left=progress.seconds / number * (schedule.steps - number),
             )
             metrics.write(_metrics_line("step", done))
+            if saving.stops(wishes):
+                saved = _save(checkpoints, model, optimizer, progress, metrics)  # first: who is told may be gone
+                yield from (done, saved)
+                raise saving.stopped(run.path, number)
             yield done
 
-            last = number == schedule.steps
-            if heldout and (last or number % config.validation.every == 0):
-                validated = _validate(replace(learner, kd_ratio=config.kd_ratio), heldout, number)
-                metrics.write(_metrics_line("validation", validated))
-                yield validated
-            if last or number % config.checkpoint.every == 0:
-                require_finite_weights(student.model, number)
-                metrics.sync()
-                path = checkpoints.save(student.model, optimizer, progress)
-                yield Saved(step=number, path=str(path))
+            if validates(number):
+                yield _validate(config, learner, heldout, number, metrics)
+            if number == schedule.steps or saving.saves(wishes, number):
+                yield _save(checkpoints, model, optimizer, progress, metrics)
+                saving.saved()
             began = time.perf_counter()  # the next step's time includes waiting for its data
+        # A signal from here on, or after the last step, finds the run saved: the model is finished first.
+        yield _finish(config, data, learner.student, progress, shape=shape, run=run, processes=processes)
 
+
+def _finish(
+    config: TrainConfig,
+    data: TrainingData,
+    student: Student,
+    progress: TrainingProgress,
+    *,
+    shape: StepShape,
+    run: RunDirectory,
+    processes: Processes,
+) -> Finished:
+    """Write RUN/model, and record that the run is finished."""
     require_finite_weights(student.model, progress.step)
     facts = card_facts(config, data, student, progress)
     sample = evenly_spaced(data.train, _SAMPLED, replace(shape, with_targets=False))
@@ -175,16 +210,28 @@ def _train(
     )
     totals = Finish(step=progress.step, tokens=progress.tokens, seconds=progress.seconds)
     processes.on_main(lambda: run.finish(totals))
-    yield Finished(
-        step=progress.step, tokens=progress.tokens, seconds=progress.seconds, model=str(run.model), already=False
-    )
+    return Finished(**asdict(totals), model=str(run.model), already=False)
 
 
-def _validate(learner: Learner, heldout: tuple[MicroBatch, ...], number: int) -> Validated:
+def _save(
+    checkpoints: Checkpoints, model: nn.Module, optimizer: Optimizer, progress: TrainingProgress, metrics: Metrics
+) -> Saved:
+    require_finite_weights(model, progress.step)
+    metrics.sync()
+    path = checkpoints.save(model, optimizer, progress)
+    return Saved(step=progress.step, path=str(path))
+
+
+def _validate(
+    config: TrainConfig, learner: Learner, heldout: tuple[MicroBatch, ...], number: int, metrics: Metrics
+) -> Validated:
+    """Measure the held-out loss, at the configured kd_ratio, and write it down."""
     began = time.perf_counter()
-    losses = validate(learner, heldout, number=number)
+    losses = validate(replace(learner, kd_ratio=config.kd_ratio), heldout, number=number)
     rows = sum(batch.rows for batch in heldout)
-    return Validated(**vars(losses), step=number, rows=rows, seconds=time.perf_counter() - began)
+    validated = Validated(**vars(losses), step=number, rows=rows, seconds=time.perf_counter() - began)
+    metrics.write(_metrics_line("validation", validated))
+    return validated
 
 
 def _started(
@@ -195,7 +242,7 @@ def _started(
         parameters=student.parameters,
         steps=schedule.steps,
         step=progress.step,
-        tokens=schedule.steps * config.tokens_per_step,
+        tokens=round(config.epochs * data.train.tokens) if config.epochs else schedule.steps * config.tokens_per_step,
         sequences=len(data.train),
         device=str(student.device),
         dtype=dtype_name(student.dtype),

@@ -98,6 +98,12 @@ class PeerLostError(DistillError):
     exit_code = 75
 
 
+class StoppedError(DistillError):
+    """A run was asked to stop, and has saved everything up to there. The same command goes on."""
+
+    exit_code = 75
+
+
 @contextmanager
 def storage_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn an OSError inside into an error of ours that names `path`.

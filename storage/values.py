@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
 from typing import Any
@@ -20,28 +21,54 @@ _LARGEST_EXACT = 1 << 53  # whole numbers up to this are floats without rounding
 _HASH = re.compile("[0-9a-f]{64}")
 
 
+def parse_json(data: bytes | str, *, most: int | None = None) -> Json:
+    """Read JSON that somebody else may have written: the one way in for it.
+
+    Args:
+        data: UTF-8.
+        most: bytes that it may have; None: whoever read them has looked at that.
+
+    Raises:
+        ValueError: it is longer, is not JSON, is nested deeper than any file of ours, or holds a number that JSON does
+            not have, one of thousands of digits, or half a character.
+    """
+    if most is not None and len(data) > most:
+        raise ValueError(f"more than {most:,} bytes")
+    try:
+        value = json.loads(data if isinstance(data, str) else data.decode(), parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {LARGEST_DEPTH} levels") from None
+    _check_tree(value)
+    return value
+
+
+def _refuse_constant(name: str) -> Json:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _check_tree(value: Json) -> None:
+    """Raise ValueError where a parsed value is too deep, or where text could not be written again."""
+    level: list[Json] = [value]
+    for _ in range(LARGEST_DEPTH):
+        following: list[Json] = []
+        for item in level:
+            if isinstance(item, dict):
+                following += item.keys()
+                following += item.values()
+            elif isinstance(item, list):
+                following += item
+            elif isinstance(item, str) and not item.isascii():
+                item.encode()  # half of a surrogate pair is no character
+        if not following:
+            return
+        level = following
+    raise ValueError(f"nested deeper than {LARGEST_DEPTH} levels")
+
+
 def canonical_json(value: Json) -> bytes:
     """Return the one byte string of a JSON value: sorted keys, no spaces, UTF-8, no NaN."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode()
-
-
-def parse_json(data: bytes) -> Json:
-    """Return the JSON value in bytes that anyone may have written. Raises ValueError, also for deep nesting."""
-    try:
-        value = json.loads(data)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    level = [value]
-    for _ in range(LARGEST_DEPTH):
-        level = [inner for outer in level if isinstance(outer, dict | list) for inner in _inside(outer)]
-    if level:
-        raise ValueError(f"it is nested deeper than {LARGEST_DEPTH} objects and lists")
-    return value
-
-
-def _inside(outer: Json) -> Iterable[Json]:
-    return outer.values() if isinstance(outer, dict) else outer
 
 
 def sha256(data: bytes) -> str:
@@ -66,6 +93,16 @@ def json_differences(stored: Json, wanted: Json, path: str = "") -> list[str]:
 def as_float(value: Any) -> Any:
     """Return a whole number as the float it is, for fields where 1 and 1.0 mean the same; anything else as it is."""
     return float(value) if type(value) is int and abs(value) <= _LARGEST_EXACT else value
+
+
+def is_whole(value: Any, *, most: int = _LARGEST_EXACT) -> bool:
+    """Tell whether it is a whole number from 0 to `most`; true and 1.0 are none."""
+    return type(value) is int and 0 <= value <= most
+
+
+def is_amount(value: Any) -> bool:
+    """Tell whether it is a finite number, whole or not; true is none."""
+    return is_whole(abs(value)) if type(value) is int else isinstance(value, float) and math.isfinite(value)
 
 
 def require_whole(name: str, value: Any, *, least: int, most: int) -> None:

@@ -15,7 +15,7 @@ from pipeline.config.extract import ExtractConfig
 from pipeline.config.overrides import apply_overrides
 from pipeline.config.problems import ConfigSource, explain, shown
 from pipeline.config.train import TrainConfig
-from pipeline.config.yaml_text import MAX_BYTES, Located, parse
+from stages.yaml_text import MAX_BYTES, Located, parse
 from storage.errors import StorageUnavailableError, UsageError
 
 M = TypeVar("M", bound=BaseModel)

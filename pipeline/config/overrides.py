@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.config.yaml_text import KeyPath, parse
+from stages.yaml_text import KeyPath, parse
 from storage.errors import UsageError
 
 

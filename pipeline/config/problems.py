@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 
 from pipeline.config.base import FieldError
 from pipeline.config.overrides import dotted
-from pipeline.config.yaml_text import KeyPath
+from stages.yaml_text import KeyPath
 from storage.errors import UsageError
 
 _EXPECTED = {

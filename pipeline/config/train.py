@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,6 +26,9 @@ from pipeline.config.loss import check_loss, loss_schema, loss_spelled_out
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]  # torch takes it as one int64
+
+
+_SECONDS = {"s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 
 
 class StudentConfig(Model):
@@ -100,10 +105,23 @@ class KDRatioScheduleConfig(Model):
 class CheckpointConfig(Model):
     """Checkpoints, from which the same command resumes exactly."""
 
-    every: Positive = 200
-    """Steps between checkpoints."""
+    every: Positive | Annotated[str, Field(pattern=rf"^[1-9]\d{{0,5}} ?({'|'.join(_SECONDS)})$")] = "10 min"
+    """A time between checkpoints, such as 90 s, 10 min or 2 h, or a number of steps."""
     keep: Positive = 2
     """Newest checkpoints kept."""
+
+    @property
+    def steps(self) -> int | None:
+        """Steps between checkpoints; None: the time counts."""
+        return self.every if isinstance(self.every, int) else None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds between checkpoints; infinite: the steps count."""
+        if isinstance(self.every, int):
+            return math.inf
+        number, unit = re.fullmatch(r"(\d+) ?(\w+)", self.every).groups()  # type: ignore[union-attr]  # it is of its form
+        return int(number) * _SECONDS[unit]
 
 
 class ValidationConfig(Model):

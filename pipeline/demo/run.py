@@ -18,7 +18,7 @@ import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,6 +43,7 @@ from stages.student.source import StudentSource, build_student
 from storage.errors import UsageError
 from storage.reader import StoreReader
 from storage.tools.status import status
+from storage.values import is_amount, parse_json
 
 Event = TypeVar("Event")
 
@@ -54,7 +55,10 @@ class StepTimer:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_bytes()) if path.exists() else {}
+        self.seconds: dict[str, float] = {}
+        with suppress(FileNotFoundError, ValueError):  # a note for the last page: one that is damaged begins anew
+            noted = parse_json(path.read_bytes(), most=64 * 1024)
+            self.seconds = {key: noted[key] for key in noted if is_amount(noted[key])}
 
     def over(self, step: str, events: Iterator[Event]) -> Iterator[Event]:
         """Pass `events` through, adding the time that making each took to `step`."""

@@ -8,13 +8,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.runtime import cache_directory
-from storage.values import canonical_json
+from storage.values import canonical_json, is_amount, parse_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +36,10 @@ class RateKey:
 def read_rate(key: RateKey) -> float | None:
     """Return the measured tokens per second, or None if nothing was measured."""
     try:
-        value = json.loads(_path(key).read_bytes())["tokens_per_second"]
+        value = parse_json(_path(key).read_bytes(), most=1_000)["tokens_per_second"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) and value > 0 else None
+    return float(value) if is_amount(value) and value > 0 else None
 
 
 def write_rate(key: RateKey, tokens_per_second: float) -> None:

@@ -14,7 +14,9 @@ from markupsafe import Markup
 
 from pipeline.report.plots import Series, line_plot
 from stages.training.metrics import read_metrics
+from storage.errors import UsageError
 
+_NEEDED = {"step": ("loss", "tokens", "rows", "seconds"), "validation": ("loss",)}
 LOSSES = {"loss": "Total loss", "ce": "Cross-entropy part", "kd": "KD part"}
 
 
@@ -41,11 +43,17 @@ class Curves:
 
 
 def read_curves(run: Path) -> Curves:
-    """Read RUN/metrics.jsonl; empty lists if there is none."""
+    """Read RUN/metrics.jsonl; empty lists if there is none.
+
+    Raises:
+        UsageError: a line is damaged, or lacks a number that training writes.
+    """
     curves = Curves(steps=[], validations=[])
     seen = 0
-    for line in read_metrics(run / "metrics.jsonl"):
-        values: dict[str, Any] = dict(line)
+    for number, values in enumerate(read_metrics(run / "metrics.jsonl"), start=1):
+        lacks = [key for key in _NEEDED.get(values["event"], ()) if values.get(key) is None]
+        if lacks:
+            raise UsageError(f"line {number} has no {' and no '.join(lacks)}", where=str(run / "metrics.jsonl"))
         if values["event"] == "step":
             seen += values["tokens"]
             curves.steps.append({**values, "tokens_seen": seen})

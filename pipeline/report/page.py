@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 
+from pipeline.config.loading import load_train
 from pipeline.inspect import RowText
 from pipeline.report.curves import Curves, calibration_plots, loss_plots, optimisation_plots, read_curves
 from pipeline.report.plots import PALETTE
@@ -91,11 +91,11 @@ def write_run_report(run: Path) -> Path:
     data = read_regular(run / "config.yaml")
     if data is None:
         raise UsageError("there is no training run here", where=str(run), fix="pipeline train CONFIG makes one")
+    config = load_train(run / "config.yaml").model_dump(mode="json")
     text = data.decode(errors="replace")
     curves = read_curves(run)
     if not curves.steps:
         raise UsageError("no step has been taken yet", where=str(run / "metrics.jsonl"))
-    config = yaml.safe_load(text)
     page = (
         _environment()
         .get_template("run.html.j2")

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, TypeVar
 
 import click
 
-from pipeline.runtime import message_text, prepare_libraries, termination_as_interrupt, warnings_in_one_line
-from pipeline.terminal.errors import failure_of
+from pipeline.launchers import tell_launcher
+from pipeline.runtime import (
+    is_main_process,
+    message_text,
+    prepare_libraries,
+    termination_as_interrupt,
+    warnings_in_one_line,
+)
+from pipeline.terminal.errors import Failure, failure_of
 from pipeline.terminal.text import Styled, write
+from storage.errors import StoppedError
 
 DISTRIBUTION = "topk-distill"
 RESUMABLE_COMMANDS = frozenset({"extract", "train", "convert", "demo"})
@@ -28,6 +38,7 @@ class Session:
 
     debug: bool = False
     quiet: bool = False
+    as_json: bool = False
     command: str | None = None
 
 
@@ -37,7 +48,8 @@ class Application(click.Group):
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run the command line and leave with its exit code. The parameters are those of `click.Group.main`."""
         extra["standalone_mode"] = False
-        session = Session()
+        arguments = args[0] if args else extra.get("args")
+        session = Session(as_json="--json" in (sys.argv[1:] if arguments is None else arguments))
         try:
             with termination_as_interrupt(), warnings_in_one_line():
                 prepare_libraries()
@@ -82,10 +94,22 @@ def _report(error: BaseException, session: Session) -> int:
         write("".join(traceback.format_exception(error)), err=True, lines=True)
     command = f"pipeline {session.command}" if session.command else "pipeline"
     failure = failure_of(error, command=command, resumable=session.command in RESUMABLE_COMMANDS)
+    with suppress(OSError):  # whoever would read it is gone; the exit code stays
+        _tell(error, failure, session)
+    return failure.exit_code
+
+
+def _tell(error: BaseException, failure: Failure, session: Session) -> None:
+    """Write a failure on stderr for people, and with --json on stdout too, where nothing else is than JSON."""
+    tell_launcher(failure.lines())
+    if isinstance(error, StoppedError) and not is_main_process():
+        return  # all processes of a run stop alike: one of them says so
     for line in failure.lines():
         label, _, text = line.partition(": ")
         write(Styled(text=label, fg="red", bold=True), f": {message_text(text)}", err=True, lines=True)
-    return failure.exit_code
+    if session.as_json:
+        told = {"error": failure.what, "where": failure.where, "fix": failure.fix, "exit_code": failure.exit_code}
+        write(json.dumps({"event": "Failed", **told}))
 
 
 def _remember(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:

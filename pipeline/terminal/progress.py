@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -82,7 +82,8 @@ class Live:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        with suppress(OSError):  # the terminal is gone
+            self._bar.stop()
 
     def line(self, text: str) -> None:
         """Write it above the bar."""
@@ -136,7 +137,10 @@ def _run(events: Iterable[Any], tell: Callable[[Any, Display], None], *, quiet: 
     last = None
     with display(quiet=quiet or as_json) as screen:
         for last in events:
-            tell(last, screen)
+            try:
+                tell(last, screen)
+            except OSError:  # the terminal is gone, the work is not
+                screen = Silence()
             if as_json and is_main_process():
                 print_json({"event": type(last).__name__, **to_json(last)}, indent=None)
     return last

@@ -58,14 +58,14 @@ def _estimate(config: TrainConfig, data: TrainingData, processes: Processes) -> 
     recipe = Recipe.of(config, data)
     learner = build_learner(config, data, recipe, processes)
     student = learner.student
-    step = next(training_steps(data.train, recipe.order, recipe.shape))
+    step = next(training_steps(data.train, recipe.order, recipe.shape, end=recipe.end))
     seconds = min(_timed(learner, step.batches[0]) for _ in range(2)) / step.batches[0].tokens
-    tokens = recipe.schedule.steps * step.tokens
+    tokens = recipe.schedule.steps * step.tokens if config.epochs is None else round(config.epochs * data.train.tokens)
     return TrainingEstimate(
         parameters=student.parameters,
         steps=recipe.schedule.steps,
         tokens=tokens,
-        epochs=tokens / data.train.tokens,
+        epochs=config.epochs or tokens / data.train.tokens,
         sequences=len(data.train),
         memory_bytes=memory_bytes(learner, recipe.shape.tokens_per_batch, recipe.chunk_size),
         seconds=seconds * tokens,

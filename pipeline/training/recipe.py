@@ -15,7 +15,7 @@ from pipeline.config.loss import loss_fields
 from pipeline.config.train import StudentConfig, TrainConfig
 from pipeline.training.data import TrainingData
 from stages.batches.order import Order
-from stages.batches.steps import StepShape, steps_of_epochs
+from stages.batches.steps import StepShape, end_of_epochs, steps_of_epochs
 from stages.devices import resolve_device, resolve_dtype
 from stages.input_files import unchanged
 from stages.losses import FusedLinearKDLoss, KDLossConfig
@@ -31,7 +31,7 @@ from stages.student.save import CardFacts
 from stages.student.source import StudentSource, build_student
 from stages.teacher import BACKENDS
 from stages.teacher.live import LiveTeacher
-from stages.training.checkpoint import TrainingProgress
+from stages.training.checkpoint import FRESH, TrainingProgress
 from stages.training.schedule import RatioSchedule, Schedule
 from stages.training.step import Learner
 from storage.errors import UsageError
@@ -47,6 +47,7 @@ class Recipe:
         order: in which training sees the sequences.
         shape: how much a step and a micro-batch hold.
         schedule: learning rate over all steps.
+        end: position of the order at which the last pass ends, and with it the last step; None: steps alone count.
         kd_ratio: share of the divergence over all steps.
         chunk_size: positions whose logits exist at one time.
     """
@@ -56,12 +57,18 @@ class Recipe:
     order: Order
     shape: StepShape
     schedule: Schedule
+    end: int | None
     kd_ratio: RatioSchedule
     chunk_size: int
 
     @classmethod
-    def of(cls, config: TrainConfig, data: TrainingData) -> Recipe:
+    def of(cls, config: TrainConfig, data: TrainingData, begun: TrainingProgress = FRESH) -> Recipe:
         """Work out the recipe.
+
+        Args:
+            config: of the command.
+            data: what is learned from.
+            begun: where the run stands from which it goes on.
 
         Raises:
             UsageError: no such device or dtype, or a micro-batch too small for the longest sequence.
@@ -73,7 +80,7 @@ class Recipe:
                 "float16 has too little range for gradients", where="dtype", fix="set dtype: bfloat16, float32 or auto"
             )
         order = Order(sequences=len(data.train), seed=config.seed, digest=data.order_digest)
-        schedule = Schedule(steps=_steps(config, data, order), **config.schedule.model_dump())
+        schedule = Schedule(steps=_steps(config, data, order, begun), **config.schedule.model_dump())
         falls_with = schedule if config.kd_ratio_schedule.fall_with_lr else None
         chunk_size = 256 if device.type == "cpu" else 2_048
         return cls(
@@ -82,6 +89,7 @@ class Recipe:
             order=order,
             shape=_step_shape(config, data, device),
             schedule=schedule,
+            end=None if config.epochs is None else end_of_epochs(len(data.train), config.epochs),
             kd_ratio=RatioSchedule(
                 peak=config.kd_ratio, warmup_steps=config.kd_ratio_schedule.warmup_steps, falls_with=falls_with
             ),
@@ -89,12 +97,19 @@ class Recipe:
         )
 
 
-def _steps(config: TrainConfig, data: TrainingData, order: Order) -> int:
-    """Return the optimizer steps; of epochs, exactly as many as it takes to see every sequence that often."""
+def _steps(config: TrainConfig, data: TrainingData, order: Order, begun: TrainingProgress) -> int:
+    """Return the optimizer steps; of epochs, exactly as many as it takes to see every sequence that often.
+
+    They are counted from where the run stands: if it had ended before and is prolonged now, its last step was what was
+    left of a pass, and those that follow begin there.
+    """
     if config.steps is not None:
         return config.steps
     assert config.epochs is not None, "the configuration has one of steps and epochs"
-    return steps_of_epochs(data.train.lengths(), order, config.tokens_per_step, config.epochs)
+    if begun.cursor > end_of_epochs(len(data.train), config.epochs):
+        begun = FRESH  # of version 0.1, whose last step ran into the next pass; or of more epochs, which will be told
+    length_S = data.train.lengths()
+    return begun.step + steps_of_epochs(length_S, order, config.tokens_per_step, config.epochs, cursor=begun.cursor)
 
 
 def _step_shape(config: TrainConfig, data: TrainingData, device: torch.device) -> StepShape:

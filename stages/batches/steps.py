@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -81,43 +81,63 @@ class Step:
     cursor: int
 
 
-def training_steps(source: SequenceSource, order: Order, shape: StepShape, *, cursor: int = 0) -> Iterator[Step]:
-    """Yield endless steps from position `cursor` of the order on. A sequence is never cut.
+def training_steps(
+    source: SequenceSource, order: Order, shape: StepShape, *, cursor: int = 0, end: int | None = None
+) -> Iterator[Step]:
+    """Yield steps from position `cursor` of the order on. A sequence is never cut.
+
+    Args:
+        source: of the sequences.
+        order: in which they come.
+        shape: of a step.
+        cursor: position of the first sequence.
+        end: position after the last one; the last step is what is left before it. None: there is always another.
 
     Raises:
         UsageError: a sequence is longer than a micro-batch, or the store holds no target rows at all.
     """
     sequences = _sequences(source, order, cursor, targets=shape.with_targets)
-    following = next(sequences)
-    while True:
-        chosen, tokens = [following], len(following.tokens)
-        for following in sequences:
-            if tokens + len(following.tokens) > shape.tokens_per_step:
-                break
-            chosen.append(following)
-            tokens += len(following.tokens)
-        cursor += len(chosen)
-        yield _step(join(chosen), shape, cursor)
+    if end is not None:
+        sequences = islice(sequences, max(end - cursor, 0))
+    chosen: list[SequenceBatch] = []
+    tokens = 0
+    for following in sequences:
+        if chosen and tokens + len(following.tokens) > shape.tokens_per_step:
+            cursor += len(chosen)
+            yield _step(join(chosen), shape, cursor)
+            chosen, tokens = [], 0
+        chosen.append(following)
+        tokens += len(following.tokens)
+    if chosen:
+        yield _step(join(chosen), shape, cursor + len(chosen))
 
 
-def steps_of_epochs(length_S: NDArray[np.int64], order: Order, tokens_per_step: int, epochs: float) -> int:
-    """Return the fewest steps of `training_steps` that hold `epochs` passes over all sequences.
+def end_of_epochs(sequences: int, epochs: float) -> int:
+    """Return the position of the order after so many passes over so many sequences."""
+    return math.ceil(round(epochs * sequences, 6))  # 1.1 passes over 10 sequences are 11, not 11.000000000000002
+
+
+def steps_of_epochs(
+    length_S: NDArray[np.int64], order: Order, tokens_per_step: int, epochs: float, *, cursor: int = 0
+) -> int:
+    """Return how many steps `training_steps` makes up to the end of `epochs` passes over all sequences.
 
     Args:
         length_S: tokens of each sequence.
         order: in which they come.
         tokens_per_step: as in StepShape.
         epochs: passes, above 0.
+        cursor: position of the order at which the steps begin.
     """
-    positions, steps, filled = math.ceil(epochs * len(length_S)), 0, tokens_per_step
-    for start in range(0, positions, _POSITIONS):
-        length_P = length_S[order.take(start, min(_POSITIONS, positions - start))]
+    end, steps, filled = end_of_epochs(len(length_S), epochs), 0, tokens_per_step
+    for start in range(cursor, end, _POSITIONS):
+        length_P = length_S[order.take(start, min(_POSITIONS, end - start))]
         end_P = filled + np.cumsum(length_P)
         began, at = 0, 0  # token at which the open step began, first position that it may not hold
         while (at := max(at, int(np.searchsorted(end_P, began + tokens_per_step, side="right")))) < len(end_P):
             steps, began, at = steps + 1, int(end_P[at] - length_P[at]), at + 1
         filled = int(end_P[-1]) - began
-    return max(steps, 1)
+    return steps
 
 
 def microbatches(batch: SequenceBatch, shape: StepShape) -> tuple[MicroBatch, ...]:

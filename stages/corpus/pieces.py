@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from stages.corpus.tokenizer import encode
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pieces:
@@ -40,7 +42,7 @@ class Pieces:
         return not text[int(self.offsets[last, 1]) :].strip()
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special_as_text: bool) -> list[Pieces]:
+def pieces_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special_as_text: bool) -> list[Pieces]:
     """Tokenise texts as they are, without begin and end tokens.
 
     Args:
@@ -48,7 +50,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special_
     """
     if not texts:
         return []
-    encoded = tokenizer(
+    encoded = encode(
+        tokenizer,
         list(texts),
         add_special_tokens=False,
         return_attention_mask=False,

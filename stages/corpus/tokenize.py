@@ -19,6 +19,7 @@ from stages.corpus.facts import Tally
 from stages.corpus.rendering import Rendering
 from stages.corpus.source import Document
 from stages.corpus.tokenized import TokenizedDocument, tokenize
+from stages.corpus.tokenizer import encode
 from storage.errors import UsageError
 
 
@@ -60,7 +61,7 @@ def resolve_special(tokenizer: PreTrainedTokenizerBase, bos: str, *, eos: bool) 
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    ids = tokenizer("a")["input_ids"]
+    ids = encode(tokenizer, ["a"])["input_ids"][0]
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
 

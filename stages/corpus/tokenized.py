@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stages.corpus.facts import Fact
 from stages.corpus.offsets import character_bytes, whole_ends
-from stages.corpus.pieces import Pieces, cut_at_the_prompt, encode
+from stages.corpus.pieces import Pieces, cut_at_the_prompt, pieces_of
 from stages.corpus.rendering import Rendering
 from stages.corpus.source import Document
 
@@ -67,12 +67,12 @@ def tokenize(
     as_text, special = rendering.special_tokens == "text", special_names(tokenizer).keys()
     stream = iter(documents)
     while batch := list(islice(stream, DOCUMENTS_PER_CALL)):
-        wholes = encode(tokenizer, [item.text for item in batch], special_as_text=as_text)
-        prompts = encode(tokenizer, [item.text[: item.prompt] for item in batch], special_as_text=as_text)
+        wholes = pieces_of(tokenizer, [item.text for item in batch], special_as_text=as_text)
+        prompts = pieces_of(tokenizer, [item.text[: item.prompt] for item in batch], special_as_text=as_text)
         for document, whole, prompt in zip(batch, wholes, prompts, strict=True):
             pieces = whole
             if not whole.starts_with(prompt):
-                (rest,) = encode(tokenizer, [document.text[document.prompt :]], special_as_text=as_text)
+                (rest,) = pieces_of(tokenizer, [document.text[document.prompt :]], special_as_text=as_text)
                 pieces = cut_at_the_prompt(whole, prompt, rest, document.prompt, tokenizer) or whole
             spelled = Counter(index for index in pieces.ids if index in special)
             tokenized = _complete(document, pieces, prompt, spelled, tokenizer, rendering)

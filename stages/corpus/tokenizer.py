@@ -7,14 +7,18 @@ special tokens and the chat template are recorded and may differ: a base student
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from string import printable
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
-from storage.errors import UsageError
+from storage.errors import DistillError, UsageError
 from storage.values import Json, canonical_json
 
+_MOST_TOKENS = 256  # of a character: its bytes are four at most, a few special tokens come on top
+_MEND = "repair tokenizer.json, or use the tokenizer that the model was published with"
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -34,19 +38,52 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     Raises:
         UsageError: there is none, or only a slow one, which cannot tell where in the text a token ends.
     """
-    try:
+    fix = "a model directory needs tokenizer.json beside its weights"
+    with tokenizer_errors("cannot load a tokenizer", where=str(directory), fix=fix):
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # it parses files of the user; the tokenizers library raises plain Exception
-        raise UsageError(
-            f"cannot load a tokenizer: {str(error).splitlines()[0] if str(error) else error!r}",
-            where=str(directory),
-            fix="a model directory needs tokenizer.json beside its weights",
-        ) from error
     if not tokenizer.is_fast:
         raise UsageError("only a slow tokenizer, without token offsets", where=str(directory), fix="add tokenizer.json")
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    with tokenizer_errors("the tokenizer cannot normalise text", where=str(directory), fix=_MEND):
+        grown = 0 if normalizer is None else max(len(normalizer.normalize_str(letter)) for letter in printable)
+    if grown > _MOST_TOKENS:  # told before it is let loose on whole documents
+        raise UsageError(f"the tokenizer makes {grown:,} characters of a single one", where=str(directory), fix=_MEND)
     return tokenizer
+
+
+@contextmanager
+def tokenizer_errors(what: str, *, where: str, fix: str) -> Iterator[None]:
+    """Tell whatever a tokenizer or its chat template raises: files of the user are parsed and run there.
+
+    The tokenizers library raises plain Exception, and where its Rust code panics a BaseException; a template can raise
+    anything.
+
+    Raises:
+        UsageError: it failed.
+    """
+    try:
+        yield
+    except (DistillError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UsageError(f"{what}: {reason or type(error).__name__}", where=where, fix=fix) from error
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **settings: bool) -> BatchEncoding:
+    """Tokenise texts; the settings are those of the tokenizer's call.
+
+    Raises:
+        UsageError: it fails, or gives more tokens than text could have.
+    """
+    where = str(tokenizer.name_or_path)
+    with tokenizer_errors("the tokenizer fails", where=where, fix=_MEND):
+        encoded = tokenizer(texts, **settings)
+    for text, ids in zip(texts, encoded["input_ids"], strict=True):
+        if len(ids) > _MOST_TOKENS * (len(text) + 1):
+            what = f"the tokenizer makes {len(ids):,} tokens of a text of {len(text):,} characters"
+            raise UsageError(what, where=where, fix=_MEND)
+    return encoded
 
 
 def tokenizer_files(directory: Path) -> dict[str, bytes]:

@@ -64,10 +64,15 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, riders: Tensor | None = None) -> float:
     """Scale all gradients together such that their norm is at most `limit`, and return the norm that they had.
 
     A norm that is not finite is returned as it is.
+
+    Args:
+        parameters: with their gradients.
+        limit: of the norm.
+        riders: float32 [N], summed in place over the processes, in the same reduction as the norm.
     """
     chosen = [parameter for parameter in parameters if parameter.grad is not None]
     cut = [parameter.grad for parameter in chosen if isinstance(parameter.grad, DTensor)]
@@ -79,8 +84,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
     ]
     copied += [parameter.grad for parameter in chosen if not isinstance(parameter.grad, DTensor)]  # type: ignore[misc]
     squared = _norm(shared).square()
-    dist.all_reduce(squared, group=cut[0].device_mesh.get_group("tp"))
-    norm = float((squared + _norm(copied).square()).sqrt())
+    summed = squared.reshape(1) if riders is None else torch.cat([squared.reshape(1), riders])
+    dist.all_reduce(summed, group=cut[0].device_mesh.get_group("tp"))
+    if riders is not None:
+        riders.copy_(summed[1:])
+    norm = float((summed[0] + _norm(copied).square()).sqrt())
     factor = min(1.0, limit / (norm + CUT_NORM_EPS)) if math.isfinite(norm) else 1.0
     if factor < 1.0:
         torch._foreach_mul_([*shared, *copied], factor)

@@ -22,6 +22,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,12 +31,17 @@ from torch import Tensor, nn
 from stages.durable import durable_directory, remove
 from stages.parallel.processes import ALONE, Processes
 from stages.parallel.tensors import like, whole
-from storage.errors import CorruptionError, storage_errors
+from storage.errors import CorruptionError, IdentityError, storage_errors
 from storage.files.regular import kind_of, open_regular, read_regular
+from storage.values import is_amount, parse_json, require_fields, require_section, require_whole, short
 
 logger = logging.getLogger("topk_distill.checkpoint")
 
+_FILES = ("model.safetensors", "optimizer.safetensors", "random.safetensors", "progress.json")
+_PROGRESS = _FILES[-1]
 _MANIFEST = "manifest.json"
+_LARGEST_JSON = 64 * 1024  # bytes of progress.json and of manifest.json
+_LARGEST_COUNT = 1 << 53
 _PREFIX = "step-"
 _UNUSABLE = "unusable-"
 
@@ -55,6 +61,9 @@ class TrainingProgress:
     cursor: int = 0
     tokens: int = 0
     seconds: float = 0.0
+
+
+FRESH = TrainingProgress()  # of a run that begins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +108,13 @@ class Checkpoints:
         return target
 
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingProgress:
-        """Load the newest checkpoint that verifies. None left: a fresh `TrainingProgress`.
+        """Load the newest checkpoint that verifies. None left: `FRESH`.
 
         Each newer one that does not verify is told in a warning and set aside as `unusable-step-...`, so that it never
         passes for a checkpoint of the steps that come now.
         """
         newest = self.processes.on_main(self._newest_whole)
-        return TrainingProgress() if newest is None else _load(newest, model, optimizer)
+        return FRESH if newest is None else _load(newest, model, optimizer)
 
     def _newest_whole(self) -> Path | None:
         for directory in self._newest_first():
@@ -124,33 +133,41 @@ class Checkpoints:
                 os.rename(directory, aside)
         return None
 
-    def newest_step(self) -> int:
-        """Return the step of the newest checkpoint that verifies, 0 if there is none."""
+    def newest(self) -> TrainingProgress:
+        """Return where the newest checkpoint that verifies stands; `FRESH` if there is none."""
         valid = (directory for directory in self._newest_first() if self._problem(directory) is None)
         newest = next(valid, None)
-        return 0 if newest is None else _step_of(newest)
+        return FRESH if newest is None else _read_progress(newest)
+
+    def newest_step(self) -> int:
+        """Return its step, 0 if there is none."""
+        return self.newest().step
 
     def _newest_first(self) -> list[Path]:
         return sorted(self.folder.glob(f"{_PREFIX}{'[0-9]' * 8}"), key=_step_of, reverse=True)
 
     def _problem(self, directory: Path) -> str | None:
-        """Say what is wrong with a checkpoint; None if its manifest verifies."""
+        """Say what is wrong with a checkpoint; None if its manifest verifies and its progress can be."""
         if directory.is_symlink() or not directory.is_dir():
             return f"it is {kind_of(directory.lstat().st_mode)}, not a directory"
         try:
-            manifest = json.loads(read_regular(directory / _MANIFEST) or b"")
-            stated: Mapping[str, Mapping[str, object]] = manifest["files"]
-            digest = manifest["store_digest"]
+            manifest = _read_json(directory / _MANIFEST)
+            stated, digest = manifest["files"], manifest["store_digest"]
+            require_section("files", stated)
             found = _describe(directory, {name: item["bytes"] for name, item in stated.items()})
         except CorruptionError as error:
             return f"{error.where}: {error.what}"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             return f"{_MANIFEST}: {error!r}"
         if digest != self.store_digest:
-            return f"made from store {digest}"
-        for name in sorted(stated.keys() | found.keys()):
-            if stated.get(name) != found.get(name):
-                return f"{name}: {found.get(name, 'missing')}, the manifest says {stated.get(name, 'nothing')}"
+            return f"made from store {short(digest)}"
+        for name in sorted(stated.keys() | found.keys() | set(_FILES)):
+            if name not in found or stated.get(name) != found[name]:
+                return f"{name}: {found.get(name, 'missing')}, the manifest says {short(stated.get(name, 'nothing'))}"
+        try:
+            _read_progress(directory)
+        except (CorruptionError, OSError, ValueError) as error:
+            return f"{_PROGRESS}: {error}"
         return None
 
 
@@ -158,13 +175,61 @@ def _step_of(directory: Path) -> int:
     return int(directory.name.removeprefix(_PREFIX))
 
 
+def _read_json(path: Path) -> Any:
+    return parse_json(read_regular(path, most=_LARGEST_JSON) or b"")
+
+
+def _read_progress(directory: Path) -> TrainingProgress:
+    """Read progress.json of a checkpoint.
+
+    Raises:
+        ValueError: it holds what no run can have written there: a sequence, for one, has at least a token.
+    """
+    content = _read_json(directory / _PROGRESS)
+    require_fields(_PROGRESS, content, TrainingProgress)
+    for name in ("step", "cursor", "tokens"):
+        require_whole(name, content[name], least=0, most=_LARGEST_COUNT)
+    if content["step"] != _step_of(directory) or content["cursor"] > content["tokens"]:
+        raise ValueError(f"no run stands there after step {_step_of(directory)}: {short(content)}")
+    if not is_amount(content["seconds"]) or content["seconds"] < 0:
+        raise ValueError(f"seconds: {short(content['seconds'])}")
+    return TrainingProgress(**content)
+
+
 def _load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingProgress:
-    model_tensors = load_file(directory / "model.safetensors")
-    for name, tensor in _model_tensors(model).items():
-        tensor.copy_(like(model_tensors[name], tensor))
-    _restore_optimizer(model, optimizer, load_file(directory / "optimizer.safetensors"))
-    _restore_random(load_file(directory / "random.safetensors"))
-    return TrainingProgress(**json.loads((directory / "progress.json").read_text()))
+    """Load a checkpoint that verifies.
+
+    Raises:
+        IdentityError: it is of another model, as another version of transformers may build, or another optimizer.
+    """
+    wanted = _model_tensors(model)
+    weights, moments, states = (load_file(directory / name) for name in _FILES[:3])
+    _require_like("model", weights, {name: tensor.shape for name, tensor in wanted.items()}, directory)
+    own = dict(model.named_parameters())
+    shapes = {key: own[key.rpartition("/")[0]].shape for key in moments if key.rpartition("/")[0] in own}
+    counters = {key: value.shape for key, value in moments.items() if key.endswith("/step") and value.dim() == 0}
+    _require_like("optimizer", moments, shapes | counters, directory)
+    _require_like("random numbers", states, {"cpu": torch.get_rng_state().shape}, directory, others=True)
+    for name, tensor in wanted.items():
+        tensor.copy_(like(weights[name], tensor))
+    _restore_optimizer(model, optimizer, moments)
+    _restore_random(states)
+    return _read_progress(directory)
+
+
+def _require_like(
+    what: str, found: Mapping[str, Tensor], wanted: Mapping[str, torch.Size], directory: Path, *, others: bool = False
+) -> None:
+    """Raise IdentityError unless there are the wanted tensors, in their shapes, and without `others` none besides."""
+    for name in sorted(wanted.keys() | (set() if others else found.keys())):
+        has = tuple(found[name].shape) if name in found else None
+        needs = tuple(wanted[name]) if name in wanted else None
+        if has != needs:
+            raise IdentityError(
+                f"it is of another {what}: {name} is {has or 'missing'} there and {needs or 'missing'} here",
+                where=str(directory),
+                fix="use the versions of topk-distill and transformers that made it, or another run directory",
+            )
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -20,13 +20,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from stages.durable import replace_file
 from storage.errors import UsageError, storage_errors
 from storage.files.regular import open_regular
+from storage.values import is_amount, is_whole, parse_json, short
 
-LONGEST_LINE = 1 << 16  # bytes
+LONGEST_LINE = 1 << 16  # bytes; a line has a dozen numbers
 
 
 class MetricsLog:
@@ -35,14 +36,18 @@ class MetricsLog:
     Args:
         path: of the file; created if missing.
         last_step: lines of later steps, and a torn last line, are dropped first: the run resumes after this step.
+
+    Attributes:
+        validated: step of the last validation in it, 0 if there is none.
     """
 
     def __init__(self, path: Path, *, last_step: int) -> None:
         with storage_errors(path):
             kept = _lines_until(path, last_step)
-            replace_file(path, b"".join(kept))
+            replace_file(path, b"".join(line for line, _ in kept))
             self._file = open(path, "ab")  # noqa: SIM115  # closed in __exit__
         self._path = path
+        self.validated = max((int(record["step"]) for _, record in kept if record["event"] == "validation"), default=0)
 
     def __enter__(self) -> Self:
         return self
@@ -67,6 +72,8 @@ class MetricsLog:
 class NoMetricsLog:
     """In a process that is not the main one: the same methods, nothing written."""
 
+    validated = 0
+
     def __enter__(self) -> Self:
         return self
 
@@ -82,17 +89,20 @@ class NoMetricsLog:
         """Wait for nothing."""
 
 
-def read_metrics(path: Path) -> list[dict[str, str | int | float | None]]:
-    """Return all whole lines of a metrics.jsonl.
+Metrics = MetricsLog | NoMetricsLog
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return all whole lines of a metrics.jsonl: `event`, `step`, and numbers or null by name.
 
     Raises:
-        UsageError: a line has no event or no step.
+        UsageError: a line is damaged, and it is not the end that a power failure tore.
     """
-    return [json.loads(line) for line in _whole_lines(path)]
+    return [record for _, record in _whole_lines(path)]
 
 
-def _lines_until(path: Path, last_step: int) -> list[bytes]:
-    return [line for line in _whole_lines(path) if json.loads(line)["step"] <= last_step]
+def _lines_until(path: Path, last_step: int) -> list[tuple[bytes, dict[str, Any]]]:
+    return [(line, record) for line, record in _whole_lines(path) if record["step"] <= last_step]
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -102,21 +112,36 @@ def _lines(path: Path) -> Iterator[bytes]:
             yield line
 
 
-def _whole_lines(path: Path) -> list[bytes]:
-    """Return the lines up to the first that is not a whole JSON object: a power failure may leave zeros at the end."""
-    whole: list[bytes] = []
-    for line in _lines(path):
-        try:
-            record = json.loads(line)
-        except ValueError:
+def _whole_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Return the lines up to the first that is not whole: a power failure may leave zeros at the end."""
+    lines = list(_lines(path))
+    records = [_record(line) for line in lines]
+    whole = next((number for number, record in enumerate(records) if record is None), len(lines))
+    problem = None if all(record is None for record in records[whole:]) else "is not a whole JSON object"
+    number = whole
+    for index, record in enumerate(records[:whole]):
+        if record is not None and (found := _problem(record)) is not None:
+            problem, number = found, index
             break
-        if not (line.endswith(b"\n") and isinstance(record, dict)):
-            break
-        if not (isinstance(record.get("step"), int) and isinstance(record.get("event"), str)):
-            raise UsageError(
-                f"line {len(whole) + 1} has no event or no step",
-                where=str(path),
-                fix="restore the file, or choose another run directory",
-            )
-        whole.append(line)
-    return whole
+    if problem is not None:
+        fix = "restore the file, or choose another run directory"
+        raise UsageError(f"line {number + 1} {problem}", where=str(path), fix=fix)
+    return [(line, record) for line, record in zip(lines, records[:whole], strict=False) if record is not None]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """Return what a line holds; None if it is not a whole JSON object."""
+    try:
+        record = parse_json(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and line.endswith(b"\n") else None
+
+
+def _problem(record: Mapping[str, Any]) -> str | None:
+    """Say what no line that training writes holds."""
+    if not (is_whole(record.get("step")) and isinstance(record.get("event"), str)):
+        return "has no event or no step"
+    values = {key: value for key, value in record.items() if key != "event" and value is not None}
+    wrong = next((key for key, value in values.items() if not is_amount(value)), None)
+    return None if wrong is None else f"has no number at {wrong}: {short(record[wrong])}"

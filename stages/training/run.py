@@ -19,15 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-import yaml
-
 from stages.durable import remove_leftovers, replace_file
 from stages.training.metrics import read_metrics
 from stages.training.schedule import Schedule
+from stages.yaml_text import MAX_BYTES, parse, write_yaml
 from storage.commit.records import PLAN
 from storage.errors import IdentityError, UsageError, storage_errors
 from storage.files.regular import not_a, read_regular
-from storage.values import json_differences
+from storage.values import is_amount, is_whole, json_differences, parse_json, short
 
 # What may change between two commands of one run: where things lie, how the work is cut and saved, on which machine it
 # is done. None of it changes which sequences a step holds or what it computes (beyond rounding). `steps` and `epochs`
@@ -58,6 +57,7 @@ FREE_FIELDS = frozenset(
 LARGEST_RECORD = 1 << 26  # bytes of run.json or config.yaml: a corpus may have many files
 _RECORD = "run.json"
 _LOCK = ".lock"
+_RESTORE = "restore it, or choose another run directory"
 # What a run writes beside it, and what makes a directory a store or a model.
 _WRITTEN = ("config.yaml", "metrics.jsonl", "checkpoints", "model", "report.html")
 _DIRECTORIES = ("checkpoints", "model")
@@ -185,7 +185,7 @@ class RunDirectory:
         stored = self._stored_config()
         if stored is None or not (any(self.checkpoints.glob("step-*")) or self.model.exists() or self.finished()):
             replace_file(self.path / _RECORD, _json({"store": dict(store), "finished": None}))
-            replace_file(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False).encode())
+            replace_file(self.path / "config.yaml", write_yaml(dict(config)))
             return
         lines = json_differences(_semantic(spelled_out(stored)), _semantic(spelled_out(config)))
         began = self._record()["store"]
@@ -251,23 +251,7 @@ class RunDirectory:
         return of == {len(weights)} and all((self.model / name).is_file() for name in names)
 
     def _stored_config(self) -> dict[str, Any] | None:
-        path = self.path / "config.yaml"
-        data = read_regular(path, most=LARGEST_RECORD)
-        if data is None:
-            return None
-        try:
-            stored = yaml.safe_load(data)
-        except yaml.YAMLError as error:
-            raise UsageError(
-                f"not YAML: {error}", where=str(path), fix="restore it, or choose another run directory"
-            ) from error
-        if not isinstance(stored, dict):
-            raise UsageError(
-                f"expected a section of keys, found {'nothing' if stored is None else type(stored).__name__}",
-                where=str(path),
-                fix="restore it, or choose another run directory",
-            )
-        return stored
+        return read_config(self.path / "config.yaml")
 
     def _record(self) -> dict[str, Any]:
         return read_record(self.path / _RECORD)
@@ -289,18 +273,52 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         if data is None:
             raise ValueError("it is missing")
-        record: dict[str, Any] = json.loads(data)
-        if not isinstance(record["store"]["digest"], str):
-            raise ValueError("the store's digest is not text")
-        if record["finished"] is not None:
-            Finish(**record["finished"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UsageError(
-            f"the run's record cannot be read: {error!r}",
-            where=str(path),
-            fix="restore it, or choose another run directory",
-        ) from error
+        record: dict[str, Any] = parse_json(data)
+        _check_record(record)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"the run's record cannot be read: {error!r}", where=str(path), fix=_RESTORE) from error
     return record
+
+
+def _check_record(record: Mapping[str, Any]) -> None:
+    """Raise ValueError, KeyError or TypeError unless each field of it that is read holds what a run writes there."""
+    store, finished = record["store"], record["finished"]
+    if not isinstance(store["digest"], str):
+        raise ValueError("the store's digest is not text")
+    for name, kind in (("teacher", dict), ("identity", dict), ("path", str), ("id", str)):
+        if not isinstance(store.get(name, kind()), kind):
+            raise ValueError(f"store.{name} is {short(store[name])}")
+    if not isinstance(store.get("identity", {}).get("teacher", {}), dict):
+        raise ValueError("store.identity.teacher is not a section of keys")
+    if finished is not None:
+        totals = Finish(**finished)
+        if not (is_whole(totals.step) and is_whole(totals.tokens) and is_amount(totals.seconds)):
+            raise ValueError(f"finished is {short(finished)}")
+
+
+def read_config(path: Path) -> dict[str, Any] | None:
+    """Return config.yaml of a run as plain values; None if there is none.
+
+    Raises:
+        UsageError: it is not a section of keys, or nothing that a run writes.
+        CorruptionError: it is not a file, or too large for one.
+    """
+    data = read_regular(path, most=LARGEST_RECORD)
+    if data is None:
+        return None
+    try:
+        if len(data) > MAX_BYTES:
+            raise UsageError(f"more than {MAX_BYTES:,} bytes are no configuration", where=str(path))
+        stored = parse(data.decode(), name=str(path)).values
+    except UnicodeDecodeError as error:
+        raise UsageError(f"not UTF-8 text: {error.reason}", where=str(path), fix=_RESTORE) from error
+    except UsageError as error:
+        error.fix = _RESTORE
+        raise
+    if not isinstance(stored, dict):
+        found = "nothing" if stored is None else type(stored).__name__
+        raise UsageError(f"expected a section of keys, found {found}", where=str(path), fix=_RESTORE)
+    return stored
 
 
 def _semantic(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -90,7 +90,14 @@ class Learner:
 
 
 def optimizer_step(
-    learner: Learner, optimizer: torch.optim.Optimizer, step: Step, *, lr: float, clip_norm: float | None, number: int
+    learner: Learner,
+    optimizer: torch.optim.Optimizer,
+    step: Step,
+    *,
+    lr: float,
+    clip_norm: float | None,
+    number: int,
+    riders: Tensor | None = None,
 ) -> tuple[Losses, float]:
     """Accumulate the gradient over the step's micro-batches, clip it, and move the weights.
 
@@ -99,6 +106,8 @@ def optimizer_step(
         lr: learning rate of this step.
         clip_norm: largest norm of the gradient; None: no clipping.
         number: of the step, counted from 1; for messages.
+        riders: float32 [N] on the student's device, what this process has to tell the others: summed in place over
+            all of them, in the reduction that the norm needs anyway.
 
     Returns:
         The losses, and the norm of the gradient before clipping.
@@ -117,7 +126,7 @@ def optimizer_step(
     losses = learner.losses(sums)
     _require_finite("loss", losses.loss, number)
     parameters = [parameter for parameter in learner.student.model.parameters() if parameter.requires_grad]
-    norm = clip_gradients(parameters, math.inf if clip_norm is None else clip_norm)
+    norm = clip_gradients(parameters, math.inf if clip_norm is None else clip_norm, riders)
     _require_finite("norm of the gradient", norm, number)
     set_learning_rate(optimizer, lr)
     fault_point("optimizer-step")

@@ -9,6 +9,7 @@ message]. A case has `name`, `port`, `config`, and what is special about it:
     environment    variables of both processes
     only_rank_1    what differs in the configuration of the second process
     break_rank_1   the step after which the second process raises an error of its own
+    signal_rank_1  the step after which the second process gets SIGTERM
     other_machine  the second process computes in bfloat16 if the first does not, and the other way round
 """
 
@@ -67,6 +68,8 @@ def run(config: TrainConfig, case: Mapping[str, Any], rank: int) -> None:
     for event in events:
         if isinstance(event, Saved) and event.step == case.get("stop_after"):
             break
+        if isinstance(event, StepDone) and rank == 1 and event.step == case.get("signal_rank_1"):
+            signal.raise_signal(signal.SIGTERM)
         if isinstance(event, StepDone) and rank == 1 and event.step == case.get("break_rank_1"):
             events.throw(RuntimeError("something of its own"))  # type: ignore[attr-defined]  # a generator
     events.close()  # type: ignore[attr-defined]

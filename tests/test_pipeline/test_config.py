@@ -13,7 +13,7 @@ from pipeline.config.extract import SourceConfig
 from pipeline.config.loading import load_extract, load_train
 from pipeline.config.loss import SET_ELSEWHERE
 from pipeline.config.train import TrainConfig
-from pipeline.config.yaml_text import MAX_BYTES, MAX_DEPTH, parse
+from stages.yaml_text import MAX_BYTES, MAX_DEPTH, parse
 from storage.errors import StorageUnavailableError, UsageError
 
 EXTRACT = "store: s\nteacher:\n  path: x\ncorpus:\n  - source: topics\n"

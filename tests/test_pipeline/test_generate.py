@@ -62,6 +62,25 @@ def test_the_chat_template_frames_the_prompt(run: Path, tmp_path: Path) -> None:
     assert answer.text == naive(run / "model", f"Q: {PROMPT} A:", 6)
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if %}",
+        "{{ messages.__class__.__mro__ }}{{ ().__class__.__base__.__subclasses__() }}",
+        "{% for i in range(10**9) %}x{% endfor %}",
+        "{{ messages[7]['content'] + 1 }}",
+        "{{ raise_exception('no system turn') }}",
+        "{{ 1 / 0 }}",
+    ],
+)
+def test_a_chat_template_that_fails_is_the_users_to_mend(template: str, tiny_teacher_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_teacher_dir, tmp_path / "chat")
+    (tmp_path / "chat" / "chat_template.jinja").write_text(template)
+    with pytest.raises(UsageError, match=r"the chat template fails: .") as caught:
+        list(generate(tmp_path / "chat", PROMPT, chat=True, max_new_tokens=1, device="cpu"))
+    assert caught.value.where == str(tmp_path / "chat")
+
+
 def test_a_teacher_that_moved_is_told(run: Path, tiny_teacher_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     record = tmp_path / "run" / "run.json"

@@ -68,7 +68,8 @@ def make_run(folder: Path, lines: list[dict[str, Any]]) -> Path:
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "config.yaml").write_text(
-        f"store: my-store\nstudent: {{init: pretrained, path: '{HOSTILE}'}}\nloss: {{name: KDLoss, temperature: 1.5}}\n"
+        "store: my-store\nrun: my-run\nsteps: 8\n"
+        f"student: {{init: pretrained, path: '{HOSTILE}'}}\nloss: {{name: KDLoss, temperature: 1.5}}\n"
         "kd_ratio: 0.7\noptimizer: {lr: 0.001}\nschedule: {kind: cosine}\ntokens_per_step: 128\nseed: 3\n"
     )
     return folder

@@ -112,6 +112,8 @@ def cases(
         "cross-entropy alone": content(place / "ce", kd_ratio=0.0, clip_norm=None),
         "begun alone": content(place / "begun-alone"),
         "begun together": content(place / "begun-together"),
+        "a signal to one": content(place / "signal", checkpoint={"every": "10 min"}),
+        "after a signal to one": content(place / "signal", checkpoint={"every": "10 min"}),
         "bfloat16": content(place / "bfloat16", dtype="bfloat16"),
         "traffic": content(place / "traffic", loss=jsd),
         "traffic, untied": content(place / "traffic", student=untied),
@@ -157,6 +159,7 @@ def outcomes(cases: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPath
         case["port"] = port
     stop_after_checkpoint(cases["begun alone"]["config"], 4)
     cases["begun together"]["stop_after"] = 4
+    cases["a signal to one"]["signal_rank_1"] = 5
     cases["empty parts"]["act"] = "gather empty parts"
     cases["one part is not finite"]["act"] = "spoil"
     cases["an error of its own"]["break_rank_1"] = 3
@@ -234,6 +237,21 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert started.step == 4
     for name in ("begun alone", "begun together"):
         require_equal_curves(Path(cases[name]["config"]["run"]), reference)
+
+
+def test_a_signal_to_one_process_saves_all_of_them_at_the_next_step(
+    cases: dict[str, dict[str, Any]], outcomes: Outcomes
+) -> None:
+    for outcome, by in zip(outcomes, ("in another process", "by SIGTERM"), strict=True):
+        kind, message = outcome["a signal to one"]
+        assert (kind, str(message).split(",")[0]) == ("StoppedError", f"stopped {by} after step 6"), message
+        assert outcome["after a signal to one"] == [None, ""]
+    run = Path(cases["a signal to one"]["config"]["run"])
+    assert sorted(path.name for path in run.glob("checkpoints/step-*")) == ["step-00000006", "step-00000010"]
+    undisturbed = Path(cases["tied, odd vocabulary"]["config"]["run"])
+    weights = [(path / "model" / "model.safetensors").read_bytes() for path in (run, undisturbed)]
+    assert weights[0] == weights[1]
+    require_equal_curves(run, undisturbed, rel=0.0)
 
 
 def test_a_checkpoint_of_two_processes_has_the_same_tensors_as_of_one(

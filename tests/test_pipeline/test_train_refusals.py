@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 from collections.abc import Callable
 from itertools import takewhile
@@ -260,7 +262,7 @@ def test_a_micro_batch_too_small_is_refused_before_the_first_step(tiny_store: Pa
 
 
 @pytest.mark.parametrize("tokens_per_step", [64, 100, 150])
-def test_an_epoch_is_an_epoch_and_at_most_one_step(
+def test_an_epoch_is_exactly_one_pass(
     tokens_per_step: int, tiny_extraction: dict[str, Any], configure: MakeConfig, tmp_path: Path
 ) -> None:
     corpus = tmp_path / "long.txt"
@@ -275,7 +277,41 @@ def test_an_epoch_is_an_epoch_and_at_most_one_step(
     assert float((reader.lengths() == 64).mean()) > 0.9
     config = configure(store=tmp_path / "even", steps=None, epochs=1.0, tokens_per_step=tokens_per_step)
     trained = sum(event.tokens for event in train(config) if isinstance(event, StepDone))
-    assert reader.tokens <= trained < reader.tokens + tokens_per_step
+    assert trained == reader.tokens
+
+
+@pytest.mark.parametrize("epochs", [1.0, 2.0, 0.5])
+def test_passes_are_exact_where_a_step_is_a_large_part_of_the_corpus(
+    epochs: float, tiny_store: Path, configure: MakeConfig
+) -> None:
+    reader = StoreReader(tiny_store)
+    step = int(reader.tokens / 2.6)
+    config = configure(steps=None, epochs=epochs, tokens_per_step=step, tokens_per_batch=128)
+    *_, saved, finished = train(config)
+    assert isinstance(saved, Saved)
+    assert isinstance(finished, Finished)
+    progress = json.loads((Path(saved.path) / "progress.json").read_text())
+    assert progress["cursor"] == math.ceil(epochs * len(reader))
+    if epochs.is_integer():
+        assert finished.tokens == epochs * reader.tokens
+
+
+def test_a_pass_more_sees_every_sequence_once_more(tiny_store: Path, configure: MakeConfig) -> None:
+    """A run that was finished is prolonged: the short step that it ended with stays, and the next pass is whole."""
+    reader = StoreReader(tiny_store)
+    common = {"steps": None, "schedule": {"kind": "constant"}, "tokens_per_step": int(reader.tokens / 2.6)}
+    *_, first = train(configure(epochs=1.0, **common))
+    started, *_, second = train(configure(epochs=2.0, **common))
+    assert isinstance(started, Started)
+    assert isinstance(first, Finished)
+    assert isinstance(second, Finished)
+    assert (started.step, second.step, started.steps) == (first.step, 2 * first.step, 2 * first.step)
+    assert second.tokens == 2 * reader.tokens
+    (again,) = train(configure(epochs=2.0, **common))
+    assert isinstance(again, Finished)
+    assert again.already
+    with pytest.raises(IdentityError, match=f"{first.step} steps are fewer than the {second.step} steps done"):
+        list(train(configure(epochs=1.0, **common)))
 
 
 def copied(store: Path, target: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -19,7 +20,15 @@ from numpy.typing import NDArray
 from stages.batches.microbatch import to_microbatch
 from stages.batches.order import Order
 from stages.batches.sequences import join, lengths, pack, part
-from stages.batches.steps import Step, StepShape, microbatches, prefetch, steps_of_epochs, training_steps
+from stages.batches.steps import (
+    Step,
+    StepShape,
+    end_of_epochs,
+    microbatches,
+    prefetch,
+    steps_of_epochs,
+    training_steps,
+)
 from storage.errors import UsageError
 from storage.reader import StoreReader
 from storage.rows import SequenceBatch
@@ -230,10 +239,19 @@ def test_steps_of_epochs_are_those_that_see_every_sequence_so_often(
 ) -> None:
     source = InMemory(make_sequences(sizes))
     order = Order(sequences=len(sizes), seed=0, digest="x")
-    count = steps_of_epochs(lengths(source.sequences), order, tokens_per_step, epochs)
-    steps = steps_of(source, StepShape(tokens_per_step=tokens_per_step, tokens_per_batch=50), count=count)
-    cursors = [0, *(step.cursor for step in steps)]
-    assert cursors[-2] < epochs * len(sizes) <= cursors[-1]
+    length_S = lengths(source.sequences)
+    end = end_of_epochs(len(sizes), epochs)
+    steps = list(
+        training_steps(source, order, StepShape(tokens_per_step=tokens_per_step, tokens_per_batch=50), end=end)
+    )
+    assert steps[-1].cursor == end == math.ceil(epochs * len(sizes))
+    for done, cursor in enumerate([0, *(step.cursor for step in steps)]):
+        assert done + steps_of_epochs(length_S, order, tokens_per_step, epochs, cursor=cursor) == len(steps)
+
+
+@pytest.mark.parametrize(("sequences", "epochs", "end"), [(10, 1.1, 11), (30, 0.1, 3), (7, 0.5, 4), (3, 2.0, 6)])
+def test_passes_end_where_their_decimals_say(sequences: int, epochs: float, end: int) -> None:
+    assert end_of_epochs(sequences, epochs) == end
 
 
 def test_steps_are_counted_across_blocks_of_the_order(monkeypatch: pytest.MonkeyPatch) -> None:

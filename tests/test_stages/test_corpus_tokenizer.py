@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stages.corpus.tokenizer import (
+    encode,
     first_difference,
     load_tokenizer,
     real_tokens,
@@ -78,3 +80,22 @@ def test_a_damaged_tokenizer(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"model": {"type": "nope"}}))
     with pytest.raises(UsageError, match="cannot load a tokenizer"):
         load_tokenizer(tmp_path)
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": "e"}, "content": "x" * 10**6}
+UNKNOWN = {"SpecialToken": {"id": "<nothing>", "type_id": 0}}
+BROKEN: dict[str, dict[str, Any]] = {
+    "grows": {"normalizer": REPLACE},
+    "grows on one character": {"normalizer": {**REPLACE, "pattern": {"String": "語"}, "content": "x" * 10**4}},
+    "panics": {"post_processor": {"type": "TemplateProcessing", "single": [UNKNOWN], "pair": [], "special_tokens": {}}},
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_tokenizer_that_fails_is_the_users_to_mend(name: str, tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_tokenizer_dir, tmp_path / "broken")
+    file = tmp_path / "broken" / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | BROKEN[name]))
+    with pytest.raises(UsageError, match=r"the tokenizer (makes [\d,]+ (characters|tokens)|fails: .)") as caught:
+        encode(load_tokenizer(tmp_path / "broken"), ["the word 語"])
+    assert caught.value.where == str(tmp_path / "broken")

@@ -224,7 +224,7 @@ def test_a_stored_configuration_that_is_damaged_is_told(text: str, tmp_path: Pat
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(UsageError) as caught:
         run.begin(CONFIG, {"digest": "d"})
-    assert caught.value.where == str(tmp_path / "config.yaml")
+    assert str(caught.value.where).startswith(str(tmp_path / "config.yaml"))
 
 
 @pytest.mark.parametrize("line", ['{"event": "step"}', '{"step": 1}', '{"event": "step", "step": "1"}'])

@@ -1,8 +1,9 @@
 """YAML text -> plain values with the line each key stands on. Bounded, and unable to run or build anything.
 
-Stands between a configuration file and the models. Differences from PyYAML's `safe_load`, all of them wanted in a
-configuration: scalars follow the YAML 1.2 core schema (3e-4 is a number, `no` and dates are text), a key given twice
-is an error, anchors and aliases are refused (an alias bomb needs them), and size and depth are limited.
+Stands between a configuration file, of a user or of a run, and whoever reads it. Differences from PyYAML's `safe_load`,
+all of them wanted in a configuration: scalars follow the YAML 1.2 core schema (3e-4 is a number, `no` and dates are
+text), a key given twice is an error, anchors and aliases are refused (an alias bomb needs them), and size and depth are
+limited.
 """
 
 from __future__ import annotations
@@ -53,6 +54,18 @@ _SCALARS = (  # type, pattern, characters it can begin with
 )
 for _name, _pattern, _first in _SCALARS:
     _CoreLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^{_pattern}$"), _first)
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """SafeDumper that quotes text which either version of YAML, 1.1 or 1.2, would take for a number."""
+
+
+_PlainDumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^{_FLOAT}$"), list("-+0123456789."))
+
+
+def write_yaml(values: dict[str, Any]) -> bytes:
+    """Return plain values as a YAML document that `parse` reads as they are, and any other reader as well."""
+    return yaml.dump(values, Dumper=_PlainDumper, sort_keys=False).encode()
 
 
 def parse(text: str, *, name: str) -> Located:
