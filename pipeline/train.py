@@ -103,8 +103,9 @@ def _train(
     config: TrainConfig, data: TrainingData, recipe: Recipe, *, run: RunDirectory, checkpoints: Checkpoints
 ) -> Iterator[Event]:
     torch.manual_seed(config.seed)
-    processes, schedule, shape = checkpoints.processes, recipe.schedule, recipe.shape
+    processes, schedule = checkpoints.processes, recipe.schedule
     learner = build_learner(config, data, recipe, processes)
+    shape = replace(recipe.shape, length_borders=learner.length_borders)
     student = learner.student
     optimizer = build_optimizer(student.model, AdamWSettings(**config.optimizer.model_dump()))
     progress = checkpoints.resume(student.model, optimizer)
