@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from stages.devices import resolve_device, resolve_dtype
 from stages.models.files import ModelDirectory, file_hashes, find_model, load_config
 from stages.models.head import Head
 from stages.models.load import attention_for
+from stages.models.probe import length_borders, require_lengths_apart
 from stages.student.identity import compare_tokenizers
 from stages.teacher import BACKENDS, REFERENCE
 from stages.teacher.backend import CandidateTeacher
@@ -273,8 +274,10 @@ def _read(
     load = BACKENDS[backend].load()
     model = load(files, vocab_size=plan.vocab_size, device=device, dtype=dtype, attention=attention, key=None)
     assert not isinstance(model, CandidateTeacher), "evaluate asks for a backend that gives hidden states"
+    length_S = lengths(heldout)
+    require_lengths_apart(model.model, int(length_S.max()), role="model", where=str(files.directory))
     kept: list[Tensor] = []
-    for first, end in _forwards(lengths(heldout)):
+    for first, end in _forwards(length_S, length_borders(model.model.config)):
         batch = part(heldout, first, end)
         hidden_BTD = model.hidden(_padded(batch).to(device))
         rows = [hidden_BTD[index, :length] for index, length in enumerate(lengths(batch).tolist())]
@@ -283,11 +286,13 @@ def _read(
     return _Read(hidden_ND=torch.cat(kept), head=model.head, seconds=time.perf_counter() - began)
 
 
-def _forwards(length_S: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Yield (first, end) of neighbouring sequences whose padded size stays below a bound."""
+def _forwards(length_S: NDArray[np.int64], borders: Sequence[int] = ()) -> Iterator[tuple[int, int]]:
+    """Yield (first, end) of neighbouring sequences on one side of each border whose padded size stays below a bound."""
     first, longest = 0, 0
+    side_S = np.searchsorted(borders, length_S)
     for index, length in enumerate(length_S.tolist()):
-        if index > first and max(longest, length) * (index + 1 - first) > _TOKENS_PER_FORWARD:
+        full = max(longest, length) * (index + 1 - first) > _TOKENS_PER_FORWARD
+        if index > first and (full or side_S[index] != side_S[first]):
             yield first, index
             first, longest = index, 0
         longest = max(longest, length)

@@ -121,8 +121,9 @@ def _train(
     config: TrainConfig, data: TrainingData, recipe: Recipe, *, run: RunDirectory, checkpoints: Checkpoints
 ) -> Iterator[Event]:
     torch.manual_seed(config.seed)
-    processes, schedule, shape = checkpoints.processes, recipe.schedule, recipe.shape
+    processes, schedule = checkpoints.processes, recipe.schedule
     learner = build_learner(config, data, recipe, processes)
+    shape = replace(recipe.shape, length_borders=learner.length_borders)
     model = learner.student.model
     optimizer = build_optimizer(model, AdamWSettings(**config.optimizer.model_dump()))
     progress = checkpoints.resume(model, optimizer)

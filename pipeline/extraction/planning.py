@@ -27,6 +27,7 @@ from stages.corpus.tokenizer import tokenizer_files, tokenizer_identity
 from stages.devices import dtype_name, resolve_device, resolve_dtype
 from stages.input_files import FileState, file_sha256
 from stages.models.files import ModelDirectory, file_states
+from stages.models.probe import length_borders
 from stages.targets import KINDS
 from stages.targets.rows import require_k
 from stages.teacher.backend import teacher_identity
@@ -229,7 +230,11 @@ def _planned(config: ExtractConfig, *, weights: bool) -> Extraction:
     files = tokenizer_files(model.directory)
     remap = build_remap(sample.counts)
     batching = resolve_batching(
-        _number(config.batch_size), _number(config.chunk_size), vocab_size=vocab_size, device=device
+        _number(config.batch_size),
+        _number(config.chunk_size),
+        vocab_size=vocab_size,
+        device=device,
+        length_borders=tuple(at for at in length_borders(reading.model_config) if at < reading.rendering.window),
     )
     plan = Plan(
         teacher=teacher,

@@ -20,6 +20,7 @@ from pipeline.extraction.events import FirstRow, Meter, Progress
 from pipeline.extraction.planning import Extraction, bytes_per_row, is_bound
 from stages.corpus.tokenize import TokenWindow, render
 from stages.input_files import unchanged
+from stages.models.probe import require_lengths_apart
 from stages.out_of_memory import is_out_of_memory
 from stages.targets import KINDS
 from stages.targets.assemble import assemble
@@ -38,15 +39,24 @@ CANDIDATES = 5
 
 
 def load_teacher(planned: Extraction) -> Teacher:
-    """Load the weights that the plan names. Raises as the backend, and IdentityError if they changed meanwhile."""
+    """Load the weights that the plan names, and prove that sequences of all lengths fit into its batches.
+
+    Raises:
+        UsageError, NumericsError, OutOfSpaceError: as the backend; or rows would depend on what else is in a batch.
+        IdentityError: the weights changed meanwhile.
+    """
     with unchanged(*planned.teacher_files):  # what is loaded is what was hashed
-        return BACKENDS[str(planned.plan.teacher["backend"])].load()(
+        teacher = BACKENDS[str(planned.plan.teacher["backend"])].load()(
             planned.model,
             vocab_size=planned.plan.vocab_size,
             device=planned.device,
             dtype=planned.dtype,
             attention=str(planned.plan.teacher["attention"]),
         )
+    if not isinstance(teacher, CandidateTeacher):
+        where = str(planned.model.directory)
+        require_lengths_apart(teacher.model, planned.rendering.window, role="teacher", where=where)
+    return teacher
 
 
 def compute_shard(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -58,7 +58,8 @@ def _estimate(config: TrainConfig, data: TrainingData, processes: Processes) -> 
     recipe = Recipe.of(config, data)
     learner = build_learner(config, data, recipe, processes)
     student = learner.student
-    step = next(training_steps(data.train, recipe.order, recipe.shape, end=recipe.end))
+    shape = replace(recipe.shape, length_borders=learner.length_borders)
+    step = next(training_steps(data.train, recipe.order, shape, end=recipe.end))
     seconds = min(_timed(learner, step.batches[0]) for _ in range(2)) / step.batches[0].tokens
     tokens = recipe.schedule.steps * step.tokens if config.epochs is None else round(config.epochs * data.train.tokens)
     return TrainingEstimate(

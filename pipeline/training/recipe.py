@@ -20,13 +20,15 @@ from stages.devices import resolve_device, resolve_dtype
 from stages.input_files import unchanged
 from stages.losses import FusedLinearKDLoss, KDLossConfig
 from stages.losses.fit import misfit
+from stages.models.head import Head, HeadRule
 from stages.models.load import attention_for
-from stages.models.packed import use_packed_attention
+from stages.models.packed import PackLengths, use_packed_attention
+from stages.models.probe import require_own_logits
 from stages.models.special_tokens import adopt_special_tokens
 from stages.parallel.processes import ALONE, Processes
 from stages.parallel.tensor_parallel import cut_model
 from stages.student.identity import check_positions, check_tokenizer, check_vocabulary, read_tokenizer
-from stages.student.model import Student
+from stages.student.model import Student, head_layer
 from stages.student.save import CardFacts
 from stages.student.source import StudentSource, build_student
 from stages.teacher import BACKENDS
@@ -148,21 +150,25 @@ def build_learner(config: TrainConfig, data: TrainingData, recipe: Recipe, proce
         check_positions(model.config, data.window, lambda: data.longest)
     adopt_special_tokens(model, read_tokenizer(data.tokenizer_files))
     model.to(recipe.device)  # type: ignore[arg-type]  # transformers types this method for its own decorator
-    use_packed_attention(model, attention_for(model.config, config.attention, key="attention"))
+    head = Head(head_layer(model), HeadRule.of(model.config), data.vocab_size, where="student")
+    require_own_logits(model, head, where="student", key=None)
+    attention = attention_for(model.config, config.attention, key="attention")
+    lengths = PackLengths(longest=data.window or data.longest, tokens_per_batch=recipe.shape.tokens_per_batch)
+    use_packed_attention(model, attention, lengths=lengths)
     if processes.tp is not None:
         cut_model(model, processes.tp)
     student = Student.of(model, recipe.dtype)
     loss = _loss(config, student, data.vocab_size, recipe.chunk_size)
     if config.kd_ratio > 0.0 and data.store is not None:
         _check_loss_fits(loss, data.store.plan.target)
-    teacher = _live_teacher(config, data, loss, recipe.device)
+    teacher = _live_teacher(config, data, loss, recipe.device, lengths)
     if processes.tp is not None and teacher is not None:
         teacher = teacher.cut(processes.tp, len(student.weight_VD))
     return Learner(student=student, loss=loss, kd_ratio=config.kd_ratio, teacher=teacher)
 
 
 def _live_teacher(
-    config: TrainConfig, data: TrainingData, loss: FusedLinearKDLoss, device: torch.device
+    config: TrainConfig, data: TrainingData, loss: FusedLinearKDLoss, device: torch.device, lengths: PackLengths
 ) -> LiveTeacher | None:
     """Load the teacher of an online run onto its device; None: stored rows, or nothing, stand in for it."""
     if data.teacher is None or config.teacher_model is None:
@@ -181,6 +187,7 @@ def _live_teacher(
             dtype=resolve_dtype(config.teacher_model.dtype, device),
             attention=data.attention,
             load=BACKENDS[config.teacher_model.backend].load(),
+            lengths=lengths,
         )
     return replace(teacher, files=data.teacher_files)
 

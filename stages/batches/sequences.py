@@ -65,12 +65,19 @@ def _chain(axis: Axis, values: list[Any]) -> Any:
     return np.concatenate(values)
 
 
-def pack(batch: SequenceBatch, tokens_per_batch: int) -> list[SequenceBatch]:
+def pack(batch: SequenceBatch, tokens_per_batch: int, length_borders: Sequence[int] = ()) -> list[SequenceBatch]:
     """Cut a batch into parts of at most `tokens_per_batch` tokens, filled greedily without changing the order.
+
+    Args:
+        length_borders: lengths, rising; sequences on two sides of one are packed apart, the shorter side first.
 
     Raises:
         UsageError: a single sequence is longer than that.
     """
+    side_S = np.searchsorted(length_borders, lengths(batch))
+    if len(sides := np.unique(side_S)) > 1:
+        apart = ([part(batch, at, at + 1) for at in np.flatnonzero(side_S == side).tolist()] for side in sides)
+        return [packed for parts in apart for packed in pack(join(parts), tokens_per_batch)]
     bounds, filled = [0], 0
     for index, length in enumerate(lengths(batch).tolist()):
         if length > tokens_per_batch:

@@ -56,12 +56,14 @@ class StepShape:
         tokens_per_batch: upper bound of the tokens of a micro-batch.
         with_targets: False when the loss needs no teacher (kd_ratio 0): target rows are left unread.
         ignore_index: label of positions without a target row.
+        length_borders: lengths, rising, whose two sides never share a micro-batch: a model computes them differently.
     """
 
     tokens_per_step: int
     tokens_per_batch: int
     with_targets: bool = True
     ignore_index: int = -100
+    length_borders: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -144,7 +146,7 @@ def microbatches(batch: SequenceBatch, shape: StepShape) -> tuple[MicroBatch, ..
     """Pack all sequences of `batch`."""
     return tuple(
         to_microbatch(packed, with_targets=shape.with_targets, ignore_index=shape.ignore_index)
-        for packed in pack(batch, shape.tokens_per_batch)
+        for packed in pack(batch, shape.tokens_per_batch, shape.length_borders)
     )
 
 

@@ -39,7 +39,7 @@ def load_model(
     """
     where = str(files.directory)
     config = load_config(files)
-    require_causal(config, where)
+    require_causal_class(config, where)
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -82,7 +82,7 @@ def attention_for(config: PreTrainedConfig, asked: str, *, key: str) -> str:
     return "eager"
 
 
-def require_causal(config: PreTrainedConfig, where: str) -> None:
+def require_causal_class(config: PreTrainedConfig, where: str) -> None:
     """Raise UsageError if no causal language model has this kind of configuration."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UsageError(

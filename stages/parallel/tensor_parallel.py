@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from transformers import PreTrainedModel
 
-from stages.models.packed import change_of, hidden_of_probe
+from stages.models.packed import hidden_of_probe
+from stages.models.probe import change_of
 from stages.parallel.processes import is_peer_lost
 from stages.parallel.tensors import like
 from storage.errors import UsageError

@@ -122,7 +122,7 @@ def check_positions(student: PretrainedConfig, window: int, longest: Callable[[]
         UsageError: it knows fewer.
     """
     limit = position_limit(student)
-    if limit is not None and window > limit and (tokens := longest()) > limit:
+    if limit is not None and not 0 < window <= limit and (tokens := longest()) > limit:
         raise UsageError(
             f"the longest sequence has {tokens} tokens, the student knows {limit} positions",
             where="path",

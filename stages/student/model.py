@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from stages.batches.microbatch import MicroBatch
 from stages.models.head import HeadRule
 from stages.models.packed import packed_hidden
+from stages.models.probe import length_borders
 from storage.errors import UsageError
 
 
@@ -59,6 +60,11 @@ class Student:
     def bias_V(self) -> Tensor | None:
         """The head's bias, if it has one."""
         return head_layer(self.model).bias
+
+    @property
+    def length_borders(self) -> tuple[int, ...]:
+        """Lengths whose two sides never share a forward."""
+        return length_borders(self.model.config)
 
     @property
     def device(self) -> torch.device:

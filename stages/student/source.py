@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from stages.models.files import find_model, read_config
-from stages.models.load import load_model, memory_told, require_causal
+from stages.models.load import load_model, memory_told, require_causal_class
 from stages.student.architecture import chosen_layers, keep_layers, layers_of, making_told, overridden, random_model
 from storage.errors import UsageError
 
@@ -81,7 +81,7 @@ def _let_every_token_learn(model: PreTrainedModel) -> None:
 
 def _random_model(source: StudentSource) -> PreTrainedModel:
     config = load_config(source)
-    require_causal(config, f"path: {source.path}")
+    require_causal_class(config, f"path: {source.path}")
     where, fix = f"path: {source.path}", "repair that value, or start from the configuration of another model"
     if source.overrides:
         where = "overrides"

@@ -16,9 +16,7 @@ from transformers import PreTrainedModel
 from stages.models.files import ModelDirectory
 from stages.models.head import Head, HeadRule
 from stages.models.load import load_model, memory_told
-from storage.errors import NumericsError, UsageError
-
-PROBE_TOKENS = 8
+from stages.models.probe import body_of, require_causal, require_own_logits
 
 
 class HFTeacher:
@@ -45,7 +43,8 @@ class HFTeacher:
         attention: str,
         key: str | None = "teacher",
     ) -> HFTeacher:
-        """Load safetensors weights and check on a few tokens that hidden states and head give the model's own logits.
+        """Load safetensors weights and check on a few tokens that the model is causal and that hidden states and head
+        give its own logits.
 
         Args:
             vocab_size: real tokens.
@@ -64,12 +63,12 @@ class HFTeacher:
         with memory_told(where, smaller):
             model: Any = load_model(files, dtype=dtype, attention=attention, attention_key=attention_key)
             teacher = cls(model.to(device).eval().requires_grad_(False), vocab_size, where=where)
-        teacher._check_head(where, key)
+        teacher.prove(where, key)
         return teacher
 
     def hidden(self, ids_BT: Tensor) -> Tensor:
         """Return the final hidden states hidden_BTD, after the final norm, in the dtype of the forward pass."""
-        output = self.model.base_model(input_ids=ids_BT, use_cache=False)
+        output = body_of(self.model)(input_ids=ids_BT, use_cache=False)
         hidden_BTD: Tensor = output.last_hidden_state
         return hidden_BTD
 
@@ -77,24 +76,11 @@ class HFTeacher:
         """Return logits_NV, float32, over real tokens."""
         return self.head(hidden_ND)
 
-    @torch.inference_mode()
-    def _check_head(self, where: str, key: str | None) -> None:
-        """Compare with the model's own logits, within what a bfloat16 product may differ by."""
-        vocab_size = self.head.weight_VD.shape[0]
-        ids_BT = torch.arange(min(PROBE_TOKENS, vocab_size), device=self.device)[None]
-        expected_NV = self.model(input_ids=ids_BT, use_cache=False).logits[0, :, :vocab_size].float()
-        found_NV = self.logits(self.hidden(ids_BT)[0])
-        if not torch.isfinite(found_NV).all():
-            fix = "the weights are broken: train, download or convert the model again"
-            if key is not None:
-                fix = f"try {key}.dtype: float32; if it persists, {fix}"
-            raise NumericsError("the model's logits hold NaN or infinity", where=where, fix=fix)
-        error = (found_NV - expected_NV).abs().max().item()
-        allowed = 0.02 * found_NV.abs().max().item() + 1e-3
-        if not error <= allowed:
-            raise UsageError(
-                f"{type(self.model).__name__} treats its logits in a way that backend hf does not know: "
-                f"they differ by {error:.3g}, allowed {allowed:.3g}",
-                where=where,
-                fix="report the architecture; stages/models/head.py lists the ones that scale their logits",
-            )
+    def prove(self, where: str, key: str | None) -> None:
+        """Check that it is causal, and that hidden states and head give its own logits.
+
+        Raises:
+            UsageError, NumericsError: as `load`.
+        """
+        require_causal(self.model, role="model", where=where)
+        require_own_logits(self.model, self.head, where=where, key=key)

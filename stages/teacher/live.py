@@ -23,7 +23,8 @@ from stages.input_files import FileState
 from stages.losses import TeacherHead
 from stages.models.files import ModelDirectory
 from stages.models.head import HeadRule
-from stages.models.packed import packed_hidden, use_packed_attention
+from stages.models.packed import PackLengths, packed_hidden, use_packed_attention
+from stages.models.probe import body_of, length_borders
 from stages.parallel.tensor_parallel import cut_model, cut_rows
 from stages.teacher.backend import CandidateTeacher, Loader
 from stages.teacher.hf import HFTeacher
@@ -59,24 +60,30 @@ class LiveTeacher:
         attention: str,
         load: Loader = HFTeacher.load,
         key: str = "teacher_model",
+        lengths: PackLengths | None = None,
     ) -> LiveTeacher:
         """Load the weights, and prove that its head is understood and that it keeps packed sequences apart.
 
-        Args: as `HFTeacher.load`, and `load` of a backend that gives hidden states.
+        Args: as `HFTeacher.load`, `load` of a backend that gives hidden states, and `lengths` of what it will read.
 
         Raises:
             UsageError, NumericsError, OutOfSpaceError: as `HFTeacher.load`; or it mixes packed sequences.
         """
         loaded = load(files, vocab_size=vocab_size, device=device, dtype=dtype, attention=attention, key=key)
         assert not isinstance(loaded, CandidateTeacher), "callers ask for a backend that gives hidden states"
-        use_packed_attention(loaded.model, attention, role="teacher", key=f"{key}.attention")
+        use_packed_attention(loaded.model, attention, lengths=lengths, role="teacher", key=f"{key}.attention")
         return cls(
-            body=loaded.model.base_model,  # type: ignore[arg-type]  # typed as any module
+            body=body_of(loaded.model),
             weight_VD=loaded.head.weight_VD,
             bias_V=loaded.head.bias_V,
             rule=loaded.head.rule,
             parameters=loaded.model.num_parameters(),
         )
+
+    @property
+    def length_borders(self) -> tuple[int, ...]:
+        """Lengths whose two sides never share a forward."""
+        return length_borders(self.body.config)
 
     def cut(self, tp: DeviceMesh, rows: int) -> LiveTeacher:
         """Keep this process's part: of the body, and of the head where a student's head of `rows` rows is cut.

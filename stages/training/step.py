@@ -50,6 +50,12 @@ class Learner:
     kd_ratio: float
     teacher: LiveTeacher | None = None
 
+    @property
+    def length_borders(self) -> tuple[int, ...]:
+        """Lengths, rising, whose two sides never share a micro-batch: those of the student and of the live teacher."""
+        of_teacher = () if self.teacher is None else self.teacher.length_borders
+        return tuple(sorted({*self.student.length_borders, *of_teacher}))
+
     def parts(self, batch: MicroBatch, rows: int) -> LossParts:
         """Compute the losses of one micro-batch, summed over its rows and divided by `rows`.
 
