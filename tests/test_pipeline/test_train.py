@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from itertools import takewhile
 from pathlib import Path
@@ -157,7 +158,11 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_end(
     started = next(iter(train(config)))
     assert isinstance(started, Started)
     assert started.step == (stop_after - 1) // 3 * 3
-    list(train(config))
+    *_, finished = train(config)
+    assert isinstance(finished, Finished)
+    done = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["event"] == "step"]
+    assert finished.tokens == sum(line["tokens"] for line in done)
+    assert finished.seconds == pytest.approx(sum(line["seconds"] for line in done))  # also of the first command
     assert curve(tmp_path / "run") == curve(reference)
     assert weights(tmp_path / "run") == weights(reference)
 
@@ -171,6 +176,34 @@ def test_a_run_that_was_interrupted_before_its_model_was_saved_only_saves_it(
     assert [type(event) for event in train(config)] == [Started, Finished]
     assert curve(tmp_path / "run") == curve(reference)
     assert weights(tmp_path / "run") == weights(reference)
+
+
+def test_a_checkpoint_is_never_ahead_of_its_curve(
+    tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a checkpoint gets its name, the lines until its step are on the disk."""
+    run, on_disk, curves = tmp_path / "run", {}, {}
+    sync, rename = os.fsync, os.rename
+
+    def synced(descriptor: int) -> None:
+        sync(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        on_disk[path.name] = path.read_bytes() if path.is_file() else b""
+
+    def named(source: Path, target: Path) -> None:
+        curves[target.name] = on_disk["metrics.jsonl"]
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", named)
+    list(train(make_config(tiny_store, tiny_teacher_dir, run, steps=5, validation={"every": 2})))
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) == 5 + 3
+    assert curves == {
+        "step-00000003": b"".join(lines[:4]),
+        "step-00000005": b"".join(lines),
+        "model": b"".join(lines),
+    }
 
 
 @pytest.mark.parametrize("point", ["optimizer-step:5", "checkpoint-write:2", "checkpoint-rename:2"])

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stages.durable import durable_directory
+from stages.durable import durable_directory, replace_file
 from stages.student.save import CardFacts, save_student
 from stages.training.checkpoint import Checkpoints, TrainingProgress
 from stages.training.metrics import read_metrics
@@ -125,6 +125,42 @@ def test_weights_that_are_no_numbers_are_told_by_name(value: float) -> None:
     with pytest.raises(NumericsError, match=r"bias has a weight.*after step 3") as caught:
         require_finite_weights(model, 3)
     assert "in a new run directory" in (caught.value.fix or "")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What is asked of the operating system: ("sync", path) and ("name", new path), in order."""
+    made: list[tuple[str, str]] = []
+    sync, rename, replace = os.fsync, os.rename, os.replace
+
+    def synced(descriptor: int) -> None:
+        made.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        sync(descriptor)
+
+    def named(source: Path, target: Path, by: Callable[[Path, Path], None]) -> None:
+        made.append(("name", str(target)))
+        by(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", lambda source, target: named(source, target, rename))
+    monkeypatch.setattr(os, "replace", lambda source, target: named(source, target, replace))
+    return made
+
+
+def test_a_directory_is_on_the_disk_before_it_has_its_name(tmp_path: Path, calls: list[tuple[str, str]]) -> None:
+    """Every file and the names in it first, and its own name before anything goes on."""
+    save(Checkpoints(folder=tmp_path, store_digest="d"), 7)
+    files = ["manifest.json", "model.safetensors", "optimizer.safetensors", "progress.json", "random.safetensors"]
+    new, final = tmp_path / ".tmp-step-00000007", tmp_path / "step-00000007"
+    assert names(final) == files
+    assert sorted(calls[:5]) == [("sync", str(new / name)) for name in files]
+    assert calls[5:] == [("sync", str(new)), ("name", str(final)), ("sync", str(tmp_path))]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, calls: list[tuple[str, str]]) -> None:
+    replace_file(tmp_path / "run.json", b"{}")
+    path = str(tmp_path / "run.json")
+    assert calls == [("sync", str(tmp_path / ".tmp-run.json")), ("name", path), ("sync", str(tmp_path))]
 
 
 OF_OTHERS = ["model", "checkpoints", "metrics.jsonl", "config.yaml", "report.html", "plan.json", "config.json"]
