@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -175,22 +176,26 @@ def _run_tests(copy: Path, tests: Sequence[str], result: Path, output: Path) -> 
     """Run tests in this process, which ends here."""
     import pytest
 
-    class Outcomes(dict[str, str]):
+    outcomes: dict[str, str] = {}
+
+    class Outcomes:
         def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
             if report.when == "call" or not report.passed:
-                self[report.nodeid] = report.outcome if report.when == "call" or report.skipped else "error"
+                outcomes[report.nodeid] = report.outcome if report.when == "call" or report.skipped else "error"
 
     try:
         signal.alarm(LONGEST)
         with output.open("wb") as file, open(os.devnull) as nothing:
             for number, stream in enumerate((nothing, file, file)):
                 os.dup2(stream.fileno(), number)
-        outcomes = Outcomes()
-        basetemp = f"--basetemp={copy.parent / 'pytest'}"
-        pytest.main(["-m", "", "-p", "no:cacheprovider", basetemp, *tests], plugins=[outcomes])
+        imported = "ignore::pytest.PytestAssertRewriteWarning"  # of libraries that bring plugins for pytest
+        options = ["-m", "", "-W", imported, "-p", "no:cacheprovider", f"--basetemp={copy.parent / 'pytest'}"]
+        pytest.main([*options, *tests], plugins=[Outcomes()])
         result.write_text(json.dumps(outcomes))
-        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
     finally:
+        sys.stdout.flush()
         os._exit(0)
 
 

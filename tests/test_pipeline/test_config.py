@@ -95,6 +95,7 @@ def error_of(tmp_path: Path, text: str, *overrides: str, phase: str = "extract")
         (EXTRACT + "target: {kind: sampled, temperatures: [2]}", 6, "kind sampled has no head", ""),
         (EXTRACT + "rendering: {overlap: 2000}", 6, "overlap 2000 must be smaller than window 1024", ""),
         (EXTRACT + "heldout: {fraction: 2}", 6, "heldout.fraction: expected a number below 1, found 2", ""),
+        (EXTRACT + "heldout: {fraction: 1.0}", 6, "heldout.fraction: expected a number below 1, found 1.0", ""),
         (EXTRACT + "heldout: {fraction: .nan}", 6, "heldout.fraction: expected", ""),
         (EXTRACT + "documents_per_shard: x", 6, "expected a whole number or auto, found 'x'", "auto: about"),
         (EXTRACT + "batch_size: 0", 6, "expected a number above 0 or auto, found 0", ""),

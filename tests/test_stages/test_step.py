@@ -105,15 +105,19 @@ def test_a_step_moves_the_weights_against_the_loss() -> None:
     assert all(parameter.grad is None for parameter in learner.student.model.parameters())
 
 
-def test_the_gradient_is_clipped_but_its_own_norm_is_told() -> None:
+@pytest.mark.parametrize("limit", [0.01, 1e6, None])
+def test_the_gradient_is_clipped_but_its_own_norm_is_told(limit: float | None) -> None:
     step = make_step([20], vocabulary=40, tokens_per_batch=40)
     learner = make_learner(vocabulary=40)
+    norm_before = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients(learner, step)))
+    learner.student.model.zero_grad()
     optimizer = torch.optim.SGD(learner.student.model.parameters(), lr=1.0)
-    before = [parameter.detach().clone() for parameter in learner.student.model.parameters()]
-    _, norm = optimizer_step(learner, optimizer, step, lr=1.0, clip_norm=0.01, number=1)
-    moved = [(old - new).detach() for old, new in zip(before, learner.student.model.parameters(), strict=True)]
-    assert norm > 0.01
-    assert math.sqrt(sum(float(change.square().sum()) for change in moved)) == pytest.approx(0.01, rel=1e-3)
+    before = weights(learner)
+    _, norm = optimizer_step(learner, optimizer, step, lr=1.0, clip_norm=limit, number=1)
+    moved = [(old - new) for old, new in zip(before, weights(learner), strict=True)]
+    assert norm == pytest.approx(norm_before, rel=1e-5)
+    length = math.sqrt(sum(float(change.square().sum()) for change in moved))
+    assert length == pytest.approx(norm if limit is None else min(norm, limit), rel=1e-3)
 
 
 def weights(learner: Learner) -> list[Tensor]:
