@@ -94,6 +94,17 @@ def test_a_student_with_too_few_positions_is_refused(configure: MakeConfig, tiny
     assert caught.value.where == "student.path"
 
 
+def test_a_student_with_another_tokenizer_is_refused(
+    configure: MakeConfig, tiny_teacher_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_teacher_dir, tmp_path / "student")
+    tokenizer = tmp_path / "student" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"<pad>"', '"<gap>"'))
+    with pytest.raises(IdentityError, match="not the teacher's: id 2") as caught:
+        list(train(configure(student={"init": "pretrained", "path": str(tmp_path / "student")})))
+    assert str(caught.value.where).startswith(f"student.path: {tmp_path / 'student'}")
+
+
 @pytest.mark.parametrize(
     ("student", "where"),
     [

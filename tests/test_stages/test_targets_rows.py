@@ -276,8 +276,9 @@ def test_broken_logits_name_document_and_position(value: float) -> None:
 def test_a_row_without_any_mass_is_refused() -> None:
     logits_NV = logits_of(3, 100)
     logits_NV[1] = -torch.inf
-    with pytest.raises(NumericsError):
+    with pytest.raises(NumericsError, match="hold NaN or infinity") as caught:
         rows_of(logits_NV, spec())
+    assert caught.value.where == "document 0, position 1"
 
 
 def test_k_beyond_the_vocabulary() -> None:
