@@ -147,7 +147,7 @@ def test_every_flipped_bit_of_an_index_is_found():
     for bit in range(len(tail) * 8):
         flipped = bytearray(tail)
         flipped[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(ValueError, match="crc32c of the index"):
+        with pytest.raises(ValueError, match="crc32c of the chunk index"):
             decode_index(bytes(flipped), layout, len(data))
 
 
