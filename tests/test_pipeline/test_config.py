@@ -94,6 +94,7 @@ def error_of(tmp_path: Path, text: str, *overrides: str, phase: str = "extract")
         (EXTRACT + "target: {temperatures: [2, 1.5]}", 6, "target: temperatures must rise, found [2.0, 1.5]", ""),
         (EXTRACT + "target: {kind: sampled, temperatures: [2]}", 6, "kind sampled has no head", ""),
         (EXTRACT + "rendering: {overlap: 2000}", 6, "overlap 2000 must be smaller than window 1024", ""),
+        (EXTRACT + "rendering: {window: 8, overlap: 8}", 6, "overlap 8 must be smaller than window 8", ""),
         (EXTRACT + "heldout: {fraction: 2}", 6, "heldout.fraction: expected a number below 1, found 2", ""),
         (EXTRACT + "heldout: {fraction: 1.0}", 6, "heldout.fraction: expected a number below 1, found 1.0", ""),
         (EXTRACT + "heldout: {fraction: .nan}", 6, "heldout.fraction: expected", ""),

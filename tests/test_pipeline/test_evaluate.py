@@ -145,8 +145,10 @@ def test_where_the_teacher_was_is_known_to_the_store(tiny_store: Path, evaluatio
 def test_fewer_tokens_are_whole_documents(tiny_store: Path, tiny_teacher_dir: Path, evaluation: Evaluation) -> None:
     reader = StoreReader(tiny_store, split="heldout")
     first = [index for index in range(len(reader)) if reader.read([index]).document[0] == reader.read([0]).document[0]]
-    rows = reader.read(first).rows
-    for bound in (1, len(reader.read(first).tokens)):
+    rows, tokens = reader.read(first).rows, len(reader.read(first).tokens)
+    second = reader.read([len(first), len(first) + 1])
+    assert second.document[0] == second.document[1], "else it could not be cut"
+    for bound in (1, tokens, tokens + int(second.token_offset[1])):
         small = evaluate(tiny_store, {}, tiny_teacher_dir, device="cpu", max_tokens=bound)
         assert (small.documents, small.tokens) == (1, rows)
     assert evaluation.documents > 1
