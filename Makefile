@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install demo test torture lint format api bench clean
+.PHONY: install demo test mutants torture lint format api bench clean
 
 install: .venv/installed
 
@@ -22,6 +22,9 @@ demo: install
 
 test: install
 	@$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+mutants: install
+	@$(BIN)/pytest -m "torture or not torture" --verbose --capture=no tests/test_mutants.py
 
 torture: install
 	@$(BIN)/pytest -m torture --verbose --capture=no

@@ -41,7 +41,7 @@ LIBRARIES = (
     "transformers.models.llama.modeling_llama",
     "zarr",
 )
-LONGEST = 240  # seconds that the tests of one request may take
+LONGEST = 120  # seconds that the tests of one request may take
 
 
 @dataclass(frozen=True)
