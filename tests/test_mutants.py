@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,21 +17,19 @@ ALL = [pytest.param(file, mutant, id=f"{file}: {mutant.fault}") for file in MUTA
 TESTS = sorted({mutant.test for mutants in MUTANTS.values() for mutant in mutants})
 
 
-@pytest.mark.parametrize(("file", "mutant"), ALL)
-def test_a_mutant_changes_what_is_there(file: str, mutant: Mutant) -> None:
-    mutant.applied((ROOT / file).read_text())
+@pytest.mark.parametrize("file", MUTANTS)
+def test_mutants_change_what_is_there(file: str) -> None:
+    source = (ROOT / file).read_text()
+    assert len({mutant.fault for mutant in MUTANTS[file]}) == len(MUTANTS[file])
+    for mutant in MUTANTS[file]:
+        assert mutant.applied(source) != source
 
 
-@pytest.mark.parametrize("test", TESTS)
-def test_the_test_of_a_mutant_exists(test: str) -> None:
-    path, _, name = test.partition("::")
-    functions = ast.parse((ROOT / "tests" / path).read_text()).body
-    assert name.partition("[")[0] in {item.name for item in functions if isinstance(item, ast.FunctionDef)}
-
-
-def test_each_fault_is_described_once() -> None:
-    for file, mutants in MUTANTS.items():
-        assert max(Counter(mutant.fault for mutant in mutants).values()) == 1, file
+def test_the_tests_of_mutants_exist() -> None:
+    for test in TESTS:
+        path, _, name = test.partition("::")
+        functions = ast.parse((ROOT / "tests" / path).read_text()).body
+        assert name.partition("[")[0] in {item.name for item in functions if isinstance(item, ast.FunctionDef)}, test
 
 
 SMALL = {

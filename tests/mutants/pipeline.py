@@ -113,6 +113,34 @@ MUTANTS: dict[str, list[Mutant]] = {
             "test_pipeline/test_train_online.py::test_a_tail_policy_is_for_stored_rows",
         ),
     ],
+    "pipeline/training/data.py": [
+        Mutant(
+            "a teacher changes the order of a corpus",
+            "order_digest=order_digest,",
+            "order_digest=digest,",
+            "test_pipeline/test_train_online.py::test_cross_entropy_alone_builds_no_teacher_and_sees_the_same_tokens",
+        ),
+        Mutant(
+            "an online run may hold out something else",
+            '        "heldout": vars(rule),\n',
+            "",
+            "test_pipeline/test_train_online.py::test_another_corpus_rendering_or_teacher_is_refused_and_named",
+        ),
+    ],
+    "pipeline/training/estimate.py": [
+        Mutant(
+            "the time is that of one token",
+            "seconds=seconds * tokens",
+            "seconds=seconds",
+            f"{TRAIN}test_a_dry_run_estimates_and_writes_nothing",
+        ),
+        Mutant(
+            "a micro-batch passes for a token",
+            "/ step.batches[0].tokens\n",
+            "\n",
+            f"{TRAIN}test_a_dry_run_estimates_and_writes_nothing",
+        ),
+    ],
     "pipeline/evaluate.py": [
         Mutant(
             "a sequence is lost where forwards are cut",

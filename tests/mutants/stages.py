@@ -12,6 +12,7 @@ TRAINING = "test_stages/test_training.py::"
 RUN_FILES = "test_stages/test_run_files.py::"
 SCHEDULE = "test_stages/test_schedule.py::"
 BATCHES = "test_stages/test_batches.py::"
+ASSEMBLE = "test_stages/test_targets_assemble.py::"
 ROWS = "test_stages/test_targets_rows.py::"
 
 MUTANTS: dict[str, list[Mutant]] = {
@@ -388,6 +389,56 @@ MUTANTS: dict[str, list[Mutant]] = {
             "sequence.window_start + found",
             "found",
             "test_stages/test_targets_assemble.py::test_wanted_positions_and_mask",
+        ),
+    ],
+    "stages/targets/assemble.py": [
+        Mutant(
+            "rows without a tail have samples",
+            "empty_R=np.isneginf(rows.tail_logit)",
+            "empty_R=np.zeros(len(rows), bool)",
+            f"{ASSEMBLE}test_any_order_of_computation_gives_the_same_batch",
+        ),
+    ],
+    "stages/corpus/tokenize.py": [
+        Mutant(
+            "the first token of a completion is not learned",
+            "max(first_row, prompt - 1) - start",
+            "max(first_row, prompt) - start",
+            "test_stages/test_corpus_prompts.py::test_rows_predict_what_follows_the_prompt",
+        ),
+        Mutant(
+            "what windows repeat is learned twice",
+            "yield start, end, max(start, predicted - 1)",
+            "yield start, end, start",
+            "test_stages/test_corpus_tokenize.py::test_each_token_is_predicted_once",
+        ),
+        Mutant(
+            "windows may be too short",
+            "if end - start >= rendering.min_tokens and has_row_T.any():",
+            "if has_row_T.any():",
+            "test_stages/test_corpus_tokenize.py::test_short_documents_and_windows_are_left_out",
+        ),
+        Mutant(
+            "ids may lie beyond the teacher's",
+            "if len(tokens_T) and int(tokens_T.max()) >= rendering.vocab_size:",
+            "if False:",
+            "test_stages/test_corpus_tokenize.py::test_an_id_beyond_the_teacher_is_refused",
+        ),
+    ],
+    "stages/teacher/batching.py": [
+        Mutant(
+            "a batch is never full",
+            "count * longest <= self.padded_tokens",
+            "count * longest < self.padded_tokens",
+            "test_stages/test_teacher_batching.py::test_each_sequence_once_within_limits",
+        ),
+    ],
+    "stages/student/identity.py": [
+        Mutant(
+            "a head may be too small",
+            "rows < vocab_size or (not same",
+            "(not same",
+            "test_stages/test_student.py::test_really_different_vocabularies_are_refused_with_both_sizes",
         ),
     ],
 }

@@ -153,4 +153,26 @@ MUTANTS: dict[str, list[Mutant]] = {
             "test_storage/test_damage.py::test_no_row_of_a_damaged_shard_is_returned",
         ),
     ],
+    "storage/plan.py": [
+        Mutant(
+            "every seed holds out the same",
+            'f"{self.seed}:{document}"',
+            'f"{document}"',
+            "test_storage/test_plan.py::test_what_is_held_out_is_what_it_was",
+        ),
+    ],
+    "storage/target.py": [
+        Mutant(
+            "a temperature may be stored twice",
+            "if any(right <= left for left, right",
+            "if any(right < left for left, right",
+            "test_pipeline/test_config.py::test_extract_problems_name_line_key_and_remedy",
+        ),
+        Mutant(
+            "a kind may lack its samples",
+            "if holds.draws and not 0 < self.draws <= LARGEST_DRAWS:",
+            "if False:",
+            "test_pipeline/test_config.py::test_extract_problems_name_line_key_and_remedy",
+        ),
+    ],
 }

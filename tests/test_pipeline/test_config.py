@@ -91,6 +91,7 @@ def error_of(tmp_path: Path, text: str, *overrides: str, phase: str = "extract")
         (EXTRACT + "target: {temperatures: [2, true]}", 6, "target.temperatures.1: expected a number, found true", ""),
         (EXTRACT + "target: {kind: topp, p: true}", 6, "target.p: expected a number, found true", ""),
         (EXTRACT + "heldout: {fraction: '0.1'}", 6, "heldout.fraction: expected a number, found '0.1'", ""),
+        (EXTRACT + "target: {temperatures: [2, 2]}", 6, "target: temperatures must rise, found [2.0, 2.0]", ""),
         (EXTRACT + "target: {temperatures: [2, 1.5]}", 6, "target: temperatures must rise, found [2.0, 1.5]", ""),
         (EXTRACT + "target: {kind: sampled, temperatures: [2]}", 6, "kind sampled has no head", ""),
         (EXTRACT + "rendering: {overlap: 2000}", 6, "overlap 2000 must be smaller than window 1024", ""),

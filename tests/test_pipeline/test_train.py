@@ -19,8 +19,11 @@ from pipeline.config.train import TrainConfig
 from pipeline.train import train
 from pipeline.training.estimate import dry_run
 from pipeline.training.events import Finished, Saved, Started, StepDone
+from stages.batches.microbatch import MicroBatch
 from stages.training.metrics import read_metrics
+from stages.training.step import Learner
 from storage.errors import IdentityError, UsageError
+from storage.reader import StoreReader
 
 TIME_KEYS = {"seconds", "tokens_per_second"}
 
@@ -306,13 +309,28 @@ def test_epochs_are_turned_into_steps(tiny_store: Path, tiny_teacher_dir: Path, 
     assert estimate.epochs == pytest.approx(1.0, abs=0.25)
 
 
-def test_a_dry_run_estimates_and_writes_nothing(tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path) -> None:
+def test_a_dry_run_estimates_and_writes_nothing(
+    tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the faster of two micro-batches, as if each token took as long as theirs."""
+    measured: list[int] = []
+
+    def timed(learner: Learner, batch: MicroBatch) -> float:
+        measured.append(batch.tokens)
+        return 7.0 / len(measured)
+
+    monkeypatch.setattr("pipeline.training.estimate._timed", timed)
     estimate = dry_run(make_config(tiny_store, tiny_teacher_dir, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     assert estimate.steps == 8
     assert estimate.memory_bytes > 16 * estimate.parameters
-    assert estimate.seconds > 0.0
-    assert estimate.tokens <= 8 * 256
+    assert estimate.seconds == pytest.approx(3.5 * estimate.tokens / measured[0])
+    assert 6 * 256 < estimate.tokens <= 8 * 256
+    assert estimate.epochs == pytest.approx(estimate.tokens / StoreReader(tiny_store).tokens)
+
+
+def test_a_dry_run_measures_a_forward_and_a_backward(tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path) -> None:
+    assert 0.0 < dry_run(make_config(tiny_store, tiny_teacher_dir, tmp_path / "run")).seconds < 60.0
 
 
 def test_bfloat16_keeps_float32_weights(tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path) -> None:

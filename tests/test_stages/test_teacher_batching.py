@@ -36,6 +36,9 @@ def test_each_sequence_once_within_limits(lengths: list[int], sequences: int | N
     for batch in batches:
         assert sequences is None or len(batch) <= sequences
         assert padded_tokens is None or len(batch) == 1 or len(batch) * lengths[batch[0]] <= padded_tokens
+    for batch in batches[:-1]:  # one more would not have fitted
+        more = len(batch) + 1
+        assert more == (sequences or 0) + 1 or more * lengths[batch[0]] > (padded_tokens or 10**9)
 
 
 def test_auto_and_given_sizes() -> None:
