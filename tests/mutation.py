@@ -41,6 +41,7 @@ LIBRARIES = (
     "transformers.models.llama.modeling_llama",
     "zarr",
 )
+_OF_THIS_RUN = ("PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT")
 LONGEST = 120  # seconds that the tests of one request may take
 
 
@@ -148,7 +149,7 @@ def _environment(copy: Path) -> dict[str, str]:
     scratch = copy.parent / "tmp"
     scratch.mkdir()
     own = {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    inherited = {name: value for name, value in os.environ.items() if name not in _OF_THIS_RUN}
     return {**inherited, **own}
 
 

@@ -1,4 +1,4 @@
-"""Mutants of stages: training, batches, targets."""
+"""Mutants of stages: training, batches, targets, losses, corpus."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ RUN_FILES = "test_stages/test_run_files.py::"
 SCHEDULE = "test_stages/test_schedule.py::"
 BATCHES = "test_stages/test_batches.py::"
 ASSEMBLE = "test_stages/test_targets_assemble.py::"
+LOSSES = "test_stages/test_losses/"
 ROWS = "test_stages/test_targets_rows.py::"
 
 MUTANTS: dict[str, list[Mutant]] = {
@@ -439,6 +440,60 @@ MUTANTS: dict[str, list[Mutant]] = {
             "rows < vocab_size or (not same",
             "(not same",
             "test_stages/test_student.py::test_really_different_vocabularies_are_refused_with_both_sizes",
+        ),
+    ],
+    "stages/losses/divergences.py": [
+        Mutant(
+            "the gradient of jsd has the other weight",
+            "h = (log_m_q * q).mul_(-rest)",
+            "h = (log_m_q * q).mul_(-beta)",
+            f"{LOSSES}test_exactness.py::test_float32_logits",
+        ),
+        Mutant(
+            "both parts of a mixture have the same weight",
+            "forward_d.mul_(self.weight).add_(reverse_d, alpha=1.0 - self.weight)",
+            "forward_d.mul_(self.weight).add_(reverse_d, alpha=self.weight)",
+            f"{LOSSES}test_exactness.py::test_float32_logits",
+        ),
+        Mutant(
+            "digits cancel where the student rules out a token",
+            "h = torch.where(x < math.log(0.01), series, h)",
+            "pass",
+            f"{LOSSES}test_exactness.py::test_float32_logits",
+        ),
+    ],
+    "stages/losses/tail.py": [
+        Mutant(
+            "samples weigh as often as they were drawn",
+            "targets.count_NE.to(dtype) / targets.draws",
+            "targets.count_NE.to(dtype)",
+            BY_HAND,
+        ),
+        Mutant(
+            "a label in the head gets its residual twice",
+            "outside_N = torch.where(is_label_NE.any(-1), 0.0, r_N)",
+            "outside_N = r_N",
+            f"{LOSSES}test_sparse.py::test_fused_value_and_gradients",
+        ),
+        Mutant(
+            "renormalised heads are not",
+            "    log_p_NE = log_p_NE - log_p_NE.logsumexp(-1, keepdim=True)\n",
+            "",
+            f"{LOSSES}test_sparse.py::test_fused_value_and_gradients",
+        ),
+        Mutant(
+            "samples at a temperature have the wrong weight",
+            "(1.0 / temperature - 1.0)",
+            "(1.0 / temperature)",
+            f"{LOSSES}test_sparse.py::test_fused_value_and_gradients",
+        ),
+    ],
+    "stages/losses/engine/chunk.py": [
+        Mutant(
+            "the scale of logits is forgotten",
+            "    logits_CV.mul_(scale)\n",
+            "",
+            f"{LOSSES}test_sparse.py::test_fused_value_and_gradients",
         ),
     ],
 }

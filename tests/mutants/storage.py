@@ -150,7 +150,7 @@ MUTANTS: dict[str, list[Mutant]] = {
             "contents are not compared with their record",
             "if sha256(data) != expected.sha256:",
             "if False:",
-            "test_storage/test_damage.py::test_no_row_of_a_damaged_shard_is_returned",
+            f"{READER}test_damage_after_the_first_read_is_found",
         ),
     ],
     "storage/plan.py": [
