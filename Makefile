@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install demo test test-robust torture lint format api bench clean
+.PHONY: install demo test test-robust mutants torture lint format api bench clean
 
 install: .venv/installed
 
@@ -25,6 +25,9 @@ test: install
 
 test-robust: install
 	@$(BIN)/python tests/robust.py
+
+mutants: install
+	@$(BIN)/pytest -m "torture or not torture" --verbose --capture=no tests/test_mutants.py
 
 torture: install
 	@$(BIN)/pytest -m torture --verbose --capture=no

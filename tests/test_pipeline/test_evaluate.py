@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from pipeline.config.extract import ExtractConfig
 from pipeline.config.train import TrainConfig
-from pipeline.evaluate import Evaluation, bootstrap_interval, evaluate, model_directory, reliability
+from pipeline.evaluate import Evaluation, _forwards, bootstrap_interval, evaluate, model_directory, reliability
 from pipeline.extract import extract
 from pipeline.runs import warn_if_trained_on
 from pipeline.training.data import open_training_data
@@ -87,6 +89,36 @@ def test_scores_are_those_of_the_naive_reference(
     assert evaluation.teacher.nll == pytest.approx(float(teacher_nll), rel=1e-5)
 
 
+@pytest.mark.parametrize("bound", [1, 129])
+def test_scores_do_not_depend_on_how_sequences_share_forwards(
+    bound: int, evaluation: Evaluation, tiny_store: Path, student_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One or two to a forward: positions are lost nowhere, and stay beside the tokens that follow them."""
+    monkeypatch.setattr("pipeline.evaluate._TOKENS_PER_FORWARD", bound)
+    monkeypatch.setattr("pipeline.evaluate._CHUNK", 7)
+    found = evaluate(tiny_store, {"student": student_dir}, device="cpu")
+    assert found.tokens == evaluation.tokens
+    for ours, theirs in (
+        (found.teacher, evaluation.teacher),
+        (found.students["student"], evaluation.students["student"]),
+    ):
+        for name in ("nll", "ece", "top1_agreement"):
+            assert getattr(ours, name) == pytest.approx(getattr(theirs, name)), name
+    assert found.students["student"].kl == pytest.approx(evaluation.students["student"].kl, rel=1e-5)
+
+
+@given(st.lists(st.integers(2, 30), min_size=1, max_size=20))
+def test_forwards_hold_every_sequence_once_and_as_many_as_fit(sizes: list[int]) -> None:
+    length_S, bound = np.array(sizes), 60
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.evaluate._TOKENS_PER_FORWARD", bound)
+        cuts = list(_forwards(length_S))
+    assert [index for first, end in cuts for index in range(first, end)] == list(range(len(sizes)))
+    for first, end in cuts:
+        assert end - first == 1 or max(sizes[first:end]) * (end - first) <= bound
+        assert end == len(sizes) or max(sizes[first : end + 1]) * (end + 1 - first) > bound
+
+
 def test_the_teacher_as_a_student_is_perfect(evaluation: Evaluation) -> None:
     copy = evaluation.students["copy"]
     assert (copy.kl, copy.top1_agreement, copy.top1_agreement_interval) == (0.0, 1.0, (1.0, 1.0))
@@ -113,8 +145,10 @@ def test_where_the_teacher_was_is_known_to_the_store(tiny_store: Path, evaluatio
 def test_fewer_tokens_are_whole_documents(tiny_store: Path, tiny_teacher_dir: Path, evaluation: Evaluation) -> None:
     reader = StoreReader(tiny_store, split="heldout")
     first = [index for index in range(len(reader)) if reader.read([index]).document[0] == reader.read([0]).document[0]]
-    rows = reader.read(first).rows
-    for bound in (1, len(reader.read(first).tokens)):
+    rows, tokens = reader.read(first).rows, len(reader.read(first).tokens)
+    second = reader.read([len(first), len(first) + 1])
+    assert second.document[0] == second.document[1], "else it could not be cut"
+    for bound in (1, tokens, tokens + int(second.token_offset[1])):
         small = evaluate(tiny_store, {}, tiny_teacher_dir, device="cpu", max_tokens=bound)
         assert (small.documents, small.tokens) == (1, rows)
     assert evaluation.documents > 1
@@ -313,16 +347,19 @@ def test_a_run_stands_for_its_model(tmp_path: Path, student_dir: Path) -> None:
     assert model_directory(tmp_path) == tmp_path / "model"
 
 
-def test_intervals_resample_documents_not_positions() -> None:
+def test_intervals_are_those_of_the_ratio_over_documents() -> None:
+    """95% of a normal law whose variance is that of a ratio of sums over documents of different lengths."""
     random = np.random.default_rng(0)
-    document_N = np.repeat(np.arange(30), 100)
-    by_document = random.random(30) < 0.5
-    value_N = by_document[document_N]
+    size_M = random.integers(20, 200, 400)
+    document_N = np.repeat(np.arange(400), size_M)
+    value_N = random.random(len(document_N)) < random.random(400)[document_N]
+    sum_M = np.bincount(document_N, weights=value_N)
+    mean = value_N.mean()
+    deviation = np.sqrt(np.square(sum_M - mean * size_M).sum()) / size_M.sum()
     low, high = bootstrap_interval(value_N, document_N)
-    assert low < by_document.mean() < high
-    # 30 independent documents: about 2 * 1.96 * sqrt(0.25 / 30) wide, not a tenth of it as 3,000 positions would give.
-    assert 0.25 < high - low < 0.45
+    assert (low, high) == pytest.approx((mean - 1.96 * deviation, mean + 1.96 * deviation), abs=0.15 * deviation)
     assert (low, high) == bootstrap_interval(value_N, document_N)
+    assert (low, high) != bootstrap_interval(value_N, document_N, seed=1)
 
 
 def test_calibration_bins_are_closed_on_the_right() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from itertools import takewhile
 from pathlib import Path
@@ -18,8 +19,11 @@ from pipeline.config.train import TrainConfig
 from pipeline.train import train
 from pipeline.training.estimate import dry_run
 from pipeline.training.events import Finished, Saved, Started, StepDone
+from stages.batches.microbatch import MicroBatch
 from stages.training.metrics import read_metrics
+from stages.training.step import Learner
 from storage.errors import IdentityError, UsageError
+from storage.reader import StoreReader
 
 TIME_KEYS = {"seconds", "tokens_per_second"}
 
@@ -157,7 +161,11 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_end(
     started = next(iter(train(config)))
     assert isinstance(started, Started)
     assert started.step == (stop_after - 1) // 3 * 3
-    list(train(config))
+    *_, finished = train(config)
+    assert isinstance(finished, Finished)
+    done = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["event"] == "step"]
+    assert finished.tokens == sum(line["tokens"] for line in done)
+    assert finished.seconds == pytest.approx(sum(line["seconds"] for line in done))  # also of the first command
     assert curve(tmp_path / "run") == curve(reference)
     assert weights(tmp_path / "run") == weights(reference)
 
@@ -171,6 +179,34 @@ def test_a_run_that_was_interrupted_before_its_model_was_saved_only_saves_it(
     assert [type(event) for event in train(config)] == [Started, Finished]
     assert curve(tmp_path / "run") == curve(reference)
     assert weights(tmp_path / "run") == weights(reference)
+
+
+def test_a_checkpoint_is_never_ahead_of_its_curve(
+    tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a checkpoint gets its name, the lines until its step are on the disk."""
+    run, on_disk, curves = tmp_path / "run", {}, {}
+    sync, rename = os.fsync, os.rename
+
+    def synced(descriptor: int) -> None:
+        sync(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        on_disk[path.name] = path.read_bytes() if path.is_file() else b""
+
+    def named(source: Path, target: Path) -> None:
+        curves[target.name] = on_disk["metrics.jsonl"]
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", named)
+    list(train(make_config(tiny_store, tiny_teacher_dir, run, steps=5, validation={"every": 2})))
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) == 5 + 3
+    assert curves == {
+        "step-00000003": b"".join(lines[:4]),
+        "step-00000005": b"".join(lines),
+        "model": b"".join(lines),
+    }
 
 
 @pytest.mark.parametrize("point", ["optimizer-step:5", "checkpoint-write:2", "checkpoint-rename:2"])
@@ -273,13 +309,28 @@ def test_epochs_are_turned_into_steps(tiny_store: Path, tiny_teacher_dir: Path, 
     assert (estimate.epochs, estimate.tokens) == (1.0, finished.tokens)
 
 
-def test_a_dry_run_estimates_and_writes_nothing(tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path) -> None:
+def test_a_dry_run_estimates_and_writes_nothing(
+    tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the faster of two micro-batches, as if each token took as long as theirs."""
+    measured: list[int] = []
+
+    def timed(learner: Learner, batch: MicroBatch) -> float:
+        measured.append(batch.tokens)
+        return 7.0 / len(measured)
+
+    monkeypatch.setattr("pipeline.training.estimate._timed", timed)
     estimate = dry_run(make_config(tiny_store, tiny_teacher_dir, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     assert estimate.steps == 8
     assert estimate.memory_bytes > 16 * estimate.parameters
-    assert estimate.seconds > 0.0
-    assert estimate.tokens <= 8 * 256
+    assert estimate.seconds == pytest.approx(3.5 * estimate.tokens / measured[0])
+    assert 6 * 256 < estimate.tokens <= 8 * 256
+    assert estimate.epochs == pytest.approx(estimate.tokens / StoreReader(tiny_store).tokens)
+
+
+def test_a_dry_run_measures_a_forward_and_a_backward(tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path) -> None:
+    assert 0.0 < dry_run(make_config(tiny_store, tiny_teacher_dir, tmp_path / "run")).seconds < 60.0
 
 
 def test_bfloat16_keeps_float32_weights(tiny_store: Path, tiny_teacher_dir: Path, tmp_path: Path) -> None:

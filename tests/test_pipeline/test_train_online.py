@@ -236,20 +236,21 @@ def test_a_teacher_that_changes_after_it_was_hashed_is_refused(
         build_learner(config, data, Recipe.of(config, data))
 
 
-@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("when", ["step", "last step", "validation"])
 def test_a_teacher_that_changes_during_a_step_ends_the_run(
-    last: bool, configure: MakeConfig, tiny_teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    when: str, configure: MakeConfig, tiny_teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights on a CPU are mapped from their file, its head too. With the content back, the same call goes on."""
     place = tmp_path / "teacher"
     shutil.copytree(tiny_teacher_dir, place)
-    config = configure(teacher_model={"path": str(place), "dtype": "float32"}, validation=None)
+    config = configure(teacher_model={"path": str(place), "dtype": "float32"}, validation={"every": 6})
     weights = place / "model.safetensors"
     content, rows, steps = weights.read_bytes(), LiveTeacher.rows, []
+    done = {"step": 1, "last step": 5, "validation": 6}[when]
 
     def edited(teacher: LiveTeacher, batch: MicroBatch) -> TeacherHead:
         found = rows(teacher, batch)
-        if len(steps) == (5 if last else 1):
+        if len(steps) == done:
             weights.write_bytes(content[:-1000] + bytes(1000))
         return found
 
@@ -261,7 +262,7 @@ def test_a_teacher_that_changes_during_a_step_ends_the_run(
         patch.setattr(LiveTeacher, "rows", edited)
         with pytest.raises(IdentityError, match="changed while it was being read"):
             run()
-    assert len(steps) == (5 if last else 1)
+    assert len(steps) == done
     weights.write_bytes(content)
     assert isinstance(list(train(config))[-1], Finished)
 

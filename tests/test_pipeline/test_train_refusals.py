@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from pipeline.config.train import TrainConfig
 from pipeline.extract import extract
 from pipeline.train import train
 from pipeline.training.events import Finished, Saved, Started, StepDone
+from stages.training.run import RunDirectory
 from storage.errors import CorruptionError, IdentityError, NumericsError, UsageError
 from storage.reader import StoreReader
 
@@ -93,6 +95,17 @@ def test_a_student_with_too_few_positions_is_refused(configure: MakeConfig, tiny
     with pytest.raises(UsageError, match="the student knows 16 positions") as caught:
         list(train(configure(student=student)))
     assert caught.value.where == "student.path"
+
+
+def test_a_student_with_another_tokenizer_is_refused(
+    configure: MakeConfig, tiny_teacher_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_teacher_dir, tmp_path / "student")
+    tokenizer = tmp_path / "student" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"<pad>"', '"<gap>"'))
+    with pytest.raises(IdentityError, match="not the teacher's: id 2") as caught:
+        list(train(configure(student={"init": "pretrained", "path": str(tmp_path / "student")})))
+    assert str(caught.value.where).startswith(f"student.path: {tmp_path / 'student'}")
 
 
 @pytest.mark.parametrize(
@@ -412,3 +425,21 @@ def test_damaged_files_of_a_run_are_the_users_to_mend(
     told = COMMANDS[command](run)
     assert told.exit_code == 2, told.stderr
     assert str(file if "model" not in name else file.parent) in told.stderr
+
+
+# What may change between two commands of one run: none of it changes what is computed. The lengths of a run are held
+# against the learning rates of its steps, a corpus and a live teacher against their contents.
+FREE = {
+    *("allow_partial", "attention", "checkpoint", "chunk_size", "corpus", "device", "distributed", "epochs", "heldout"),
+    *("rendering", "run", "steps", "store", "teacher_model", "tokens_per_batch", "validation"),
+}
+
+
+@pytest.mark.parametrize("key", TrainConfig.model_fields)
+def test_what_changes_a_result_may_not_change_within_a_run(key: str, configure: MakeConfig, tmp_path: Path) -> None:
+    run, config = RunDirectory(path=tmp_path / "run"), configure().model_dump(mode="json")
+    with run.held():
+        run.begin(config, {"digest": "d"})
+        (run.checkpoints / "step-00000001").mkdir(parents=True)
+        with nullcontext() if key in FREE else pytest.raises(IdentityError, match=f"another run: {key}"):
+            run.begin({**config, key: "another"}, {"digest": "d"})

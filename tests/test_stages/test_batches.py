@@ -24,6 +24,7 @@ from stages.batches.steps import (
     Step,
     StepShape,
     end_of_epochs,
+    evenly_spaced,
     microbatches,
     prefetch,
     steps_of_epochs,
@@ -266,6 +267,22 @@ def test_a_store_without_training_sequences_is_refused() -> None:
     empty = part(make_sequences([3]), 0, 0)
     with pytest.raises(UsageError, match="no training sequences"):
         steps_of(InMemory(empty), StepShape(tokens_per_step=8, tokens_per_batch=8), count=1)
+
+
+def test_validation_takes_sequences_that_are_spread_evenly() -> None:
+    source = InMemory(make_sequences([4, 3, 6, 5, 2, 8, 7]))
+    for count, indices in ((1, [0]), (3, [0, 2, 4]), (4, [0, 1, 3, 5]), (9, list(range(7)))):
+        batches = evenly_spaced(source, count, StepShape(tokens_per_step=20, tokens_per_batch=9))
+        taken = [token for batch in batches for token in batch.tokens_1T[0].tolist()]
+        assert taken == source.read(np.array(indices)).tokens.tolist()
+
+
+def test_validation_leaves_out_what_has_no_rows() -> None:
+    shape = StepShape(tokens_per_step=20, tokens_per_batch=9)
+    source = InMemory(make_sequences([4, 9, 3], overlap=3))
+    assert [batch.tokens for batch in evenly_spaced(source, 3, shape)] == [9]
+    assert evenly_spaced(source, 1, shape) == ()
+    assert evenly_spaced(InMemory(part(source.sequences, 0, 0)), 3, shape) == ()
 
 
 def test_training_never_sees_a_held_out_document(tiny_store: Path) -> None:

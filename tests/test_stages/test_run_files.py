@@ -7,6 +7,7 @@ import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,12 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stages.durable import durable_directory
+from stages.durable import durable_directory, replace_file
 from stages.student.save import CardFacts, save_student
 from stages.training.checkpoint import Checkpoints, TrainingProgress
-from stages.training.metrics import read_metrics
+from stages.training.metrics import MetricsLog, read_metrics
 from stages.training.run import RunDirectory, read_record
+from stages.training.schedule import Schedule
 from stages.training.step import require_finite_weights
 from storage.errors import (
     DistillError,
@@ -67,6 +69,28 @@ def test_resuming_sets_newer_checkpoints_aside(tmp_path: Path, caplog: pytest.Lo
         assert resume(checkpoints) == 2
     assert names(tmp_path) == ["step-00000002", "unusable-step-00000004", "unusable-step-00000006"]
     assert "set aside as unusable-step-00000006" in caplog.text
+
+
+def test_buffers_come_back_but_for_those_that_a_model_makes_itself(tmp_path: Path) -> None:
+    def model(mean: float) -> nn.Module:
+        made = nn.Linear(2, 2)
+        made.register_buffer("mean", torch.tensor(mean))
+        made.register_buffer("table", torch.tensor(mean), persistent=False)
+        return made
+
+    saved, other = model(3.0), model(0.0)
+    checkpoints = Checkpoints(folder=tmp_path, store_digest="d")
+    checkpoints.save(saved, torch.optim.AdamW(saved.parameters()), TrainingProgress(step=1))
+    checkpoints.resume(other, torch.optim.AdamW(other.parameters()))
+    assert (float(other.mean), float(other.table)) == (3.0, 0.0)
+
+
+def test_what_is_written_may_be_read_as_any_file_of_the_process(tmp_path: Path) -> None:
+    """safetensors makes its files private: whoever may read the directory could not load the weights."""
+    save(Checkpoints(folder=tmp_path, store_digest="d"), 1)
+    (tmp_path / "plain").touch()
+    files = [*(tmp_path / "step-00000001").iterdir(), tmp_path / "plain"]
+    assert len({path.stat().st_mode for path in files}) == 1
 
 
 @contextmanager
@@ -125,6 +149,42 @@ def test_weights_that_are_no_numbers_are_told_by_name(value: float) -> None:
     with pytest.raises(NumericsError, match=r"bias has a weight.*after step 3") as caught:
         require_finite_weights(model, 3)
     assert "in a new run directory" in (caught.value.fix or "")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What is asked of the operating system: ("sync", path) and ("name", new path), in order."""
+    made: list[tuple[str, str]] = []
+    sync, rename, replace = os.fsync, os.rename, os.replace
+
+    def synced(descriptor: int) -> None:
+        made.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        sync(descriptor)
+
+    def named(source: Path, target: Path, by: Callable[[Path, Path], None]) -> None:
+        made.append(("name", str(target)))
+        by(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", lambda source, target: named(source, target, rename))
+    monkeypatch.setattr(os, "replace", lambda source, target: named(source, target, replace))
+    return made
+
+
+def test_a_directory_is_on_the_disk_before_it_has_its_name(tmp_path: Path, calls: list[tuple[str, str]]) -> None:
+    """Every file and the names in it first, and its own name before anything goes on."""
+    save(Checkpoints(folder=tmp_path, store_digest="d"), 7)
+    files = ["manifest.json", "model.safetensors", "optimizer.safetensors", "progress.json", "random.safetensors"]
+    new, final = tmp_path / ".tmp-step-00000007", tmp_path / "step-00000007"
+    assert names(final) == files
+    assert sorted(calls[:5]) == [("sync", str(new / name)) for name in files]
+    assert calls[5:] == [("sync", str(new)), ("name", str(final)), ("sync", str(tmp_path))]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, calls: list[tuple[str, str]]) -> None:
+    replace_file(tmp_path / "run.json", b"{}")
+    path = str(tmp_path / "run.json")
+    assert calls == [("sync", str(tmp_path / ".tmp-run.json")), ("name", path), ("sync", str(tmp_path))]
 
 
 OF_OTHERS = ["model", "checkpoints", "metrics.jsonl", "config.yaml", "report.html", "plan.json", "config.json"]
@@ -227,9 +287,42 @@ def test_a_stored_configuration_that_is_damaged_is_told(text: str, tmp_path: Pat
     assert str(caught.value.where).startswith(str(tmp_path / "config.yaml"))
 
 
+def test_every_step_done_keeps_its_learning_rate(tmp_path: Path) -> None:
+    """Longer, the last of the steps done alone would have had another one: before the decay it began at."""
+    run, schedule = RunDirectory(path=tmp_path), Schedule(kind="wsd", steps=5, decay_steps=2)
+    with MetricsLog(run.metrics, last_step=0) as metrics:
+        for step in range(5):
+            metrics.write({"event": "step", "step": step + 1, "lr": 0.1 * schedule.factor(step)})
+    run.check_learning_rates(schedule, peak=0.1, done=5)
+    longer = replace(schedule, steps=6)
+    run.check_learning_rates(longer, peak=0.1, done=4)
+    with pytest.raises(IdentityError, match=r"step 5 had 0\.05, would have 0\.1"):
+        run.check_learning_rates(longer, peak=0.1, done=5)
+    with pytest.raises(IdentityError, match="step 1 had"):
+        run.check_learning_rates(schedule, peak=0.2, done=5)
+
+
 @pytest.mark.parametrize("line", ['{"event": "step"}', '{"step": 1}', '{"event": "step", "step": "1"}'])
 def test_a_line_of_the_curve_that_names_no_step_is_told(line: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"event": "step", "step": 1}\n' + line + "\n")
     with pytest.raises(UsageError, match="line 2 has no event or no step"):
         read_metrics(path)
+
+
+@pytest.mark.parametrize(
+    "torn",
+    [
+        '{"event": "step", "step": 2}',  # whole but for its end: the next line would be glued to it
+        '{"event": "step", "st',
+        '\0\0\0\n{"event": "step", "step": 3}\n',
+        '[2]\n{"event": "step", "step": 3}\n',
+    ],
+)
+def test_the_curve_ends_before_what_is_not_whole(torn: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "step", "step": 1}\n' + torn)
+    assert [line["step"] for line in read_metrics(path)] == [1]
+    with MetricsLog(path, last_step=9) as metrics:
+        metrics.write({"event": "step", "step": 4})
+    assert [line["step"] for line in read_metrics(path)] == [1, 4]

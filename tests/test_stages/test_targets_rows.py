@@ -276,8 +276,9 @@ def test_broken_logits_name_document_and_position(value: float) -> None:
 def test_a_row_without_any_mass_is_refused() -> None:
     logits_NV = logits_of(3, 100)
     logits_NV[1] = -torch.inf
-    with pytest.raises(NumericsError):
+    with pytest.raises(NumericsError, match="hold NaN or infinity") as caught:
         rows_of(logits_NV, spec())
+    assert caught.value.where == "document 0, position 1"
 
 
 def test_k_beyond_the_vocabulary() -> None:
@@ -292,3 +293,12 @@ def test_draws_do_not_depend_on_how_many_are_gathered_at_once(monkeypatch: pytes
     at_once = draw(*blocks, uniform_NM)
     monkeypatch.setattr("stages.targets.entries._LARGEST_GATHER", 5 * 64 * 3)
     assert torch.equal(draw(*blocks, uniform_NM), at_once)
+
+
+def test_a_draw_is_never_what_has_no_mass() -> None:
+    """At 0, and where a number falls on the border of two blocks or of two tokens."""
+    tail_NV = torch.zeros(1, 5 * BLOCK)
+    at = [BLOCK + 3, BLOCK + 7, 3 * BLOCK + 5, 3 * BLOCK + 6]
+    tail_NV[0, at] = 0.125
+    uniform_NM = torch.tensor([[0.0, 0.25, 0.5, 0.75, 1.0 - 2.0**-53]], dtype=torch.float64)
+    assert draw(*tail_blocks(tail_NV), uniform_NM).tolist() == [[*at, at[-1]]]

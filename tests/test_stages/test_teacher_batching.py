@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stages.corpus.tokenize import TokenWindow
@@ -27,6 +27,7 @@ def sequence(length: int, number: int = 0) -> TokenWindow:
     sequences=st.none() | st.integers(1, 5),
     padded_tokens=st.none() | st.integers(1, 100),
 )
+@example(lengths=[10, 10, 10], sequences=None, padded_tokens=20)
 def test_each_sequence_once_within_limits(lengths: list[int], sequences: int | None, padded_tokens: int | None) -> None:
     rule = Batching(sequences=sequences, padded_tokens=padded_tokens, chunk_size=1)
     batches = list(rule.batches([sequence(length) for length in lengths]))
@@ -36,6 +37,9 @@ def test_each_sequence_once_within_limits(lengths: list[int], sequences: int | N
     for batch in batches:
         assert sequences is None or len(batch) <= sequences
         assert padded_tokens is None or len(batch) == 1 or len(batch) * lengths[batch[0]] <= padded_tokens
+    for batch in batches[:-1]:  # one more would not have fitted
+        more = len(batch) + 1
+        assert more == (sequences or 0) + 1 or more * lengths[batch[0]] > (padded_tokens or 10**9)
 
 
 def test_auto_and_given_sizes() -> None:

@@ -1,4 +1,4 @@
-"""stages/training: schedules, one optimizer step, checkpoints, metrics and the run directory."""
+"""stages/training: checkpoints, metrics and the run directory."""
 
 from __future__ import annotations
 
@@ -7,203 +7,19 @@ import logging
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from tiny_training import make_learner, make_step
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, LlamaConfig
 
-from stages.batches.steps import Step, StepShape, microbatches
 from stages.durable import durable_directory, remove_leftovers
-from stages.losses import FusedLinearKDLoss
-from stages.models.packed import use_packed_attention
-from stages.student.model import Student
 from stages.training.checkpoint import Checkpoints, TrainingProgress
 from stages.training.metrics import MetricsLog, read_metrics
 from stages.training.optimizer import AdamWSettings, build_optimizer
 from stages.training.run import Finish, RunDirectory
-from stages.training.step import Learner, optimizer_step, validate
-from storage.errors import IdentityError, NumericsError, StorageUnavailableError, UsageError
-from storage.rows import SequenceBatch
-
-HIDDEN = 16
-
-
-def make_learner(
-    *, vocabulary: int, kd_ratio: float = 0.7, dtype: torch.dtype = torch.float32, chunk_size: int = 4, seed: int = 0
-) -> Learner:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=HIDDEN,
-        intermediate_size=2 * HIDDEN,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
-    use_packed_attention(model, "sdpa")
-    loss = FusedLinearKDLoss(chunk_size=chunk_size, vocab_size=vocabulary)
-    return Learner(student=Student.of(model, dtype), loss=loss, kd_ratio=kd_ratio)
-
-
-def make_sequences(sizes: list[int], *, vocabulary: int, seed: int = 0) -> SequenceBatch:
-    """Random sequences; each row has a head of 3 and 2 samples drawn twice and once."""
-    random = np.random.default_rng(seed)
-    offset = np.concatenate([[0], np.cumsum(sizes)])
-    row_offset = np.concatenate([[0], np.cumsum(np.array(sizes) - 1)])
-    rows = int(row_offset[-1])
-    has_row = np.ones(offset[-1], dtype=bool)
-    has_row[offset[1:] - 1] = False
-    ids = np.stack([random.permutation(vocabulary)[:5] for _ in range(rows)])
-    return SequenceBatch(
-        tokens=random.integers(0, vocabulary, offset[-1]).astype(np.uint32),
-        token_offset=offset,
-        row_offset=row_offset,
-        head_offset=3 * row_offset,
-        tail_offset=2 * row_offset,
-        document=np.arange(len(sizes)),
-        window_start=np.zeros(len(sizes), np.int64),
-        token_end_byte=None,
-        has_row=has_row,
-        head_size=np.full(rows, 3, np.int32),
-        tail_size=np.full(rows, 2, np.int32),
-        head_ids=ids[:, :3].reshape(-1).astype(np.uint32),
-        logprob=np.log(np.tile([0.5, 0.2, 0.1], rows)).astype(np.float32),
-        tail_ids=ids[:, 3:].reshape(-1).astype(np.uint32),
-        count=np.tile([2, 1], rows).astype(np.uint16),
-        tail_logit=np.full(rows, math.log(0.2 / 0.8), np.float32),
-        logsumexp=np.zeros(rows, np.float32),
-        entropy=np.full(rows, 1.5, np.float32),
-        next_logprob=np.full(rows, -1.0, np.float32),
-        draws=3,
-    )
-
-
-def make_step(sizes: list[int], *, vocabulary: int, tokens_per_batch: int, with_targets: bool = True) -> Step:
-    shape = StepShape(tokens_per_step=10**6, tokens_per_batch=tokens_per_batch, with_targets=with_targets)
-    sequences = make_sequences(sizes, vocabulary=vocabulary)
-    batches = microbatches(sequences, shape)
-    return Step(batches=batches, tokens=len(sequences.tokens), rows=sequences.rows, cursor=len(sizes))
-
-
-def gradients(learner: Learner, step: Step) -> list[Tensor]:
-    learner.student.model.zero_grad()
-    for batch in step.batches:
-        learner.parts(batch, step.rows).loss.backward()
-    return [parameter.grad.clone() for parameter in learner.student.model.parameters()]
-
-
-def test_only_matrices_decay_and_tied_weights_are_moved_once() -> None:
-    model = make_learner(vocabulary=40).student.model
-    optimizer = build_optimizer(model, AdamWSettings(lr=1.0, weight_decay=0.5))
-    by_decay = {group["weight_decay"]: group["params"] for group in optimizer.param_groups}
-    assert {parameter.dim() for parameter in by_decay[0.5]} == {2}
-    assert {parameter.dim() for parameter in by_decay[0.0]} == {1}
-    assert sum(len(group) for group in by_decay.values()) == len(list(model.parameters()))
-
-
-@pytest.mark.parametrize("kd_ratio", [0.0, 0.7, 1.0])
-def test_one_micro_batch_or_four_give_the_same_gradient(kd_ratio: float) -> None:
-    learner = make_learner(vocabulary=40, kd_ratio=kd_ratio)
-    sizes = [9, 3, 8, 8, 5, 10, 6, 7]
-    one, four = (make_step(sizes, vocabulary=40, tokens_per_batch=bound) for bound in (100, 18))
-    assert (len(one.batches), len(four.batches)) == (1, 4)
-    torch.testing.assert_close(gradients(learner, four), gradients(learner, one), rtol=1e-5, atol=1e-7)
-
-
-def test_losses_of_a_step_are_means_over_its_rows() -> None:
-    step = make_step([9, 3, 8, 8], vocabulary=40, tokens_per_batch=12)
-    learner = make_learner(vocabulary=40, kd_ratio=0.7)
-    losses = validate(learner, step.batches, number=1)
-    assert losses.kd is not None
-    assert losses.ce is not None
-    assert losses.loss == pytest.approx(0.7 * losses.kd + 0.3 * losses.ce)
-    with torch.no_grad():
-        logits_TV = [learner.student.model(b.tokens_1T, position_ids=b.positions_1T).logits[0] for b in step.batches]
-    labels_T = torch.cat([batch.labels_T for batch in step.batches])
-    assert losses.ce == pytest.approx(
-        float(torch.nn.functional.cross_entropy(torch.cat(logits_TV), labels_T)), rel=1e-5
-    )
-
-
-def test_without_the_teacher_nothing_but_cross_entropy_is_told() -> None:
-    step = make_step([9, 8], vocabulary=40, tokens_per_batch=20, with_targets=False)
-    losses = validate(make_learner(vocabulary=40, kd_ratio=0.0), step.batches, number=1)
-    assert losses.kd is None
-    assert losses.loss == losses.ce
-    with_teacher = make_step([9, 8], vocabulary=40, tokens_per_batch=20)
-    assert validate(make_learner(vocabulary=40, kd_ratio=1.0), with_teacher.batches, number=1).ce is None
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the largest tensor that any operation makes, in elements."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.elements = max([self.elements, *(t.numel() for t in tree_leaves(result) if isinstance(t, Tensor))])
-        return result
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_tensor_of_tokens_times_vocabulary_is_ever_made(dtype: torch.dtype) -> None:
-    vocabulary = 1_000
-    step = make_step([40] * 10, vocabulary=vocabulary, tokens_per_batch=400)
-    learner = make_learner(vocabulary=vocabulary, dtype=dtype, chunk_size=8)
-    optimizer = build_optimizer(learner.student.model, AdamWSettings(lr=1e-3))
-    with LargestTensor() as largest:
-        optimizer_step(learner, optimizer, step, lr=1e-3, clip_norm=1.0, number=1)
-    # The largest things are the head and its gradient, far below [400, 1000]; a plain loss would be caught:
-    assert largest.elements == vocabulary * HIDDEN < 400 * vocabulary / 10
-    with LargestTensor() as largest:
-        learner.student.model(step.batches[0].tokens_1T, position_ids=step.batches[0].positions_1T)
-    assert largest.elements == 400 * vocabulary
-
-
-def test_a_step_moves_the_weights_against_the_loss() -> None:
-    step = make_step([20, 20], vocabulary=40, tokens_per_batch=40)
-    learner = make_learner(vocabulary=40)
-    optimizer = build_optimizer(learner.student.model, AdamWSettings(lr=1e-2))
-    losses = [optimizer_step(learner, optimizer, step, lr=1e-2, clip_norm=1.0, number=n)[0].loss for n in range(8)]
-    assert losses == sorted(losses, reverse=True)
-    assert all(parameter.grad is None for parameter in learner.student.model.parameters())
-
-
-def test_the_gradient_is_clipped_but_its_own_norm_is_told() -> None:
-    step = make_step([20], vocabulary=40, tokens_per_batch=40)
-    learner = make_learner(vocabulary=40)
-    optimizer = torch.optim.SGD(learner.student.model.parameters(), lr=1.0)
-    before = [parameter.detach().clone() for parameter in learner.student.model.parameters()]
-    _, norm = optimizer_step(learner, optimizer, step, lr=1.0, clip_norm=0.01, number=1)
-    moved = [(old - new).detach() for old, new in zip(before, learner.student.model.parameters(), strict=True)]
-    assert norm > 0.01
-    assert math.sqrt(sum(float(change.square().sum()) for change in moved)) == pytest.approx(0.01, rel=1e-3)
-
-
-@pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_stops_before_the_weights_move(broken: float) -> None:
-    learner = make_learner(vocabulary=40)
-    optimizer = build_optimizer(learner.student.model, AdamWSettings(lr=1e-2))
-    with torch.no_grad():
-        learner.student.model.model.norm.weight[3] = broken
-    before = [parameter.detach().clone() for parameter in learner.student.model.parameters()]
-    step = make_step([9], vocabulary=40, tokens_per_batch=40)
-    with pytest.raises(NumericsError, match="at step 7") as caught:
-        optimizer_step(learner, optimizer, step, lr=1e-2, clip_norm=1.0, number=7)
-    assert caught.value.exit_code == 7
-    after = [parameter.detach() for parameter in learner.student.model.parameters()]
-    torch.testing.assert_close(after, before, rtol=0.0, atol=0.0, equal_nan=True)
-    assert not optimizer.state
+from stages.training.step import Learner, optimizer_step
+from storage.errors import IdentityError, StorageUnavailableError, UsageError
 
 
 def trained(learner: Learner, steps: int) -> torch.optim.Optimizer:
@@ -327,7 +143,7 @@ def test_the_curve_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_nothing_that_is_no_number_gets_into_the_curve(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path / "metrics.jsonl", last_step=0) as metrics, pytest.raises(ValueError):
+    with MetricsLog(tmp_path / "metrics.jsonl", last_step=0) as metrics, pytest.raises(ValueError, match="not JSON"):
         metrics.write({"step": 1, "loss": math.nan})
 
 

@@ -94,7 +94,7 @@ def test_parquet(sealed, tmp_path):
     reader = StoreReader(sealed, split="heldout")
     assert to_parquet(reader, tmp_path / "rows.parquet") == reader.rows
     assert pq.read_table(tmp_path / "rows.parquet").equals(to_table(reader))
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match="exists already"):
         to_parquet(reader, tmp_path / "rows.parquet")
     assert [file.name for file in tmp_path.iterdir()] == ["rows.parquet"]
 

@@ -119,13 +119,13 @@ def test_other_metadata_is_refused(path, value):
     layout = ArrayLayout(axis="row", dtype=DTYPES["uint16"], length=3000, chunk=700)
     metadata = layout.metadata()
     change(metadata, *path, value=value)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"^zarr\.json (has codecs or fields that|states length|is not an array of)"):
         ArrayLayout.from_metadata(json.dumps(metadata).encode(), axis="row", dtype=layout.dtype)
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"\xff", b'{"shape": 3}'])
 def test_no_metadata_at_all(data):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"^zarr\.json is not an array of this format"):
         ArrayLayout.from_metadata(data, axis="row", dtype=DTYPES["uint8"])
 
 
@@ -136,7 +136,7 @@ def test_every_flipped_bit_of_a_chunk_is_found(name):
     for bit in range(len(data) * 8):
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="crc32c of a chunk does not agree"):
             decode_chunk(bytes(flipped), values.dtype, 40)
 
 
@@ -147,19 +147,19 @@ def test_every_flipped_bit_of_an_index_is_found():
     for bit in range(len(tail) * 8):
         flipped = bytearray(tail)
         flipped[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="crc32c of the chunk index"):
             decode_index(bytes(flipped), layout, len(data))
 
 
 @pytest.mark.parametrize("name", ["uint8", "uint16"])
 @pytest.mark.parametrize("length", [39, 41, 0, 10**6])
 def test_a_chunk_of_another_length_is_refused(name, length):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=f"does not hold the expected {length} values"):
         decode_chunk(encode_chunk(values_of(DTYPES[name], 40)), DTYPES[name], length)
 
 
 def test_a_chunk_of_another_type_is_refused():
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="cannot be decompressed"):
         decode_chunk(encode_chunk(values_of(DTYPES["uint32"], 40)), DTYPES["uint16"], 40)
 
 
@@ -168,5 +168,5 @@ def test_a_chunk_that_expands_enormously_is_refused_without_allocating_it():
 
     bomb = zstd.compress(bytes(2**28), 9)
     data = bomb + int(google_crc32c.value(bomb)).to_bytes(4, "little")
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="does not hold the expected 40 values"):
         decode_chunk(data, DTYPES["uint8"], 40)

@@ -135,24 +135,29 @@ def test_what_each_code_stands_for_is_stored_as_that_code(root, log):
 
 
 @pytest.mark.parametrize(
-    "parameters",
+    ("parameters", "told"),
     [
-        {"id": "pickle"},
-        {},
-        {"id": "sqrt-delta", "root_step": 0.5, "log_step": 0.1},
-        {"id": "sqrt-delta", "step": 1.0},
-        {"id": "sqrt-delta", "row_step": 0.0},
-        {"id": "sqrt-delta", "row_step": True},
-        {"id": "sqrt-delta", "root_step": "0.01"},
-        {"id": "sqrt-delta", "root_step": float("nan")},
-        {"id": "sqrt-delta", "root_step": 3e-5},  # 2/D alone is more than 65535 codes
-        {"id": "sqrt-delta", "root_step": 1e-6},
-        {"id": "sqrt-delta", "root_step": 0.01, "log_step": 0.015},  # the last code would lie near -980 nats
-        {"id": "exact", "root_step": 0.1},
+        ({"id": "pickle"}, "unknown log-probability codec 'pickle'; this version knows"),
+        ({}, "unknown log-probability codec"),
+        ({"id": "sqrt-delta", "step": 1.0}, "codec sqrt-delta has no parameter 'step'; it has"),
+        ({"id": "exact", "root_step": 0.1}, "codec exact has no parameter 'root_step'; it has none"),
+        ({"id": "sqrt-delta", "root_step": 0.5, "log_step": 0.1}, "must satisfy 0 < root_step < log_step <= 1"),
+        ({"id": "sqrt-delta", "root_step": 0.0}, "must satisfy 0 < root_step < log_step <= 1"),
+        ({"id": "sqrt-delta", "row_step": True}, "row_step must be a number, found True"),
+        ({"id": "sqrt-delta", "root_step": "0.01"}, "root_step must be a number, found '0.01'"),
+        ({"id": "sqrt-delta", "root_step": float("nan")}, "must satisfy 0 < root_step < log_step <= 1"),
+        ({"id": "sqrt-delta", "root_step": 3e-5}, "they end at 0"),  # 2/D alone is more than 65535 codes
+        ({"id": "sqrt-delta", "root_step": 1e-6}, "they end at 0"),
+        ({"id": "sqrt-delta", "row_step": 0.0}, r"row_step 0\.0 must be above 0 and at most 1"),
+        # The last code would lie near -980 nats.
+        (
+            {"id": "sqrt-delta", "root_step": 0.01, "log_step": 0.015},
+            "must reach -1000 nats, and they end at -983",
+        ),
     ],
 )
-def test_unknown_codecs_and_parameters_are_refused(parameters):
-    with pytest.raises(UsageError):
+def test_unknown_codecs_and_parameters_are_refused(parameters, told):
+    with pytest.raises(UsageError, match=told):
         logprob_codec(parameters)
 
 

@@ -225,8 +225,9 @@ def test_a_file_that_is_replaced_meanwhile(sealed, tmp_path, change):
     run(sealed, tmp_path / "undisturbed", ColumnFile("weight", path))
     assert StoreReader(tmp_path / "new").digest == StoreReader(tmp_path / "undisturbed").digest
     path.unlink()
-    with pytest.raises(StorageUnavailableError):
+    with pytest.raises(StorageUnavailableError, match="No such file") as caught:
         run(sealed, tmp_path / "third", first)
+    assert caught.value.where == str(path)
 
 
 class ReplacedByAReader:

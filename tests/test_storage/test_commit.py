@@ -93,18 +93,18 @@ def test_a_store_that_lost_its_plan_is_not_overwritten(fresh):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "told"),
     [
-        {"remap_sha256": "00"},
-        {"vocab_size": 299},
-        {"tokenizer": {"files": {"tokenizer.json": "00"}}},
-        {"target": TargetSpec(kind="topk", k=4, temperatures=(2.0, 1.5))},
-        {"target": TargetSpec(kind="sampled", k=4, draws=4)},
+        ({"remap_sha256": "00"}, "remap_sha256"),
+        ({"vocab_size": 299}, "the remap of 300 ids is not the one that the plan names"),
+        ({"tokenizer": {"files": {"tokenizer.json": "00"}}}, "tokenizer.files"),
+        ({"target": TargetSpec(kind="topk", k=4, temperatures=(2.0, 1.5))}, "temperatures must rise"),
+        ({"target": TargetSpec(kind="sampled", k=4, draws=4)}, "kind sampled has no exact head"),
     ],
 )
-def test_arguments_that_contradict_the_plan_are_refused(tmp_path, change):
+def test_arguments_that_contradict_the_plan_are_refused(tmp_path, change, told):
     plan = replace(cases.make_plan(), **change)
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=told):
         StoreWriter.create(tmp_path / "s", plan, remap=cases.make_remap(), tokenizer_files=cases.TOKENIZER_FILES)
     assert not (tmp_path / "s").exists()
 
@@ -258,7 +258,7 @@ def test_a_directory_that_is_there_damaged_is_moved_away(fresh, sealed, damage, 
 
 def test_a_target_that_cannot_be_created(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(StorageUnavailableError):
+    with pytest.raises(StorageUnavailableError, match="Not a directory"):
         cases.open_writer(tmp_path / "file" / "store", cases.make_plan())
 
 

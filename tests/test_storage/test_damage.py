@@ -148,7 +148,7 @@ def test_every_flipped_bit_of_the_store_wide_files_is_found(any_store, name):
     good = cases.contents(any_store)[name]
     for bit in range(0, len(good) * 8, max(1, len(good) // 15)):
         cases.put(any_store, name, flip(good, bit))
-        with pytest.raises(CorruptionError):
+        with pytest.raises(CorruptionError, match=name):
             StoreReader(any_store).tokenizer_files()
 
 

@@ -208,7 +208,7 @@ def test_what_was_set_aside_and_is_committed_after_the_look_comes_back(any_store
 
 
 def test_what_cannot_be_removed_is_not_listed_as_removed(store):
-    with watched(FailAt("rmtree", 3, errno.EIO)), pytest.raises(StorageUnavailableError):
+    with watched(FailAt("rmtree", 3, errno.EIO)), pytest.raises(StorageUnavailableError, match="Input/output"):
         collect_garbage(store, apply=True)
     (left,) = (store / "tmp").iterdir()
     assert left.name.startswith("discard-000002-")
@@ -327,5 +327,6 @@ def test_what_was_set_aside_and_removed_in_part_is_not_put_back(any_store):
 
 
 def test_no_store(tmp_path):
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match="no store") as caught:
         collect_garbage(tmp_path, apply=True)
+    assert caught.value.where == str(tmp_path)

@@ -54,10 +54,10 @@ def test_golden():
 
 
 def test_out_of_range():
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match="positions 3 to 3; the order has 3"):
         Permutation(3, 0, 0)([3])
     assert Permutation(0, 0, 0)([]).shape == (0,)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="n is -1"):
         Permutation(-1, 0, 0)
 
 

@@ -203,3 +203,12 @@ def test_the_faintest_fraction_makes_one_heldout_shard():
     plan = replace(PLAN, heldout=HeldoutRule(fraction=5e-324))
     plan.check()
     assert [(shard.split, shard.end_document) for shard in plan.shards()[-2:]] == [("train", 24), ("heldout", 24)]
+
+
+@pytest.mark.parametrize(("seed", "heldout"), [(0, [7, 15, 18, 20, 25, 36]), (7, [3, 4, 7, 8, 12, 18, 20, 26, 33, 35])])
+def test_what_is_held_out_is_what_it_was(seed, heldout):
+    """Golden: evaluation and later runs work out again what a store held out."""
+    assert [number for number in range(40) if HeldoutRule(fraction=0.2, seed=seed).holds_out(number)] == heldout
+    more = HeldoutRule(fraction=0.3, seed=seed)
+    assert all(more.holds_out(number) for number in heldout), "a larger share holds out the same and more"
+    assert not any(HeldoutRule(seed=seed).holds_out(number) for number in range(1000))

@@ -69,9 +69,11 @@ def test_any_order_and_repeats(sealed):
 
 def test_numbers_out_of_range(sealed):
     reader = StoreReader(sealed)
-    for wrong in (-1, len(reader)):
-        with pytest.raises(IndexError):
-            reader.read([0, wrong])
+    last = len(reader) - 1
+    assert len(reader.read([0, last])) == 2
+    for asked, told in (([0, -1], "-1 to 0"), ([last + 1, 0], f"0 to {last + 1}")):
+        with pytest.raises(IndexError, match=f"sequence numbers {told}; the split has {last + 1}"):
+            reader.read(asked)
 
 
 def test_an_unfinished_store_is_refused_with_its_counts(fresh):
@@ -188,7 +190,7 @@ def test_damage_after_the_first_read_is_found(many_chunks):
         victim = cases.find(many_chunks, f"shards/000000-{'?' * 16}/{part}")
         good = cases.contents(many_chunks)[victim]
         cases.put(many_chunks, victim, good[:-30] + bytes([good[-30] ^ 4]) + good[-29:])
-        with pytest.raises(CorruptionError):
+        with pytest.raises(CorruptionError, match=f"shard 0 .*{part}: its sha256 is not"):
             reader.read(range(3))
         cases.put(many_chunks, victim, good)
         reader.read(range(3))

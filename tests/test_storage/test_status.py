@@ -57,5 +57,6 @@ def test_the_pace_is_that_of_the_newest_commits(tmp_path, sealed):
 
 
 def test_no_store(fresh):
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match="no store") as caught:
         status(fresh)
+    assert caught.value.where == str(fresh)

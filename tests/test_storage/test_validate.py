@@ -46,6 +46,14 @@ def sampled_in_head(batch):
     return replace(batch, tail_ids=ids)
 
 
+def emptied(batch):
+    """The draws of a row's first sample go to its second."""
+    row = int(np.argmax(batch.tail_size > 1))
+    at, count = int(batch.tail_size[:row].sum()), batch.count.copy()
+    count[at : at + 2] = [0, count[at : at + 2].sum()]
+    return replace(batch, count=count)
+
+
 def reversed_documents(batch):
     return replace(batch, document=batch.document[::-1].copy())
 
@@ -63,26 +71,35 @@ NUMERICS = {
     "next_logprob NaN": changed("next_logprob", 1, np.nan),
 }
 WRONG = {
-    "head rises": risen,
-    "id twice in the head": repeated,
-    "sample in the head": sampled_in_head,
-    "negative id": lambda batch: replace(batch, head_ids=batch.head_ids.astype(np.int64) - cases.VOCAB),
-    "id outside": changed("head_ids", 0, cases.VOCAB),
-    "token outside": changed("tokens", 0, cases.VOCAB),
-    "tail id outside": changed("tail_ids", 0, 2**32 - 1),
-    "count too high": changed("count", 0, 9),
-    "count zero": changed("count", 0, 0),
-    "head too large": changed("head_size", 0, 99),
-    "document of another shard": changed("document", 0, 20),
-    "heldout document": changed("document", 0, next(n for n in range(24) if PLAN.heldout.holds_out(n))),
-    "documents out of order": reversed_documents,
-    "offset beyond": changed("token_offset", -1, 10**6),
-    "offset falls": changed("token_offset", 1, -1),
-    "row offset": changed("row_offset", 1, 0),
-    "short entropy": lambda batch: replace(batch, entropy=batch.entropy[:-1]),
-    "short end bytes": lambda batch: replace(batch, token_end_byte=batch.token_end_byte[:-1]),
-    "other draws": lambda batch: replace(batch, draws=5),
-    "negative window": changed("window_start", 0, -1),
+    "head rises": (risen, "logprob rises within a row: document"),
+    "id twice in the head": (repeated, "an id occurs twice in a row: document"),
+    "sample in the head": (sampled_in_head, "an id occurs twice in a row: document"),
+    "negative id": (
+        lambda batch: replace(batch, head_ids=batch.head_ids.astype(np.int64) - cases.VOCAB),
+        "head_ids holds id -",
+    ),
+    "id outside": (changed("head_ids", 0, cases.VOCAB), f"head_ids holds id {cases.VOCAB}; the vocabulary has"),
+    "token outside": (changed("tokens", 0, cases.VOCAB), f"tokens holds id {cases.VOCAB}; the vocabulary has"),
+    "tail id outside": (changed("tail_ids", 0, 2**32 - 1), f"tail_ids holds id {2**32 - 1}; the vocabulary has"),
+    "count too high": (changed("count", 0, 9), "counts do not add up to 4 draws: document"),
+    "count zero": (emptied, "a count is 0: document"),
+    "head too large": (changed("head_size", 0, 99), "head_size and head_offset disagree: document"),
+    "document of another shard": (changed("document", 0, 20), "document 20 is not one of shard 0"),
+    "heldout document": (
+        changed("document", 0, next(n for n in range(24) if PLAN.heldout.holds_out(n))),
+        "is not one of shard 0",
+    ),
+    "documents out of order": (reversed_documents, "not in order of document and window: document"),
+    "offset beyond": (changed("token_offset", -1, 10**6), "token_offset must rise from 0 to"),
+    "offset falls": (changed("token_offset", 1, -1), "token_offset must rise from 0 to"),
+    "row offset": (changed("row_offset", 1, 0), "head_size and head_offset disagree: document"),
+    "short entropy": (lambda batch: replace(batch, entropy=batch.entropy[:-1]), "entropy has shape"),
+    "short end bytes": (
+        lambda batch: replace(batch, token_end_byte=batch.token_end_byte[:-1]),
+        "token_end_byte has shape",
+    ),
+    "other draws": (lambda batch: replace(batch, draws=5), "the batch has 5 draws per row, the plan 4"),
+    "negative window": (changed("window_start", 0, -1), "window_start is negative"),
 }
 
 
@@ -100,8 +117,9 @@ def test_numbers(name):
 
 @pytest.mark.parametrize("name", WRONG)
 def test_structure(name):
-    with pytest.raises(ValueError):
-        check_batch(PLAN, SHARD, WRONG[name](cases.make_batch(PLAN, SHARD)))
+    change, told = WRONG[name]
+    with pytest.raises(ValueError, match=told):
+        check_batch(PLAN, SHARD, change(cases.make_batch(PLAN, SHARD)))
 
 
 def test_a_row_at_the_last_token_of_a_sequence():
