@@ -1,8 +1,8 @@
 """DTensors as the losses take them: whole on every process, or cut by vocabulary over one dimension of their mesh.
 
 A loss is that of the whole tensor, whatever its placements. Parts of rows or of the inner width are exchanged for parts
-of the vocabulary, which are no larger, and partial sums are added up into such parts. (gloo has no such exchange: on
-CPUs torch gathers the parts on the way.) Autograd brings the gradient back in kind.
+of the vocabulary, which are no larger, and partial sums are added up into such parts. (gloo cannot exchange: on CPUs
+torch gathers the parts on the way.) Autograd brings the gradient back in kind.
 """
 
 from __future__ import annotations

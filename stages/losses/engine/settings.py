@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -53,12 +54,27 @@ class Settings:
 
 
 class Loss(nn.Module):
-    """A loss. Its settings have the names of its constructor's arguments and are read-only; `repr` shows them.
+    """A loss. Its settings have the names and meanings of its constructor's arguments, and are read-only.
 
     Attributes:
         objective: what is measured.
         settings: over which rows, columns and processes, and how.
     """
+
+    divergence = property(attrgetter("objective.divergence"))
+    tail = property(attrgetter("objective.tail"))
+    temperature = property(attrgetter("objective.temperature"))
+    logits_scale = property(attrgetter("objective.logits_scale"))
+    target_logits_scale = property(attrgetter("objective.target_logits_scale"))
+    ignore_index = property(attrgetter("settings.ignore_index"))  # recipes of NeMo AutoModel read it
+    reduction = property(attrgetter("settings.reduction"))
+    fp32_upcast = property(attrgetter("settings.fp32_upcast"))
+    tp_group = property(attrgetter("settings.tp_group"))
+    chunk_size = property(attrgetter("settings.chunk_size"))
+    vocab_size = property(attrgetter("settings.vocab_size"))
+    check = property(attrgetter("settings.check"))
+    softcap = property(attrgetter("settings.softcap"))
+    logit_multiplier = property(attrgetter("settings.logit_multiplier"))
 
     def __init__(self, objective: Objective, settings: Settings) -> None:
         super().__init__()
@@ -66,78 +82,7 @@ class Loss(nn.Module):
 
     def __repr__(self) -> str:
         """Show the arguments of the constructor but for those that are None."""
-        names = [name for name in inspect.signature(type(self).__init__).parameters if name != "self"]
-        values = {name: getattr(self, name, None) for name in names}
+        values = {name: getattr(self, name, None) for name in inspect.signature(type(self)).parameters}
         shown = {name: spelled_out(value) if isinstance(value, Divergence) else value for name, value in values.items()}
         listed = ", ".join(f"{name}={value!r}" for name, value in shown.items() if value is not None)
         return f"{type(self).__name__}({listed})"
-
-    @property
-    def ignore_index(self) -> int:
-        """Rows with this label take no part. Recipes of NeMo AutoModel read it."""
-        return self.settings.ignore_index
-
-    @property
-    def reduction(self) -> str:
-        """What becomes of the rows' losses where the call gives no total: "mean", "sum" or "none"."""
-        return self.settings.reduction
-
-    @property
-    def temperature(self) -> float:
-        """T of both distributions."""
-        return self.objective.temperature
-
-    @property
-    def divergence(self) -> Divergence:
-        """What is measured between them."""
-        return self.objective.divergence
-
-    @property
-    def tail(self) -> str | None:
-        """The key of TAIL_POLICIES that was asked for."""
-        return self.objective.tail
-
-    @property
-    def logits_scale(self) -> float:
-        """Factor on the student's logits."""
-        return self.objective.logits_scale
-
-    @property
-    def target_logits_scale(self) -> float:
-        """Factor on the teacher's logits."""
-        return self.objective.target_logits_scale
-
-    @property
-    def fp32_upcast(self) -> bool:
-        """Whether half-precision logits are computed with in float32."""
-        return self.settings.fp32_upcast
-
-    @property
-    def tp_group(self) -> dist.ProcessGroup | None:
-        """Processes that hold the parts of plain logits, or of a plain head."""
-        return self.settings.tp_group
-
-    @property
-    def chunk_size(self) -> int:
-        """Rows computed at once; 0 chooses."""
-        return self.settings.chunk_size
-
-    @property
-    def vocab_size(self) -> int | None:
-        """Real tokens; None: every column is one."""
-        return self.settings.vocab_size
-
-    @property
-    def check(self) -> bool:
-        """Whether a row whose loss is not finite is refused."""
-        return self.settings.check
-
-    @property
-    def softcap(self) -> float | None:
-        """The model's own cap on logits."""
-        return self.settings.softcap
-
-    @property
-    def logit_multiplier(self) -> float:
-        """The model's own factor on logits."""
-        return self.settings.logit_multiplier
