@@ -62,7 +62,7 @@ def take_sample(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, rendering: R
             f"no target row in {documents} documents: {tally.documents[Fact.LEFT_OUT]} have a prompt that fills "
             "rendering.window, the others are shorter than rendering.min_tokens or than two tokens",
             where="corpus",
-            fix="check the field that holds the text, rendering.window and rendering.min_tokens",
+            fix="check the field that holds the text, rendering.min_tokens, and for prompts window and too_long",
         )
     return Sample(documents=documents, tokens=tokens, rows=rows, counts=counts, tally=tally)
 

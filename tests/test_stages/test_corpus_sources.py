@@ -79,6 +79,14 @@ def test_source_reads_any_range(kind: str, tmp_path: Path, topic_texts: list[str
         assert source.read(first, end) == expected[first:end]
 
 
+@pytest.mark.parametrize("kind", [kind for kind in SOURCES if kind != "topics"])
+def test_a_byte_order_mark_is_no_part_of_a_text(kind: str, tmp_path: Path) -> None:
+    corpus = open_corpus([WRITERS[kind](tmp_path, ["\ufeffWith a mark.", "Without \ufeff one.", "\ufeff\ufeffTwo."])])
+    documents = list(corpus.documents(range(3)))
+    assert [document.text for document in documents] == ["With a mark.", "Without \ufeff one.", "\ufeffTwo."]
+    assert [document.byte_order_mark for document in documents] == [True, False, True]
+
+
 @pytest.mark.parametrize("kind", SOURCES)
 def test_identity_follows_content_not_place(kind: str, tmp_path: Path) -> None:
     here, there, other = tmp_path / "here", tmp_path / "there", tmp_path / "other"
