@@ -6,9 +6,11 @@ Both phases use it: phase 1 for the teacher, phase 2 for the student. `resolve_d
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from storage.errors import UsageError
 
@@ -65,8 +67,29 @@ def has_native_bfloat16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         capabilities = _cpu_capabilities()
-        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        native = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        return native and _computes_in_bfloat16()
     return False
+
+
+@cache
+def _computes_in_bfloat16() -> bool:
+    """Try what a model does most, at the smallest sizes at which torch takes its special ways on a CPU.
+
+    What the processor can do is not what torch does with it: ATen and oneDNN choose their instructions apart, and where
+    ATEN_CPU_CAPABILITY lowers the one alone, attention asks it for a kernel of the other that it lacks.
+    """
+    try:
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            states_BHTD = torch.ones(1, 1, 64, 64, dtype=torch.bfloat16, requires_grad=True)
+            weight_OD = torch.ones(64, 64, dtype=torch.bfloat16)
+            attended_BHTD = functional.scaled_dot_product_attention(
+                states_BHTD, states_BHTD, states_BHTD, is_causal=True
+            )
+            functional.linear(attended_BHTD, weight_OD).sum().backward()  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        return False
+    return True
 
 
 def dtype_name(dtype: torch.dtype) -> str:
