@@ -139,4 +139,5 @@ def test_steps_are_those_of_a_loop_that_is_written_out(
     assert finished.tokens == sum(line["tokens"] for line in lines)
     saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(saved[name].double(), parameter.detach(), rtol=1e-4, atol=2e-6, msg=name)
+        rows = len(saved[name])  # those of the head that stand for no token may be cut off
+        torch.testing.assert_close(saved[name].double(), parameter.detach()[:rows], rtol=1e-4, atol=2e-6, msg=name)
