@@ -26,7 +26,7 @@ from stages.models.special_tokens import adopt_special_tokens
 from stages.parallel.processes import ALONE, Processes
 from stages.parallel.tensor_parallel import cut_model
 from stages.student.identity import check_positions, check_tokenizer, check_vocabulary, read_tokenizer
-from stages.student.model import Student
+from stages.student.model import Student, warn_of_experts
 from stages.student.save import CardFacts
 from stages.student.source import StudentSource, build_student
 from stages.teacher import BACKENDS
@@ -132,6 +132,7 @@ def build_learner(config: TrainConfig, data: TrainingData, recipe: Recipe, proce
         check_vocabulary(model, data.vocab_size, same_tokenizer=same)
         check_positions(model.config, data.window, lambda: data.longest)
     adopt_special_tokens(model, read_tokenizer(data.tokenizer_files))
+    warn_of_experts(model)
     model.to(recipe.device)  # type: ignore[arg-type]  # transformers types this method for its own decorator
     use_packed_attention(model, attention_for(model.config, config.attention, key="attention"))
     if processes.tp is not None:

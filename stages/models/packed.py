@@ -20,6 +20,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from stages.batches.microbatch import MicroBatch
+from stages.models.load import way_out
 from storage.errors import UsageError
 
 PACKED_SDPA = "topk_distill_packed_sdpa"
@@ -88,13 +89,13 @@ def use_packed_attention(
         raise UsageError(
             f"{type(model).__name__} cannot attend to packed sequences: {str(error).splitlines()[0]}",
             where=f"{key}: {attention}",
-            fix=f"choose another attention implementation or another architecture for the {role}",
+            fix=way_out(model, attention, role=role),
         ) from error
     if change is not None:
         raise UsageError(
             f"{type(model).__name__} lets packed sequences see each other (hidden states change by {change:.1%})",
             where=f"{key}: {attention}",
-            fix=f"choose another attention implementation or another architecture for the {role}",
+            fix=way_out(model, attention, role=role),
         )
 
 
