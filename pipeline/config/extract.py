@@ -34,7 +34,7 @@ class TeacherConfig(Model):
     dtype: Dtype = "auto"
     """Dtype of the forward pass; the head is always computed in float32. auto: bfloat16 where that is fast."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation."""
+    """Attention implementation. sdpa becomes eager, and says so, where an architecture cannot do it."""
 
 
 class SourceConfig(Model):

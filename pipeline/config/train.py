@@ -218,7 +218,7 @@ class TrainConfig(Model):
     dtype: Dtype = "auto"
     """Dtype of the student's forward (autocast); weights and optimizer stay in float32. auto: bfloat16 where fast."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation."""
+    """Attention implementation. sdpa becomes eager, and says so, where an architecture cannot do it."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     distributed: DistributedConfig = DistributedConfig()

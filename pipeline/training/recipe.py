@@ -28,7 +28,7 @@ from stages.models.special_tokens import adopt_special_tokens
 from stages.parallel.processes import ALONE, Processes
 from stages.parallel.tensor_parallel import cut_model
 from stages.student.identity import check_positions, check_tokenizer, check_vocabulary, read_tokenizer
-from stages.student.model import Student, head_layer
+from stages.student.model import Student, head_layer, warn_of_experts
 from stages.student.save import CardFacts
 from stages.student.source import StudentSource, build_student
 from stages.teacher import BACKENDS
@@ -149,6 +149,7 @@ def build_learner(config: TrainConfig, data: TrainingData, recipe: Recipe, proce
         check_vocabulary(model, data.vocab_size, same_tokenizer=same)
         check_positions(model.config, data.window, lambda: data.longest)
     adopt_special_tokens(model, read_tokenizer(data.tokenizer_files))
+    warn_of_experts(model)
     model.to(recipe.device)  # type: ignore[arg-type]  # transformers types this method for its own decorator
     head = Head(head_layer(model), HeadRule.of(model.config), data.vocab_size, where="student")
     require_own_logits(model, head, where="student", key=None)

@@ -82,6 +82,26 @@ def attention_for(config: PreTrainedConfig, asked: str, *, key: str) -> str:
     return "eager"
 
 
+def way_out(model: PreTrainedModel, attention: str, *, role: str) -> str:
+    """Return what to do where this attention cannot keep packed sequences apart: what is left to try here, if any is.
+
+    Args:
+        role: student or teacher.
+    """
+    flash = getattr(model, "_supports_flash_attn", False) and attention != "flash_attention_2"
+    left = {
+        "eager": attention != "eager",
+        "sdpa": attention != "sdpa" and getattr(model, "_supports_sdpa", False),
+        "flash_attention_2": flash and model.device.type == "cuda",
+    }
+    other = f"choose another architecture for the {role}"
+    if any(left.values()):
+        return f"set it to {' or '.join(name for name, possible in left.items() if possible)}, or {other}"
+    if flash:
+        return f"{other}: of this one only flash attention keeps packed sequences apart, and that needs a CUDA device"
+    return other
+
+
 def require_causal_class(config: PreTrainedConfig, where: str) -> None:
     """Raise UsageError if no causal language model has this kind of configuration."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:

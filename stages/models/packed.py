@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from stages.batches.microbatch import MicroBatch
 from stages.models.files import first_line
+from stages.models.load import way_out
 from stages.models.probe import (
     PROBE_TOKENS,
     body_of,
@@ -109,7 +110,7 @@ def use_packed_attention(
             attention.
     """
     where = f"{key}: {attention}"
-    fix = f"choose another attention implementation or another architecture for the {role}"
+    fix = way_out(model, attention, role=role)
     try:
         model.set_attn_implementation(attention)
     except (ImportError, ValueError) as error:

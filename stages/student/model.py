@@ -8,6 +8,7 @@ Shape suffixes: T tokens, N target rows, D hidden width, V rows of the head; 1T 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,10 @@ from stages.models.packed import packed_hidden
 from stages.models.probe import length_borders
 from storage.errors import UsageError
 
+logger = logging.getLogger("topk_distill.student")
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
 
 def head_layer(model: PreTrainedModel) -> nn.Linear:
     """Return the output layer of a model. Raise UsageError if it is not one linear layer."""
@@ -30,6 +35,21 @@ def head_layer(model: PreTrainedModel) -> nn.Linear:
             fix="choose a student whose output embedding is one",
         )
     return layer
+
+
+def warn_of_experts(model: PreTrainedModel) -> None:
+    """Say of a mixture of experts that nothing keeps them in use: the loss that balances them is not trained."""
+    config = model.config.get_text_config()
+    experts = max((count for name in _EXPERTS if isinstance(count := getattr(config, name, None), int)), default=0)
+    if experts > 1:
+        weight = getattr(config, "router_aux_loss_coef", None)
+        named = "" if weight is None else f" (router_aux_loss_coef {weight:g})"
+        logger.warning(
+            "the student is a mixture of %d experts, whose balancing loss%s is not trained here: watch that none falls "
+            "out of use, or choose a dense student",
+            experts,
+            named,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

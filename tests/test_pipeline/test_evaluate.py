@@ -22,6 +22,7 @@ from pipeline.config.train import TrainConfig
 from pipeline.evaluate import Evaluation, _forwards, bootstrap_interval, evaluate, model_directory, reliability
 from pipeline.extract import extract
 from pipeline.runs import warn_if_trained_on
+from pipeline.train import train
 from pipeline.training.data import open_training_data
 from stages.batches.sequences import part
 from stages.student.source import StudentSource, build_student
@@ -230,8 +231,8 @@ def test_a_teacher_that_is_not_there_is_asked_for_by_its_option(tiny_store: Path
     assert caught.value.where == "--teacher"
 
 
-def test_models_attend_as_the_stores_teacher_had_to(
-    tiny_tokenizer_dir: Path, tiny_extraction: dict[str, Any], tmp_path: Path
+def test_an_architecture_without_sdpa_goes_through_both_phases(
+    tiny_tokenizer_dir: Path, tiny_extraction: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Gemma 2 caps its attention scores, which sdpa cannot."""
     teacher, store = tmp_path / "teacher", tmp_path / "store"
@@ -240,10 +241,16 @@ def test_models_attend_as_the_stores_teacher_had_to(
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
     Gemma2ForCausalLM(Gemma2Config(vocab_size=512, **shape, **heads)).save_pretrained(teacher)
-    described = {"path": str(teacher), "dtype": "float32", "attention": "eager"}
+    described = {"path": str(teacher), "dtype": "float32"}
     list(extract(ExtractConfig.model_validate({**tiny_extraction, "store": store, "teacher": described})))
-    found = evaluate(store, {"copy": teacher}, device="cpu")
+    assert "teacher.attention is eager instead" in caplog.text
+    assert StoreReader(store).plan.teacher["attention"] == "eager"
+    sizes = {"steps": 1, "tokens_per_step": 128, "dtype": "float32", "device": "cpu"}
+    student = {"init": "pretrained", "path": str(teacher)}
+    list(train(TrainConfig.model_validate({"store": store, "run": tmp_path / "run", "student": student, **sizes})))
+    found = evaluate(store, {"copy": teacher, "run": tmp_path / "run"}, device="cpu")
     assert found.students["copy"].kl == 0.0
+    assert 0.0 < (found.students["run"].kl or 0.0) < 0.1
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from pipeline.config.extract import ExtractConfig
 from pipeline.config.train import TrainConfig
 from pipeline.extract import extract
 from pipeline.train import train
+from pipeline.training.estimate import dry_run
 from pipeline.training.events import Finished, Saved, Started, StepDone
 from stages.training.run import RunDirectory
 from storage.errors import CorruptionError, IdentityError, NumericsError, UsageError
@@ -123,6 +124,37 @@ def test_a_student_that_cannot_be_is_told_with_its_key(
     with pytest.raises(UsageError) as caught:
         list(train(configure(student={"path": str(tiny_teacher_dir), **student})))
     assert caught.value.where == where
+
+
+@pytest.mark.parametrize("learn", [lambda config: next(train(config)), dry_run], ids=["train", "dry run"])
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {"model_type": "mixtral", "num_local_experts": 4, "router_aux_loss_coef": 0.02},
+            "(router_aux_loss_coef 0.02)",
+        ),
+        ({"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}, "4 experts"),
+        ({"model_type": "llama"}, None),
+    ],
+)
+def test_experts_that_nothing_balances_are_told(
+    learn: Callable[[TrainConfig], object],
+    fields: dict[str, Any],
+    words: str | None,
+    configure: MakeConfig,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sizes = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | heads | fields))
+    learn(configure(student={"init": "from_config", "path": str(tmp_path / "config.json")}))
+    if words is None:
+        assert not caplog.text
+    else:
+        assert "whose balancing loss" in caplog.text
+        assert words in caplog.text
 
 
 def test_samples_that_the_store_does_not_hold_are_refused(exact_store: Path, configure: MakeConfig) -> None:

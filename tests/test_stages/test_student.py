@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GptOssConfig,
     LlamaConfig,
     MambaConfig,
     PreTrainedConfig,
@@ -88,11 +90,24 @@ def test_packed_gradients_are_those_of_single_sequences() -> None:
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("attention", "words"), [("sdpa", "cannot attend"), ("eager", "see each other")])
-def test_an_architecture_that_mixes_packed_sequences_is_refused(attention: str, words: str) -> None:
-    model = model_of(MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4))
-    with pytest.raises(UsageError, match=words):
-        use_packed_attention(model, attention)
+MAMBA = MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4)
+GPT_OSS = GptOssConfig(**SIZES, head_dim=8, num_local_experts=4, num_experts_per_tok=2)
+
+
+@pytest.mark.parametrize(
+    ("config", "attention", "words", "fix"),
+    [
+        (MAMBA, "sdpa", "cannot attend", "set it to eager, or choose another architecture for the student"),
+        (MAMBA, "eager", "see each other", "choose another architecture for the student"),
+        (GPT_OSS, "eager", "see each other", "only flash attention keeps packed sequences apart, .* a CUDA device"),
+    ],
+)
+def test_an_architecture_that_mixes_packed_sequences_is_refused(
+    config: PreTrainedConfig, attention: str, words: str, fix: str
+) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        use_packed_attention(model_of(config), attention)
+    assert re.search(f"{fix}$", caught.value.fix or "")
 
 
 @pytest.mark.parametrize(
