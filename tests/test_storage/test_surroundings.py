@@ -67,9 +67,10 @@ def run(command: str, store: Path) -> int:
 
 
 def names_in(store: Path) -> list[str]:
-    """Every file and directory that a reader needs, and the other directories of a store."""
-    found = [path.relative_to(store).as_posix() for path in sorted(store.rglob("*"))]
-    return sorted({*OF_THE_STORE, *found})
+    """Every file and directory of a store, of its shards those of one; they are all alike."""
+    found = {path.relative_to(store).as_posix() for path in store.rglob("*")}
+    others = ("shards/", "commits/")
+    return sorted({*OF_THE_STORE, *(name for name in found if not name.startswith(others) or "/000001" in name)})
 
 
 def judge(store: Path, name: str, kind: str) -> list[str]:
@@ -128,7 +129,7 @@ def test_every_kind_in_place_of_every_file(memory, sealed):
             cases_run += len(COMMANDS)
     assert findings == []
     save("a special file in place of every file and directory of a store, every command", started=started,
-         commands=cases_run, kinds=len(KINDS), names=[])  # fmt: skip
+         commands=cases_run, kinds=len(KINDS), names_replaced=len(names_in(sealed)))  # fmt: skip
 
 
 STRAYS = (
