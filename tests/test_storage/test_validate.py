@@ -63,26 +63,26 @@ NUMERICS = {
     "next_logprob NaN": changed("next_logprob", 1, np.nan),
 }
 WRONG = {
-    "head rises": risen,
-    "id twice in the head": repeated,
-    "sample in the head": sampled_in_head,
-    "negative id": lambda batch: replace(batch, head_ids=batch.head_ids.astype(np.int64) - cases.VOCAB),
-    "id outside": changed("head_ids", 0, cases.VOCAB),
-    "token outside": changed("tokens", 0, cases.VOCAB),
-    "tail id outside": changed("tail_ids", 0, 2**32 - 1),
-    "count too high": changed("count", 0, 9),
-    "count zero": changed("count", 0, 0),
-    "head too large": changed("head_size", 0, 99),
-    "document of another shard": changed("document", 0, 20),
-    "heldout document": changed("document", 0, next(n for n in range(24) if PLAN.heldout.holds_out(n))),
-    "documents out of order": reversed_documents,
-    "offset beyond": changed("token_offset", -1, 10**6),
-    "offset falls": changed("token_offset", 1, -1),
-    "row offset": changed("row_offset", 1, 0),
-    "short entropy": lambda batch: replace(batch, entropy=batch.entropy[:-1]),
-    "short end bytes": lambda batch: replace(batch, token_end_byte=batch.token_end_byte[:-1]),
-    "other draws": lambda batch: replace(batch, draws=5),
-    "negative window": changed("window_start", 0, -1),
+    "head rises": (risen, "logprob rises within a row"),
+    "id twice in the head": (repeated, "an id occurs twice in a row"),
+    "sample in the head": (sampled_in_head, "an id occurs twice in a row"),
+    "negative id": (lambda batch: replace(batch, head_ids=batch.head_ids.astype(np.int64) - cases.VOCAB), "head_ids holds id -"),
+    "id outside": (changed("head_ids", 0, cases.VOCAB), "head_ids holds id 300"),
+    "token outside": (changed("tokens", 0, cases.VOCAB), "tokens holds id 300"),
+    "tail id outside": (changed("tail_ids", 0, 2**32 - 1), "tail_ids holds id 4294967295"),
+    "count too high": (changed("count", 0, 9), "counts do not add up to 4 draws"),
+    "count zero": (changed("count", 0, 0), "counts do not add up to 4 draws"),
+    "head too large": (changed("head_size", 0, 99), "head_size and head_offset disagree"),
+    "document of another shard": (changed("document", 0, 20), "document 20 is not one of shard 0"),
+    "heldout document": (changed("document", 0, next(n for n in range(24) if PLAN.heldout.holds_out(n))), r"document \d+ is not one of shard 0"),
+    "documents out of order": (reversed_documents, "sequences are not in order"),
+    "offset beyond": (changed("token_offset", -1, 10**6), "token_offset must rise from 0 to"),
+    "offset falls": (changed("token_offset", 1, -1), "token_offset must rise from 0 to"),
+    "row offset": (changed("row_offset", 1, 0), "head_size and head_offset disagree"),
+    "short entropy": (lambda batch: replace(batch, entropy=batch.entropy[:-1]), "entropy has shape"),
+    "short end bytes": (lambda batch: replace(batch, token_end_byte=batch.token_end_byte[:-1]), "token_end_byte has shape"),
+    "other draws": (lambda batch: replace(batch, draws=5), "the batch has 5 draws per row, the plan 4"),
+    "negative window": (changed("window_start", 0, -1), "window_start is negative"),
 }
 
 
@@ -100,8 +100,24 @@ def test_numbers(name):
 
 @pytest.mark.parametrize("name", WRONG)
 def test_structure(name):
-    with pytest.raises(ValueError):
-        check_batch(PLAN, SHARD, WRONG[name](cases.make_batch(PLAN, SHARD)))
+    change, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        check_batch(PLAN, SHARD, change(cases.make_batch(PLAN, SHARD)))
+
+
+def test_heads_have_at_most_k_entries():
+    smaller = replace(PLAN, target=replace(PLAN.target, k=5))
+    with pytest.raises(ValueError, match=r"head_size exceeds k = 5: document \d+, window at 0, row 0"):
+        check_batch(smaller, SHARD, cases.make_batch(PLAN, SHARD))
+
+
+def test_offsets_that_fall_on_the_way_are_refused():
+    """Those of an axis that no other array is held against: each sequence but two keeps its tokens."""
+    batch = cases.make_batch(PLAN, SHARD)
+    offset = batch.token_offset.copy()
+    offset[1], offset[2] = offset[2] + 1, offset[1]
+    with pytest.raises(ValueError, match="token_offset must rise"):
+        check_batch(PLAN, SHARD, replace(batch, token_offset=offset))
 
 
 def test_a_row_at_the_last_token_of_a_sequence():
