@@ -335,5 +335,7 @@ def test_every_file_and_directory_is_synced_before_what_builds_on_it(tmp_path, m
     for place, end in zip(named, [*named[1:], len(events)], strict=True):
         path = paths[events[place][1]]
         inside = [path, *path.rglob("*")] if path.is_dir() else [path]
-        assert {inode(part) for part in inside} <= {number for call, number in events[:place] if call == "fsync"}, f"{path}: content first"
+        assert {inode(part) for part in inside} <= {number for call, number in events[:place] if call == "fsync"}, (
+            f"{path}: content first"
+        )
         assert ("fsync", inode(path.parent)) in events[place:end], f"{path}: its directory was not synced"

@@ -253,10 +253,8 @@ def put_at(place: int, value: object) -> Callable:
 def emptied(forged: Forged) -> MemoryFiles:
     """Record and seal agree that shard 0 is empty, and list what such a shard has; its metadata tells of more."""
     shard = forged.shards[0]
-    shard.record["counts"] = {name: 0 for name in shard.record["counts"]} | {"head_mass": 0.0}
-    shard.files = {
-        name: data for name, data in shard.files.items() if name.endswith("zarr.json") or "_offset/" in name
-    }
+    shard.record["counts"] = dict.fromkeys(shard.record["counts"], 0) | {"head_mass": 0.0}
+    shard.files = {name: data for name, data in shard.files.items() if name.endswith("zarr.json") or "_offset/" in name}
     return forged.put_together()
 
 

@@ -66,7 +66,10 @@ WRONG = {
     "head rises": (risen, "logprob rises within a row"),
     "id twice in the head": (repeated, "an id occurs twice in a row"),
     "sample in the head": (sampled_in_head, "an id occurs twice in a row"),
-    "negative id": (lambda batch: replace(batch, head_ids=batch.head_ids.astype(np.int64) - cases.VOCAB), "head_ids holds id -"),
+    "negative id": (
+        lambda batch: replace(batch, head_ids=batch.head_ids.astype(np.int64) - cases.VOCAB),
+        "head_ids holds id -",
+    ),
     "id outside": (changed("head_ids", 0, cases.VOCAB), "head_ids holds id 300"),
     "token outside": (changed("tokens", 0, cases.VOCAB), "tokens holds id 300"),
     "tail id outside": (changed("tail_ids", 0, 2**32 - 1), "tail_ids holds id 4294967295"),
@@ -74,13 +77,19 @@ WRONG = {
     "count zero": (changed("count", 0, 0), "counts do not add up to 4 draws"),
     "head too large": (changed("head_size", 0, 99), "head_size and head_offset disagree"),
     "document of another shard": (changed("document", 0, 20), "document 20 is not one of shard 0"),
-    "heldout document": (changed("document", 0, next(n for n in range(24) if PLAN.heldout.holds_out(n))), r"document \d+ is not one of shard 0"),
+    "heldout document": (
+        changed("document", 0, next(n for n in range(24) if PLAN.heldout.holds_out(n))),
+        r"document \d+ is not one of shard 0",
+    ),
     "documents out of order": (reversed_documents, "sequences are not in order"),
     "offset beyond": (changed("token_offset", -1, 10**6), "token_offset must rise from 0 to"),
     "offset falls": (changed("token_offset", 1, -1), "token_offset must rise from 0 to"),
     "row offset": (changed("row_offset", 1, 0), "head_size and head_offset disagree"),
     "short entropy": (lambda batch: replace(batch, entropy=batch.entropy[:-1]), "entropy has shape"),
-    "short end bytes": (lambda batch: replace(batch, token_end_byte=batch.token_end_byte[:-1]), "token_end_byte has shape"),
+    "short end bytes": (
+        lambda batch: replace(batch, token_end_byte=batch.token_end_byte[:-1]),
+        "token_end_byte has shape",
+    ),
     "other draws": (lambda batch: replace(batch, draws=5), "the batch has 5 draws per row, the plan 4"),
     "negative window": (changed("window_start", 0, -1), "window_start is negative"),
 }
