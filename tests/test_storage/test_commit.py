@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -303,3 +304,42 @@ def test_a_damaged_plan_does_not_open(tmp_path):
         (path / "plan.json").write_bytes(flipped)
         with pytest.raises(CorruptionError, match=r"plan\.json"):
             StoreReader(path)
+
+
+def test_every_file_and_directory_is_synced_before_what_builds_on_it(tmp_path, monkeypatch):
+    """Content before its name, and the directory of a name before the next name: a power loss takes back no step."""
+    events: list[tuple[str, int]] = []
+
+    def watched(name, of):
+        real = getattr(os, name)
+
+        def call(*arguments, **options):
+            try:
+                return real(*arguments, **options)
+            finally:
+                events.append((name, of(*arguments)))
+
+        monkeypatch.setattr(os, name, call)
+
+    def inode(path):
+        return os.stat(path).st_ino
+
+    watched("fsync", lambda descriptor: os.fstat(descriptor).st_ino)
+    watched("link", lambda source, target: inode(target))
+    watched("rename", lambda source, target: inode(target))
+    store = tmp_path / "store"
+    cases.write_store(store, shards=[0])
+    monkeypatch.undo()
+    kept = [path for path in (store, *store.rglob("*")) if "tmp" not in path.relative_to(store).parts]
+    for path in kept:
+        assert ("fsync", inode(path)) in events, f"{path} was never synced"
+    named = [place for place, (call, _) in enumerate(events) if call != "fsync"]
+    assert len(named) == 6, "remap, two tokenizer files, plan, shard and record"
+    paths = {inode(path): path for path in kept}
+    for place, end in zip(named, [*named[1:], len(events)], strict=True):
+        path = paths[events[place][1]]
+        inside = [path, *path.rglob("*")] if path.is_dir() else [path]
+        assert {inode(part) for part in inside} <= {number for call, number in events[:place] if call == "fsync"}, (
+            f"{path}: content first"
+        )
+        assert ("fsync", inode(path.parent)) in events[place:end], f"{path}: its directory was not synced"

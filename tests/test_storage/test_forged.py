@@ -250,6 +250,14 @@ def put_at(place: int, value: object) -> Callable:
     return change
 
 
+def emptied(forged: Forged) -> MemoryFiles:
+    """Record and seal agree that shard 0 is empty, and list what such a shard has; its metadata tells of more."""
+    shard = forged.shards[0]
+    shard.record["counts"] = dict.fromkeys(shard.record["counts"], 0) | {"head_mass": 0.0}
+    shard.files = {name: data for name, data in shard.files.items() if name.endswith("zarr.json") or "_offset/" in name}
+    return forged.put_together()
+
+
 def smaller_k(forged: Forged) -> MemoryFiles:
     """Heads of up to 9 entries under a plan that allows 8."""
     forged.plan["target"]["k"] = 8
@@ -316,6 +324,7 @@ LIES: dict[str, tuple[str, Callable[[Forged], MemoryFiles], str]] = {
         "the size|does not list|lists",
     ),
     "record: a shard of nothing": ("sampled", lengths("none", 1, sequences=0), "counts.tokens must be .* from 0 to 0"),
+    "an empty shard that is none": ("sampled", emptied, "values; the commit record says"),
     "record: a text of mass": ("topp", counts(head_mass="0.9"), "counts.head_mass must be a number"),
     "record: mass beyond 1": ("topp", counts(head_mass=1.5), "counts.head_mass must be a number from 0 to 1"),
     "record: a whole mass": ("topp", counts(head_mass=1), "counts.head_mass must be a number"),

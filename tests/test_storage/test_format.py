@@ -17,13 +17,17 @@ from storage_cases import zarr_quietly
 import storage
 from storage.codecs import CODECS
 from storage.codecs.sqrt_delta import SqrtDelta
+from storage.commit.bounds import LARGEST_SEQUENCES, LARGEST_TOKENS
+from storage.commit.manifest import LARGEST_TOKENIZER
 from storage.format.arrays import CHUNK_UNITS, array_specs
-from storage.format.chunks import SMALLEST_PAGE
+from storage.format.chunks import LARGEST_METADATA, LARGEST_OVERHEAD, SMALLEST_PAGE
+from storage.format.decode import scale_heads
 from storage.format.encode import group_metadata
-from storage.plan import FORMAT_VERSION, Plan, TargetSpec
+from storage.plan import FORMAT_VERSION, LARGEST_WINDOW, Plan, TargetSpec
 from storage.reader import StoreReader
 from storage.rows import ARRAYS
-from storage.values import canonical_json
+from storage.target import LARGEST_K, LARGEST_VOCABULARY
+from storage.values import LARGEST_DEPTH, canonical_json
 
 TEXT = (Path(storage.__file__).parent / "FORMAT.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
@@ -100,12 +104,9 @@ def test_the_table_of_arrays_is_complete(kind, codec):
             assert specs[name].dtype.name == dtype
 
 
-def test_plan_fields_and_group_attributes_are_named():
+def test_plan_fields_are_named():
     for name in Plan.__dataclass_fields__:
         assert name in TEXT
-    plan = cases.make_plan()
-    for name in group_metadata(plan, plan.shards()[0])["attributes"]["topk_distill"]:
-        assert f"`{name}`" in TEXT
 
 
 def test_the_example_of_metadata_is_what_is_written():
@@ -117,6 +118,51 @@ def test_the_example_of_metadata_is_what_is_written():
     bits = specs["has_row"].layout(100, tokens=800, rows=700).metadata()["codecs"][0]["configuration"]["codecs"]
     assert canonical_json(bits[:-1])[1:-1].decode().replace(" ", "") in TEXT.replace(" ", "")
     assert specs["entropy"].layout(9, tokens=9, rows=9).metadata()["fill_value"] == "NaN"
+
+
+def test_the_example_of_a_group_is_what_is_written():
+    plan = cases.make_plan()
+    text = re.findall(r"```json\n(.*?)```", TEXT, re.DOTALL)[1]
+    example = json.loads(text.replace("REMAP", plan.remap_sha256).replace("STORE", plan.store_id))
+    assert group_metadata(plan, plan.shards()[0]) == example
+
+
+def test_the_bounds_are_the_code_s():
+    table = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", TEXT[TEXT.index("## Bounds") :], re.MULTILINE))
+    for name, constant in {
+        "JSON": LARGEST_DEPTH,
+        "V": LARGEST_VOCABULARY,
+        "`k`, seeds, `documents`": LARGEST_K,
+        "`rendering.window`": LARGEST_WINDOW,
+        "tokenizer files": LARGEST_TOKENIZER,
+        "sequences of a shard": LARGEST_SEQUENCES,
+        "tokens of a shard": LARGEST_TOKENS,
+        "zarr.json": LARGEST_METADATA,
+        "object": LARGEST_OVERHEAD,
+    }.items():
+        power = constant.bit_length() - 1
+        words = {f"{constant}", f"2^{power}", f"2^{power + 1} - 1"}
+        assert any(re.search(rf"(?<![\d^]){re.escape(word)}(?!\d)", table[name]) for word in words), (name, words)
+
+
+def test_the_chunks_of_an_axis():
+    """An empty axis has the chunk length 1; a cut may come out in fewer chunks than it was meant to."""
+    specs = array_specs(cases.make_plan(), end_bytes=True, even=False)
+    empty = specs["entropy"].layout(0, tokens=0, rows=0).metadata()
+    assert empty["chunk_grid"]["configuration"]["chunk_shape"] == [1]
+    few = specs["head_ids"].layout(10, tokens=0, rows=7 * CHUNK_UNITS)
+    assert (few.chunk, few.chunks) == (2, 5)
+
+
+def test_codes_beyond_the_largest_are_refused_and_heads_without_mass_left_alone():
+    codec, size = SqrtDelta(), np.array([2], np.int32)
+    for decode in (lambda codes: codec.decode(codes, size), lambda codes: codec.decode_ranks(codes[:, None])):
+        assert decode(np.array([65000, 535], np.uint16)).size == 2
+        with pytest.raises(ValueError, match="sum beyond 65535"):
+            decode(np.array([65000, 536], np.uint16))
+    low = np.array([-105.0, -300.0], np.float32)
+    np.testing.assert_array_equal(scale_heads(low, size, np.zeros(1, np.float32)), low)
+    assert np.isclose(np.exp(scale_heads(low + 25, size, np.zeros(1, np.float32)).astype(float)).sum(), 0.5)
 
 
 def test_the_table_of_kinds_is_what_a_plan_allows():

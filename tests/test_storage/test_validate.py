@@ -122,6 +122,21 @@ def test_structure(name):
         check_batch(PLAN, SHARD, change(cases.make_batch(PLAN, SHARD)))
 
 
+def test_heads_have_at_most_k_entries():
+    smaller = replace(PLAN, target=replace(PLAN.target, k=5))
+    with pytest.raises(ValueError, match=r"head_size exceeds k = 5: document \\d+, window at 0, row 0"):
+        check_batch(smaller, SHARD, cases.make_batch(PLAN, SHARD))
+
+
+def test_offsets_that_fall_on_the_way_are_refused():
+    """Those of an axis that no other array is held against: each sequence but two keeps its tokens."""
+    batch = cases.make_batch(PLAN, SHARD)
+    offset = batch.token_offset.copy()
+    offset[1], offset[2] = offset[2] + 1, offset[1]
+    with pytest.raises(ValueError, match="token_offset must rise"):
+        check_batch(PLAN, SHARD, replace(batch, token_offset=offset))
+
+
 def test_a_row_at_the_last_token_of_a_sequence():
     batch = cases.make_batch(PLAN, SHARD)
     has_row = batch.has_row.copy()
