@@ -105,6 +105,7 @@ def show_estimate(estimate: Estimate, *, as_json: bool) -> None:
             ("rows", f"{about}{estimate.rows:,} in {counted(estimate.shards, 'shard')}; {estimate.contents}"),
             ("size", f"{bound} {size_line(estimate.bytes, estimate.bytes_per_row)}"),
             ("time", time),
+            *(("note", note) for note in estimate.notes),
         ]
     )
 
