@@ -101,6 +101,7 @@ def open_training_data(config: TrainConfig, tell: Callable[[Tokenized], None] = 
 def _stored(config: TrainConfig, path: Path) -> TrainingData:
     reader = StoreReader(path, allow_partial=config.allow_partial)
     plan = reader.plan
+    teacher = plan.recorded.get("teacher")
     return TrainingData(
         train=reader,
         heldout=StoreReader(path, split="heldout", allow_partial=config.allow_partial),
@@ -113,7 +114,7 @@ def _stored(config: TrainConfig, path: Path) -> TrainingData:
             "digest": reader.digest,
             "id": plan.store_id,
             "path": str(path.absolute()),
-            "teacher": plan.recorded.get("teacher", {}),
+            "teacher": teacher if isinstance(teacher, dict) else {},  # nothing vouches for what is recorded
         },
         store=reader,
     )

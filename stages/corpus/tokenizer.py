@@ -78,7 +78,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **settings: boo
     """
     where = str(tokenizer.name_or_path)
     with tokenizer_errors("the tokenizer fails", where=where, fix=_MEND):
-        encoded = tokenizer(texts, **settings)
+        encoded: BatchEncoding = tokenizer(texts, **settings)
     for text, ids in zip(texts, encoded["input_ids"], strict=True):
         if len(ids) > _MOST_TOKENS * (len(text) + 1):
             what = f"the tokenizer makes {len(ids):,} tokens of a text of {len(text):,} characters"
