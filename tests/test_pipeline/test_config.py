@@ -367,3 +367,8 @@ def test_what_hints_name_exists(model: type[BaseModel], table: dict[str, str]) -
         assert key not in model.model_fields
         instruction = re.split("[:;]| where ", sentence)[0].removeprefix("set ")
         assert set(re.findall(r"[a-z_]+", instruction)) <= known | words, key
+
+
+@pytest.mark.parametrize("text", ['store: "\\ud800"\n', '"\\ud800": 1\n'])
+def test_half_a_character_is_refused(text: str, tmp_path: Path) -> None:
+    assert error_of(tmp_path, text).what == "half of a surrogate pair is not a character"
