@@ -127,10 +127,18 @@ def _build(loader: _CoreLoader, node: yaml.Node, path: KeyPath, lines: dict[KeyP
         return _build_mapping(loader, node, path, lines, name)
     if isinstance(node, yaml.SequenceNode):
         return [_build(loader, item, (*path, index), lines, name) for index, item in enumerate(node.value)]
+    return _scalar(loader, node, name)
+
+
+def _scalar(loader: _CoreLoader, node: yaml.Node, name: str) -> Any:
+    where = f"{name}:{node.start_mark.line + 1}"
     try:
-        return loader.construct_object(node)
+        value = loader.construct_object(node)
     except ValueError as error:  # a number with more digits than Python reads
-        raise UsageError(f"not a number: {error}", where=f"{name}:{node.start_mark.line + 1}") from error
+        raise UsageError(f"not a number: {error}", where=where) from error
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        raise UsageError("half of a surrogate pair is not a character", where=where, fix="write the character itself")
+    return value
 
 
 def _build_mapping(
@@ -139,7 +147,7 @@ def _build_mapping(
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
-        key = loader.construct_object(key_node) if isinstance(key_node, yaml.ScalarNode) else None
+        key = _scalar(loader, key_node, name) if isinstance(key_node, yaml.ScalarNode) else None
         if not isinstance(key, str):
             raise UsageError(f"keys must be text, found {key!r}", where=f"{name}:{line}", fix="put the key in quotes")
         if key in values:

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 from pipeline.config.base import FieldError
+from pipeline.config.hints import hint
 from pipeline.config.overrides import dotted
 from stages.yaml_text import KeyPath
 from storage.errors import UsageError
@@ -168,7 +169,8 @@ def _unknown_key(path: KeyPath, model: type[BaseModel]) -> _Problem:
     valid = [] if owner is None else list(owner.model_fields)
     what = f"unknown key {key!r}" + (f" in {dotted(section)}" if section else "")
     elsewhere = [dotted(other) for other in _all_keys(model) if other[-1] == key]
-    return _Problem(path=path, rank=0, what=what, fix=right_key(key, valid, elsewhere))
+    known = hint(key, dotted(section), training="student" in model.model_fields)
+    return _Problem(path=path, rank=0, what=what, fix=known or right_key(key, valid, elsewhere))
 
 
 def right_key(key: str, valid: Sequence[str], elsewhere: Sequence[str] = ()) -> str:

@@ -6,6 +6,7 @@ hashes of the teacher's files; an estimate does without, and adds a rate.
 
 from __future__ import annotations
 
+import logging
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.extract import ExtractConfig
+from pipeline.extraction.foresight import notes, stored_size
 from pipeline.extraction.rates import RateKey, read_rate
 from pipeline.extraction.survey import Sample, take_sample
 from pipeline.reading import Reading, open_reading, require_hidden_states
@@ -33,9 +35,11 @@ from stages.targets.rows import require_k
 from stages.teacher.backend import teacher_identity
 from stages.teacher.batching import Batching, resolve_batching
 from storage.codecs import CODECS, DEFAULT_CODEC
-from storage.format.remap import build_remap, remap_sha256
+from storage.format.remap import build_remap, encode_remap, remap_sha256
 from storage.plan import HeldoutRule, Plan, TargetSpec
 from storage.values import Json
+
+logger = logging.getLogger("topk_distill.plan")
 
 ROWS_PER_SHARD = 32_000
 LIBRARIES = ("topk-distill", "torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy", "zarr", "pcodec")
@@ -109,13 +113,14 @@ class Estimate:
         exact: whether every document was tokenised for this estimate.
         shards: units of work.
         contents: what a row holds, in words.
-        bytes_per_row, bytes: of the store, from measured sizes per entry.
+        bytes_per_row: of what grows with the rows, from measured sizes per entry.
+        bytes: of the store, with its tokenizer's files and its remap.
         at_most: whether that is a bound, see `is_bound`.
         tokens_per_second: rate used, None if unknown.
         rate_source: `measured` by an earlier extraction with this teacher here, `given`, or None.
         seconds: None if the rate is unknown.
         teacher, device, dtype: what would run where.
-        notes: what the corpus holds that a user should know of, in sentences; counts are extrapolated like the rest.
+        notes: what is better known before the teacher runs, in sentences; counts of the corpus are extrapolated.
     """
 
     documents: int
@@ -143,7 +148,10 @@ def build_plan(config: ExtractConfig) -> Extraction:
     Raises:
         UsageError: anything that the configuration names is missing or unfit, or no document gives a row.
     """
-    return _planned(config, weights=True)
+    planned = _planned(config, weights=True)
+    for note in notes(planned.plan):
+        logger.warning(note)
+    return planned
 
 
 def estimate(config: ExtractConfig, *, tokens_per_second: float | None = None) -> Estimate:
@@ -161,6 +169,7 @@ def estimate(config: ExtractConfig, *, tokens_per_second: float | None = None) -
     source = "given" if tokens_per_second is not None else "measured"
     tokens, rows = planned.scaled(sample.tokens), planned.scaled(sample.rows)
     per_row = bytes_per_row(plan.target, config.codec)
+    fixed = len(encode_remap(planned.remap)) + sum(map(stored_size, planned.tokenizer_files.values()))
     return Estimate(
         documents=plan.documents,
         heldout_documents=sum(plan.heldout.holds_out(number) for number in range(plan.documents)),
@@ -170,7 +179,7 @@ def estimate(config: ExtractConfig, *, tokens_per_second: float | None = None) -
         shards=len(plan.shards()),
         contents=plan.target.describe(),
         bytes_per_row=per_row,
-        bytes=round(rows * per_row),
+        bytes=round(rows * per_row) + fixed,
         at_most=is_bound(plan.target, config.codec),
         tokens_per_second=rate,
         rate_source=None if rate is None else source,
@@ -178,7 +187,7 @@ def estimate(config: ExtractConfig, *, tokens_per_second: float | None = None) -
         teacher=planned.model.name,
         device=str(planned.device),
         dtype=dtype_name(planned.dtype),
-        notes=planned.notes,
+        notes=(*notes(plan), *planned.notes),
     )
 
 

@@ -109,6 +109,7 @@ def _stored(config: TrainConfig, path: Path) -> TrainingData:
     demands: dict[str, Any] = {"allow_partial": config.allow_partial, "expected_digest": config.expected_digest}
     reader = StoreReader(path, **demands)
     plan = reader.plan
+    teacher = plan.recorded.get("teacher")
     return TrainingData(
         train=reader,
         heldout=StoreReader(path, split="heldout", **demands),
@@ -121,7 +122,7 @@ def _stored(config: TrainConfig, path: Path) -> TrainingData:
             "digest": reader.digest,
             "id": plan.store_id,
             "path": str(path.absolute()),
-            "teacher": plan.recorded.get("teacher", {}),
+            "teacher": teacher if isinstance(teacher, dict) else {},  # nothing vouches for what is recorded
             "rendering": dict(plan.rendering),
         },
         store=reader,

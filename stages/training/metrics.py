@@ -15,6 +15,7 @@ last digit.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -43,7 +44,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, *, last_step: int) -> None:
         with storage_errors(path):
-            kept = _lines_until(path, last_step)
+            kept = _whole_lines(path, last_step=last_step)
             replace_file(path, b"".join(line for line, _ in kept))
             self._file = open(path, "ab")  # noqa: SIM115  # closed in __exit__
         self._path = path
@@ -101,10 +102,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [record for _, record in _whole_lines(path)]
 
 
-def _lines_until(path: Path, last_step: int) -> list[tuple[bytes, dict[str, Any]]]:
-    return [(line, record) for line, record in _whole_lines(path) if record["step"] <= last_step]
-
-
 def _lines(path: Path) -> Iterator[bytes]:
     """Yield the lines of a file, cut where they are longer than any of ours."""
     with storage_errors(path), suppress(FileNotFoundError), open_regular(path) as file:
@@ -112,21 +109,32 @@ def _lines(path: Path) -> Iterator[bytes]:
             yield line
 
 
-def _whole_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Return the lines up to the first that is not whole: a power failure may leave zeros at the end."""
-    lines = list(_lines(path))
-    records = [_record(line) for line in lines]
-    whole = next((number for number, record in enumerate(records) if record is None), len(lines))
-    problem = None if all(record is None for record in records[whole:]) else "is not a whole JSON object"
-    number = whole
-    for index, record in enumerate(records[:whole]):
-        if record is not None and (found := _problem(record)) is not None:
-            problem, number = found, index
-            break
-    if problem is not None:
-        fix = "restore the file, or choose another run directory"
-        raise UsageError(f"line {number + 1} {problem}", where=str(path), fix=fix)
-    return [(line, record) for line, record in zip(lines, records[:whole], strict=False) if record is not None]
+def _whole_lines(path: Path, *, last_step: float = math.inf) -> list[tuple[bytes, dict[str, Any]]]:
+    """Return the lines of steps up to `last_step` that stand before the first line that is not whole.
+
+    A power failure may leave zeros at the end, and lines behind them; none of what was synced is among those.
+
+    Raises:
+        UsageError: a line of such a step stands behind one that is not whole, or holds what training never writes.
+    """
+    whole: list[tuple[bytes, dict[str, Any]]] = []
+    torn: int | None = None  # the first line that is not whole
+    for number, line in enumerate(_lines(path), 1):
+        record = _record(line)
+        problem = None if record is None else _problem(record)
+        if record is None:
+            torn = torn or number
+        elif torn is None and problem is None:
+            whole.append((line, record))
+        elif torn is None:
+            raise _damaged(path, f"line {number} {problem}")
+        elif problem is None and record["step"] <= last_step:
+            raise _damaged(path, f"line {torn} is not a whole JSON object")
+    return [(line, record) for line, record in whole if record["step"] <= last_step]
+
+
+def _damaged(path: Path, what: str) -> UsageError:
+    return UsageError(what, where=str(path), fix="restore the file, or choose another run directory")
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

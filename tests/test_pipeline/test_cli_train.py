@@ -75,6 +75,23 @@ def test_json_events_are_one_object_per_line(config: Path, tmp_path: Path) -> No
     assert "step 1" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "/no/such.yaml", "--json"],
+        ["status", "/no/such/store", "--json"],
+        ["status", "--json"],
+        ["status", "--json", "--no-such-option"],
+    ],
+)
+def test_with_json_a_failure_is_json_too(arguments: list[str]) -> None:
+    result = run(*arguments)
+    told = json.loads(result.stdout)
+    assert (told["event"], told["exit_code"], result.exit_code) == ("Failed", 2, 2)
+    assert result.stderr.splitlines()[0] == f"error: {told['error']}"
+    assert run(*(word for word in arguments if word != "--json")).stdout == ""
+
+
 @pytest.mark.parametrize("processes", [None, "1"])
 def test_one_process_speaks_whatever_its_rank(
     processes: str | None, config: Path, finished: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
+from pipeline.config import hints
 from pipeline.config.base import section
-from pipeline.config.extract import SourceConfig
+from pipeline.config.extract import ExtractConfig, SourceConfig
 from pipeline.config.loading import load_extract, load_train
 from pipeline.config.loss import SET_ELSEWHERE
 from pipeline.config.train import TrainConfig
@@ -331,3 +334,44 @@ def test_file_below_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageUnavailableError, match="cannot read the configuration"):
         load_extract(tmp_path / "file" / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "fix"),
+    [
+        (
+            "step_scheduler: {max_steps: 9}",
+            "set steps or epochs, tokens_per_step, checkpoint.every and validation.every",
+        ),
+        ("rng: {seed: 1}", "set seed"),
+        ("optimizer: {kind: adamw}", "leave it out: AdamW is the only optimizer"),
+        ("optimizer: {_target_: torch.optim.AdamW}", "leave it out: AdamW is the only optimizer"),
+        ("per-device-train-batch-size: 8", "set tokens_per_batch"),
+        ("lora: {r: 8}", "adapters such as LoRA are not in this version: leave 'lora' out"),
+        ("student: {init: pretrained, path: x, lora_r: 8}", "adapters such as LoRA are not in this version"),
+        ("wandb: {project: x}", "experiment trackers are not in this version"),
+        ("template: chatml", "chat templates and lists of messages are not in this version"),
+    ],
+)
+def test_keys_of_other_systems_are_told_as_what_they_are(text: str, fix: str, tmp_path: Path) -> None:
+    plain = TRAIN if not text.startswith("student") else TRAIN.replace("student:\n  init: pretrained\n  path: x\n", "")
+    error = error_of(tmp_path, plain + text + "\n", phase="train")
+    assert error.what.startswith("unknown key")
+    assert fix in str(error.fix)
+
+
+@pytest.mark.parametrize(
+    ("model", "table"), [(TrainConfig, hints.TRAIN), (ExtractConfig, hints.EXTRACT)], ids=["train", "extract"]
+)
+def test_what_hints_name_exists(model: type[BaseModel], table: dict[str, str]) -> None:
+    known = set(re.findall(r'"([a-z_]+)":', json.dumps(model.model_json_schema()))) | {"temperature"}  # of the loss
+    words = {"or", "and", "for", "a", "live", "teacher", "the", "memory", "share", "of", "beside", "leave", "it", "out"}
+    for key, sentence in table.items():
+        assert key not in model.model_fields
+        instruction = re.split("[:;]| where ", sentence)[0].removeprefix("set ")
+        assert set(re.findall(r"[a-z_]+", instruction)) <= known | words, key
+
+
+@pytest.mark.parametrize("text", ['store: "\\ud800"\n', '"\\ud800": 1\n'])
+def test_half_a_character_is_refused(text: str, tmp_path: Path) -> None:
+    assert error_of(tmp_path, text).what == "half of a surrogate pair is not a character"

@@ -99,7 +99,9 @@ def test_own_errors_keep_their_words() -> None:
     assert failure.lines() == ["error: shard 3 is damaged", "where: shards/3", "fix: pipeline repair"]
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "extract"), (signal.SIGINT, "extract")])
+@pytest.mark.parametrize(
+    ("number", "name"), [(number, "extract") for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+)
 def test_signals_end_in_75_without_a_traceback(number: signal.Signals, name: str) -> None:
     script = (
         "import os, signal, click\n"

@@ -16,8 +16,10 @@ from pipeline.config.extract import ExtractConfig, TargetConfig
 from pipeline.extract import extract
 from pipeline.extraction import planning, survey
 from pipeline.extraction.events import ExtractSummary
+from pipeline.extraction.foresight import stored_size
 from pipeline.extraction.planning import build_plan, bytes_per_row, estimate
 from pipeline.extraction.survey import sample_rounds
+from storage.commit.manifest import compress_tokenizer_file
 from storage.errors import UsageError
 from storage.reader import StoreReader
 
@@ -150,3 +152,33 @@ def test_a_device_is_refused_before_anything_is_tokenised(
     monkeypatch.setattr(planning, "take_sample", lambda *arguments: pytest.fail("tokenised for nothing"))
     with pytest.raises(UsageError, match="unknown device 'abacus'"):
         estimate(ExtractConfig.model_validate({**config, "device": "abacus"}))
+
+
+def test_the_planned_size_has_the_tokenizer_and_the_remap(config: dict[str, Any]) -> None:
+    """A corpus of a few documents, where they are most of the store."""
+    few = {**config, "target": {"kind": "topk", "k": 2}, "heldout": {"fraction": 0.0}, "documents_per_shard": 40}
+    estimated = estimate(ExtractConfig.model_validate(few)).bytes
+    list(extract(ExtractConfig.model_validate(few)))
+    fixed = sum(path.stat().st_size for path in [config["store"] / "remap", *(config["store"] / "tokenizer").iterdir()])
+    rows = StoreReader(config["store"]).rows
+    assert estimated == fixed + round(rows * bytes_per_row(TargetConfig(kind="topk", k=2).spec()))
+
+
+def test_the_size_of_a_large_file_is_estimated_from_pieces() -> None:
+    assert stored_size(b"a token " * 99) == len(compress_tokenizer_file(b"a token " * 99))
+    noise = np.random.default_rng(0).bytes(6 << 20)
+    assert stored_size(noise) == pytest.approx(len(noise), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("k", "temperatures", "told"), [(32, [2.0], ["2"]), (32, [1.1], []), (8, [1.1, 1.5, 2.0], ["1.5", "2"])]
+)
+def test_a_plan_says_which_temperatures_leave_little_in_the_head(
+    k: int, temperatures: list[float], told: list[str], config: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = ExtractConfig.model_validate({**config, "target": {"k": k, "temperatures": temperatures}})
+    notes = estimate(asked).notes
+    assert [note.split(" about ")[0] for note in notes] == [f"at temperature {at}" for at in told]
+    assert all(f"its {k} likeliest" in note for note in notes)
+    build_plan(asked)
+    assert [record.message for record in caplog.records] == list(notes)

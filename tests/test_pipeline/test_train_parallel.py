@@ -345,6 +345,25 @@ def test_torchrun_and_the_command_line(
     require_equal_curves(tmp_path / "run", Path(cases["tied, odd vocabulary"]["config"]["run"]))
 
 
+def test_torchrun_ends_with_the_error_of_a_process(tmp_path: Path) -> None:
+    """What it adds of its own stands before it: a traceback of the launcher, which no process of it can prevent."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m", "pipeline"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [*command, "train", str(tmp_path / "absent.yaml")],
+        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 1
+    report = done.stderr.partition("Root Cause")[2]
+    for line in (
+        "error: there is no such configuration file",
+        f"where: {tmp_path / 'absent.yaml'}",
+        "fix: pipeline init",
+    ):
+        assert line in report
+    assert "traceback : To enable" not in done.stderr
+
+
 @pytest.mark.parametrize(("rank", "point"), [(1, "optimizer-step:7"), (0, "checkpoint-write:2")])
 def test_when_one_process_is_killed_the_other_ends_and_the_run_goes_on(
     rank: int,

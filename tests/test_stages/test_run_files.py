@@ -315,14 +315,39 @@ def test_a_line_of_the_curve_that_names_no_step_is_told(line: str, tmp_path: Pat
     [
         '{"event": "step", "step": 2}',  # whole but for its end: the next line would be glued to it
         '{"event": "step", "st',
-        '\0\0\0\n{"event": "step", "step": 3}\n',
-        '[2]\n{"event": "step", "step": 3}\n',
+        '\0\0\0\n{"event": "step", "step": 3}\n',  # a page that was lost, before one that was not
     ],
 )
 def test_the_curve_ends_before_what_is_not_whole(torn: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"event": "step", "step": 1}\n' + torn)
-    assert [line["step"] for line in read_metrics(path)] == [1]
-    with MetricsLog(path, last_step=9) as metrics:
+    with MetricsLog(path, last_step=1) as metrics:
         metrics.write({"event": "step", "step": 4})
     assert [line["step"] for line in read_metrics(path)] == [1, 4]
+
+
+def test_a_damaged_line_in_the_middle_of_the_curve_is_told_and_costs_no_later_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [f'{{"event": "step", "step": {step}, "loss": 1.0}}\n' for step in (1, 2, 3)]
+    damaged = lines[0] + lines[1][:9] + "\n" + lines[2]
+    path.write_text(damaged)
+    for read in (read_metrics, lambda path: MetricsLog(path, last_step=3)):
+        with pytest.raises(UsageError, match="line 2 is not a whole JSON object"):
+            read(path)
+    assert path.read_text() == damaged
+    path.write_text("".join(lines) + "\0" * 100 + "\n")
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_the_name_of_a_tensor(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(folder=tmp_path, store_digest="d")
+    save(checkpoints, 2)
+    for other, told in (
+        (nn.Linear(2, 3), r"another model: bias is \(2,\) there and \(3,\) here"),
+        (nn.Linear(2, 2, bias=False), r"another model: bias is \(2,\) there and missing here"),
+        (nn.Sequential(nn.Linear(2, 2)), "another model: 0.bias is missing there"),
+    ):
+        with pytest.raises(IdentityError, match=told) as caught:
+            checkpoints.resume(other, torch.optim.AdamW(other.parameters()))
+        assert caught.value.where == str(tmp_path / "step-00000002")
+    assert names(tmp_path) == ["step-00000002"]

@@ -124,7 +124,7 @@ def test_structure(name):
 
 def test_heads_have_at_most_k_entries():
     smaller = replace(PLAN, target=replace(PLAN.target, k=5))
-    with pytest.raises(ValueError, match=r"head_size exceeds k = 5: document \\d+, window at 0, row 0"):
+    with pytest.raises(ValueError, match=r"head_size exceeds k = 5: document \d+, window at 0, row 0"):
         check_batch(smaller, SHARD, cases.make_batch(PLAN, SHARD))
 
 
