@@ -42,7 +42,7 @@ LIBRARIES = (
     "zarr",
 )
 _OF_THIS_RUN = ("PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT")
-LONGEST = 120  # seconds that the tests of one request may take
+LONGEST = 120  # seconds that a test may take
 
 
 @dataclass(frozen=True)
@@ -156,12 +156,14 @@ def _environment(copy: Path) -> dict[str, str]:
 def _serve(copy: Path, libraries: Sequence[str]) -> None:
     """Answer each line of stdin, a list of tests, with a line on stdout."""
     sys.path[0] = str(copy)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints is no answer
     for name in libraries:
         import_module(name)
-    answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         result, output = copy.parent / "result.json", copy.parent / "output.txt"
         result.unlink(missing_ok=True)
+        output.write_bytes(b"")
         child = os.fork()
         if child == 0:
             _run_tests(copy, json.loads(line), result, output)
@@ -185,7 +187,7 @@ def _run_tests(copy: Path, tests: Sequence[str], result: Path, output: Path) -> 
                 outcomes[report.nodeid] = report.outcome if report.when == "call" or report.skipped else "error"
 
     try:
-        signal.alarm(LONGEST)
+        signal.alarm(LONGEST * len(tests))
         with output.open("wb") as file, open(os.devnull) as nothing:
             for number, stream in enumerate((nothing, file, file)):
                 os.dup2(stream.fileno(), number)

@@ -8,6 +8,7 @@ BY_HAND = "test_pipeline/test_train_by_hand.py::test_steps_are_those_of_a_loop_t
 TRAIN = "test_pipeline/test_train.py::"
 REFUSALS = "test_pipeline/test_train_refusals.py::"
 EVALUATE = "test_pipeline/test_evaluate.py::"
+OPTIONS = "test_pipeline/test_cli_train.py::test_options_reach_what_they_are_for"
 CONFIG = "test_pipeline/test_config.py::"
 
 MUTANTS: dict[str, list[Mutant]] = {
@@ -276,6 +277,43 @@ MUTANTS: dict[str, list[Mutant]] = {
             "RESUMABLE if resumable else INTERRUPTED",
             "RESUMABLE",
             "test_pipeline/test_errors.py::test_interruption_of_a_command_that_cannot_go_on",
+        ),
+    ],
+    "pipeline/terminal/application.py": [
+        Mutant(
+            "training and conversion cannot go on",
+            '"extract", "train", "convert", "demo"',
+            '"extract", "demo"',
+            "test_pipeline/test_errors.py::test_signals_end_without_a_traceback",
+        ),
+    ],
+    "pipeline/commands/models.py": [
+        Mutant(
+            "another teacher that is named is not asked",
+            "name_models(runs), teacher, max_tokens",
+            "name_models(runs), None, max_tokens",
+            OPTIONS,
+        ),
+        Mutant(
+            "all tokens are read",
+            "max_tokens=max_tokens)\n    show_eval",
+            "max_tokens=None)\n    show_eval",
+            OPTIONS,
+        ),
+        Mutant("a chat is plain text", "chat=chat, ", "", OPTIONS),
+    ],
+    "pipeline/commands/phases.py": [
+        Mutant(
+            "a plan ignores what is overridden",
+            "show_estimate(estimate(load_extract(config_path, overrides), tokens",
+            "show_estimate(estimate(load_extract(config_path), tokens",
+            "test_pipeline/test_cli.py::test_plan_tells_what_it_will_take",
+        ),
+        Mutant(
+            "training is never quiet",
+            "progress.show_train(train.train(config), quiet=session.quiet,",
+            "progress.show_train(train.train(config), quiet=False,",
+            OPTIONS,
         ),
     ],
     "pipeline/demo/run.py": [

@@ -172,6 +172,9 @@ def test_plan_tells_what_it_will_take(config: Path) -> None:
     told = run("plan", config, "--rate", "500").stdout
     assert "40 documents" in told
     assert "500 tokens/s (given)" in told
+    assert estimate["heldout_documents"] == 0
+    other = run("plan", config, "--json", "--set", "heldout.fraction=0.5")
+    assert json.loads(other.stdout)["heldout_documents"] > 10
     assert not (config.parent / "store").exists()
 
 

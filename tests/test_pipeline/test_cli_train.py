@@ -155,6 +155,28 @@ def test_eval_finds_the_store_and_scores_everyone(finished: Path, tiny_store: Pa
     assert scores["store_digest"] == StoreReader(tiny_store).digest
 
 
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["eval", "RUN", "--max-tokens", "1", "--json"], 0, '"documents": 1,'),
+        (["eval", "RUN", "--teacher", "RUN/model"], 3, "not the store's teacher"),
+        (["eval", "RUN", "--store", "RUN"], 2, "no store"),
+        (["generate", "RUN", "The class", "--chat"], 2, "the tokenizer has no chat template"),
+        (["train", "CONFIG", "--quiet", "--set", "run=OTHER", "--set", "steps=1"], 0, "1 steps, "),
+    ],
+)
+def test_options_reach_what_they_are_for(
+    options: list[str], code: int, words: str, config: Path, finished: Path, tmp_path: Path
+) -> None:
+    places = {"RUN": str(finished), "CONFIG": str(config), "OTHER": str(tmp_path / "other")}
+    for place, path in places.items():
+        options = [option.replace(place, path) for option in options]
+    result = run(*options)
+    assert result.exit_code == code, result.stderr
+    assert words in (result.stderr if code else result.stdout)
+    assert "tokens/s" not in result.stderr
+
+
 def test_eval_names_models_by_what_tells_them_apart(finished: Path, tiny_teacher_dir: Path) -> None:
     models = [finished, tiny_teacher_dir, finished / "model", finished / "." / "model"]
     scores = json.loads(run("eval", *models, "--json").stdout)["students"]
