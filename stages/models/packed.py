@@ -179,7 +179,7 @@ def _local_sizes(fields: Mapping[str, Any]) -> Iterator[int]:
     for name, value in fields.items():
         if isinstance(value, Mapping):
             yield from _local_sizes(value)
-        elif isinstance(value, int) and any(word in name for word in ("window", "chunk", "local")):
+        elif isinstance(value, int) and any(word in name for word in ("window", "chunk", "local_attention")):
             yield value
 
 
