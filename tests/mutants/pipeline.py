@@ -35,13 +35,13 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "a checkpoint is ahead of its curve",
-            "                metrics.sync()\n",
+            "    metrics.sync()\n",
             "",
             f"{TRAIN}test_a_checkpoint_is_never_ahead_of_its_curve",
         ),
         Mutant(
             "weights that are no numbers are saved",
-            "                require_finite_weights(student.model, number)\n",
+            "    require_finite_weights(model, progress.step)\n",
             "",
             f"{REFUSALS}test_weights_out_of_range_are_never_saved",
         ),
@@ -53,8 +53,8 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "a resumed run begins the order anew",
-            ", cursor=progress.cursor)",
-            ")",
+            ", cursor=progress.cursor, end",
+            ", end",
             f"{TRAIN}test_a_run_that_was_interrupted_goes_on_to_the_same_end",
         ),
         Mutant(
@@ -65,13 +65,13 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "a finished run that lost checkpoints goes back",
-            "newest if finished is None else max(newest, finished.step)",
-            "newest",
+            "begun.step if finished is None else max(begun.step, finished.step)",
+            "begun.step",
             f"{REFUSALS}test_a_finished_run_goes_on_from_an_older_checkpoint_but_never_back",
         ),
         Mutant(
             "a finished run without checkpoints is trained anew",
-            "if finished is not None and newest == 0:",
+            "if finished is not None and begun.step == 0:",
             "if False:",
             f"{REFUSALS}test_a_finished_run_without_a_checkpoint_is_not_trained_anew",
         ),

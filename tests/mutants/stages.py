@@ -154,13 +154,13 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "random numbers begin anew",
-            '    _restore_random(load_file(directory / "random.safetensors"))\n',
+            "    _restore_random(states)\n",
             "",
             f"{TRAINING}test_a_checkpoint_brings_back_weights_moments_and_random_numbers",
         ),
         Mutant(
             "moments begin anew",
-            '    _restore_optimizer(model, optimizer, load_file(directory / "optimizer.safetensors"))\n',
+            "    _restore_optimizer(model, optimizer, moments)\n",
             "",
             f"{TRAINING}test_a_checkpoint_brings_back_weights_moments_and_random_numbers",
         ),
@@ -230,15 +230,15 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "a line without its end is kept",
-            'if not (line.endswith(b"\\n") and isinstance(record, dict)):',
-            "if not isinstance(record, dict):",
+            'isinstance(record, dict) and line.endswith(b"\\n") else None',
+            "isinstance(record, dict) else None",
             f"{RUN_FILES}test_the_curve_ends_before_what_is_not_whole",
         ),
         Mutant(
             "lines behind a broken one are kept",
-            "            break\n        if not (line",
-            "            continue\n        if not (line",
-            f"{RUN_FILES}test_the_curve_ends_before_what_is_not_whole",
+            "elif torn is None and problem is None:",
+            "elif problem is None:",
+            f"{RUN_FILES}test_a_damaged_line_in_the_middle_of_the_curve_is_told_and_costs_no_later_line",
         ),
     ],
     "stages/training/run.py": [
@@ -309,8 +309,8 @@ MUTANTS: dict[str, list[Mutant]] = {
     "stages/batches/steps.py": [
         Mutant(
             "a sequence is lost between two steps",
-            "                break\n            chosen",
-            "                following = next(sequences)\n                break\n            chosen",
+            "            chosen, tokens = [], 0\n",
+            "            chosen, tokens = [], 0\n            continue\n",
             BY_HAND,
         ),
         Mutant(
@@ -403,8 +403,8 @@ MUTANTS: dict[str, list[Mutant]] = {
     "stages/corpus/tokenize.py": [
         Mutant(
             "the first token of a completion is not learned",
-            "max(first_row, prompt - 1) - start",
-            "max(first_row, prompt) - start",
+            "max(first_row, tokenized.prompt - 1) - start",
+            "max(first_row, tokenized.prompt) - start",
             "test_stages/test_corpus_prompts.py::test_rows_predict_what_follows_the_prompt",
         ),
         Mutant(

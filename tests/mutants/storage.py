@@ -13,19 +13,19 @@ MUTANTS: dict[str, list[Mutant]] = {
     "storage/files/local.py": [
         Mutant(
             "a file has its name before it is on the disk",
-            "_write_synced(temporary, data)",
-            "temporary.write_bytes(data)",
+            "_write_file(temporary, data, making, synced=durable)",
+            "_write_file(temporary, data, making, synced=False)",
             f"{POWER_LOSS}test_every_tree_outside_of_tmp",
         ),
         Mutant(
             "the name of a file is not on the disk",
-            "                if durable:\n                    _sync_directory(path.parent)\n            finally",
+            "                if durable:\n                    _sync_directory(there)\n            finally",
             "            finally",
             f"{POWER_LOSS}test_every_tree_outside_of_tmp",
         ),
         Mutant(
             "the name of a shard is not on the disk",
-            '                fault_point(f"{point}-renamed")\n                _sync_directory(path.parent)\n',
+            '                fault_point(f"{point}-renamed")\n                _sync_directory(there)\n',
             '                fault_point(f"{point}-renamed")\n',
             f"{POWER_LOSS}test_every_tree_outside_of_tmp",
         ),
