@@ -237,7 +237,7 @@ def test_a_loss_that_is_no_number_is_told(
     broken = copied(tiny_teacher_dir, tmp_path / "broken")
     model = AutoModelForCausalLM.from_pretrained(broken)
     with torch.no_grad():
-        model.model.norm.weight[0] = torch.inf
+        model.model.embed_tokens.weight[100:] = torch.inf  # beyond the few tokens that are tried before training
     model.save_pretrained(broken)
     live = {
         "store": None,
@@ -246,7 +246,7 @@ def test_a_loss_that_is_no_number_is_told(
         "rendering": {"window": 64},
     }
     changes = {"student": {"init": "pretrained", "path": str(broken)}, "loss": {"check": check}}
-    with pytest.raises(NumericsError, match="loss of a row is not finite: row 0" if check else "loss is") as caught:
+    with pytest.raises(NumericsError, match="loss of a row is not finite: row" if check else "loss is") as caught:
         list(train(configure(**changes, **(live if online else {}))))
     assert caught.value.where == ("loss.check" if check else "step 1")
 
