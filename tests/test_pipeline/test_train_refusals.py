@@ -286,10 +286,8 @@ def test_a_loss_that_is_no_number_is_told(
     model = AutoModelForCausalLM.from_pretrained(broken)
     model.config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    looked_at = list(range(7, 70, 7))  # the tokens of which a loaded model's logits are looked at
     with torch.no_grad():
-        rows = model.model.embed_tokens.weight
-        rows[[row for row in range(len(rows)) if row not in looked_at]] = torch.inf
+        model.model.embed_tokens.weight[100:] = torch.inf  # beyond the few tokens that are tried before training
     model.save_pretrained(broken)
     live = {
         "store": None,
@@ -298,7 +296,7 @@ def test_a_loss_that_is_no_number_is_told(
         "rendering": {"window": 64},
     }
     changes = {"student": {"init": "pretrained", "path": str(broken)}, "loss": {"check": check}}
-    with pytest.raises(NumericsError, match="loss of a row is not finite: row 0" if check else "loss is") as caught:
+    with pytest.raises(NumericsError, match="loss of a row is not finite: row" if check else "loss is") as caught:
         list(train(configure(**changes, **(live if online else {}))))
     assert caught.value.where == ("loss" if check else "step 1")
 
