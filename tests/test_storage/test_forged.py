@@ -33,8 +33,10 @@ from forgeries import (
 from storage_cases import EXACT, TARGETS, make_plan
 from torture_results import save
 
+from storage.errors import CorruptionError
 from storage.files.memory import MemoryFiles
 from storage.plan import HeldoutRule
+from storage.reader import StoreReader
 from storage.values import canonical_json
 
 SEED = 20261201
@@ -385,3 +387,9 @@ def test_lies(lie):
     assert re.search(message, verdict.reader), verdict
     assert re.search(message, verdict.verify), verdict
     assert verdict.peak < MEMORY
+
+
+def test_an_empty_shard_proves_that_it_is_when_the_store_is_opened():
+    """No sequence of it will ever be asked for, and those of other shards would have other numbers."""
+    with pytest.raises(CorruptionError, match="values; the commit record says"):
+        StoreReader(emptied(Forged(good("sampled"))))
