@@ -42,9 +42,11 @@ from hypothesis import settings
 settings.register_profile("seeded", deadline=None, derandomize=True)
 settings.load_profile("seeded")
 
-# A shell without job control starts what it puts into the background with Ctrl-C ignored, which processes pass on.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell without job control starts what it puts into the background with Ctrl-C ignored, nohup with SIGHUP; processes
+# pass both on.
+for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _usual)
 
 Make = Callable[[Path], object]
 MadeOnce = Callable[[str, Make], Path]

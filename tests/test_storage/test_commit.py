@@ -317,7 +317,7 @@ def test_every_file_and_directory_is_synced_before_what_builds_on_it(tmp_path, m
             try:
                 return real(*arguments, **options)
             finally:
-                events.append((name, of(*arguments)))
+                events.append((name, of(*arguments, **options)))
 
         monkeypatch.setattr(os, name, call)
 
@@ -325,8 +325,8 @@ def test_every_file_and_directory_is_synced_before_what_builds_on_it(tmp_path, m
         return os.stat(path).st_ino
 
     watched("fsync", lambda descriptor: os.fstat(descriptor).st_ino)
-    watched("link", lambda source, target: inode(target))
-    watched("rename", lambda source, target: inode(target))
+    for name in ("link", "rename"):
+        watched(name, lambda source, target, *, dst_dir_fd, **_: os.stat(target, dir_fd=dst_dir_fd).st_ino)
     store = tmp_path / "store"
     cases.write_store(store, shards=[0])
     monkeypatch.undo()
