@@ -92,7 +92,7 @@ def _printable_record(factory: Callable[..., logging.LogRecord], *arguments: Any
     record = factory(*arguments, **extra)
     try:
         text = record.getMessage()
-    except (TypeError, ValueError):  # arguments that do not fit the message: logging tells that later
+    except Exception:  # an argument fails to write itself, or fits no place: logging tells that when it writes
         return record
     record.msg, record.args = message_text(text), ()
     return record
@@ -134,8 +134,8 @@ def _handled(handler: Callable[[int, FrameType | None], None], *numbers: signal.
 
 @contextlib.contextmanager
 def termination_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM (schedulers, torchrun, pre-emption) and SIGHUP (a closed terminal) as Ctrl-C: all end tidily."""
-    with _handled(_interrupt, signal.SIGTERM, signal.SIGHUP):
+    """Treat all of STOP_SIGNALS as Ctrl-C: all end tidily."""
+    with _handled(_interrupt, *(number for number in STOP_SIGNALS if number != signal.SIGINT)):
         yield
 
 
@@ -158,7 +158,7 @@ def stop_signals_noted() -> Iterator[StopRequest]:
         if is_main_process():
             with contextlib.suppress(OSError):  # the terminal may be what is gone
                 # Past Python's own buffers, in whose midst this may be called.
-                os.write(2, f"\n{request.signal.name}: saving at the next step; a second one ends at once\n".encode())
+                os.write(2, f"\n{request.signal.name}: saving the step in work; a second one ends at once\n".encode())
 
     with _handled(note, *STOP_SIGNALS):
         yield request

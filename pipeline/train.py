@@ -74,7 +74,7 @@ def train(config: TrainConfig) -> Iterator[Event]:
                 recipe = Recipe.of(config, data, begun)
             finished = processes.on_main(lambda: _finished(config, recipe, begun, run=run))
             if finished is not None:
-                yield Finished(**asdict(finished), model=str(run.model), already=True)
+                yield _told(finished, run, already=True)
                 return
             yield from _train(config, data, recipe, run=run, checkpoints=checkpoints)
 
@@ -90,15 +90,26 @@ def _claim(
         data.record,
         spelled_out=lambda stored: _with_dtype(spelled_out(stored), dtype),
     )
+    return FRESH if _ended(run, recipe) else checkpoints.newest()
+
+
+def _ended(run: RunDirectory, recipe: Recipe) -> bool:
+    """Tell whether the run has its model and stands where this recipe ends.
+
+    With `epochs` that is a position: a run that was prolonged has more steps than one of that length from the start.
+    """
     finished = run.finished()
-    done = finished is not None and finished.step == recipe.schedule.steps and run.has_model()
-    return FRESH if done else checkpoints.newest()
+    if finished is None or not run.has_model():
+        return False
+    if recipe.end is not None and finished.cursor is not None:
+        return finished.cursor == recipe.end
+    return finished.step == recipe.schedule.steps
 
 
 def _finished(config: TrainConfig, recipe: Recipe, begun: TrainingProgress, *, run: RunDirectory) -> Finish | None:
     """Return the totals of the run if it is finished; else check that it can go on from where it stands."""
     finished = run.finished()
-    if finished is not None and finished.step == recipe.schedule.steps and run.has_model():
+    if _ended(run, recipe):
         return finished
     if finished is not None and begun.step == 0:
         raise IdentityError(
@@ -178,9 +189,11 @@ def _train(
 
             if validates(number):
                 yield _validate(config, learner, heldout, number, metrics)
-            if number == schedule.steps or saving.saves(wishes, number):
+            if number == schedule.steps or saving.saves(wishes, number) or saving.stops(wishes):
                 yield _save(checkpoints, model, optimizer, progress, metrics)
                 saving.saved()
+                if number != schedule.steps and saving.stops(wishes):  # asked while it validated, or saved
+                    raise saving.stopped(run.path, number)
             began = time.perf_counter()  # the next step's time includes waiting for its data
         # A signal from here on, or after the last step, finds the run saved: the model is finished first.
         yield _finish(config, data, learner.student, progress, shape=shape, run=run, processes=processes)
@@ -209,9 +222,15 @@ def _finish(
         facts=facts,
         processes=processes,
     )
-    totals = Finish(step=progress.step, tokens=progress.tokens, seconds=progress.seconds)
+    totals = Finish(**asdict(progress))
     processes.on_main(lambda: run.finish(totals))
-    return Finished(**asdict(totals), model=str(run.model), already=False)
+    return _told(totals, run, already=False)
+
+
+def _told(totals: Finish, run: RunDirectory, *, already: bool) -> Finished:
+    return Finished(
+        step=totals.step, tokens=totals.tokens, seconds=totals.seconds, model=str(run.model), already=already
+    )
 
 
 def _save(

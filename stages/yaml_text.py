@@ -72,7 +72,7 @@ def parse(text: str, *, name: str) -> Located:
     """Read one YAML document.
 
     Args:
-        text: the document, at most MAX_BYTES of it.
+        text: the document; a user's has at most MAX_BYTES.
         name: file name or argument, for messages.
 
     Raises:

@@ -26,24 +26,25 @@ def load_extract(path: Path, overrides: Sequence[str] = ()) -> ExtractConfig:
     return load(ExtractConfig, path, overrides)
 
 
-def load_train(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+def load_train(path: Path, overrides: Sequence[str] = (), *, most: int = MAX_BYTES) -> TrainConfig:
     """Load the configuration of `pipeline train`. Raises UsageError."""
-    return load(TrainConfig, path, overrides)
+    return load(TrainConfig, path, overrides, most=most)
 
 
-def load(model: type[M], path: Path, overrides: Sequence[str] = ()) -> M:
+def load(model: type[M], path: Path, overrides: Sequence[str] = (), *, most: int = MAX_BYTES) -> M:
     """Read a YAML file, lay `overrides` over it, and validate it as `model`.
 
     Args:
         model: what the file must describe.
-        path: YAML file of at most 256 KiB.
+        path: YAML file.
         overrides: `section.key=value`, the later one wins.
+        most: bytes that it may have. What a run writes may be longer than what it was given: defaults are spelled out.
 
     Raises:
         UsageError: the file is missing, is not a YAML mapping, or does not describe a `model`.
         StorageUnavailableError: the file cannot be read.
     """
-    located = _read(path)
+    located = _read(path, most)
     values: dict[str, Any] = located.values
     source = ConfigSource(
         name=str(path), lines=located.lines, origins=apply_overrides(values, overrides), values=values
@@ -54,13 +55,13 @@ def load(model: type[M], path: Path, overrides: Sequence[str] = ()) -> M:
         raise explain(error, model, source) from None
 
 
-def _read(path: Path) -> Located:
+def _read(path: Path, most: int) -> Located:
     name = str(path)
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise UsageError(f"more than {MAX_BYTES:,} bytes is too long for a configuration", where=name)
+            data = file.read(most + 1)
+        if len(data) > most:
+            raise UsageError(f"more than {most:,} bytes is too long for a configuration", where=name)
         text = data.decode()
     except FileNotFoundError:
         fix = "pipeline init writes one to start from"

@@ -19,7 +19,7 @@ from pipeline.report.curves import Curves, calibration_plots, loss_plots, optimi
 from pipeline.report.plots import PALETTE
 from pipeline.terminal.text import bytes_text, duration_text
 from stages.durable import replace_file
-from stages.training.run import RunDirectory
+from stages.training.run import LARGEST_RECORD, RunDirectory
 from storage.errors import UsageError
 from storage.files.regular import read_regular
 
@@ -88,10 +88,10 @@ def write_run_report(run: Path) -> Path:
         UsageError: there is no run, or it has not taken a step yet.
     """
     RunDirectory(path=run).require_plain()
-    data = read_regular(run / "config.yaml")
+    data = read_regular(run / "config.yaml", most=LARGEST_RECORD)
     if data is None:
         raise UsageError("there is no training run here", where=str(run), fix="pipeline train CONFIG makes one")
-    config = load_train(run / "config.yaml").model_dump(mode="json")
+    config = load_train(run / "config.yaml", most=LARGEST_RECORD).model_dump(mode="json")
     text = data.decode(errors="replace")
     curves = read_curves(run)
     if not curves.steps:

@@ -33,6 +33,7 @@ class Saving:
         self._config = config
         self._asked = asked
         self._main = processes.main
+        self._alone = processes.mesh is None
         self.saved()
 
     def wishes(self, device: torch.device) -> Tensor:
@@ -41,8 +42,8 @@ class Saving:
         return torch.tensor([float(self._asked.signal is not None), float(due)], device=device)
 
     def stops(self, wishes: Tensor) -> bool:
-        """Tell whether any process was asked to stop."""
-        return bool(wishes[_STOP] > 0)
+        """Tell whether any process was asked to stop. A process alone says so at once, several agree in a step."""
+        return bool(wishes[_STOP] > 0) or (self._alone and self._asked.signal is not None)
 
     def saves(self, wishes: Tensor, number: int) -> bool:
         """Tell whether step `number` is to be saved, apart from the last one and the one that a run stops at."""

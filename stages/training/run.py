@@ -22,7 +22,7 @@ from typing import Any, TextIO
 from stages.durable import remove_leftovers, replace_file
 from stages.training.metrics import read_metrics
 from stages.training.schedule import Schedule
-from stages.yaml_text import MAX_BYTES, parse, write_yaml
+from stages.yaml_text import parse, write_yaml
 from storage.commit.records import PLAN
 from storage.errors import IdentityError, UsageError, storage_errors
 from storage.files.regular import not_a, read_regular
@@ -66,11 +66,19 @@ _OF_OTHERS = (PLAN, "config.json")
 
 @dataclass(frozen=True, kw_only=True)
 class Finish:
-    """Totals of a finished run: optimizer steps, tokens trained on, seconds spent in steps."""
+    """Totals of a finished run.
+
+    Attributes:
+        step: optimizer steps.
+        tokens: trained on.
+        seconds: spent in steps.
+        cursor: position of the order at the end; None: version 0.1 did not write it.
+    """
 
     step: int
     tokens: int
     seconds: float
+    cursor: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,7 +300,8 @@ def _check_record(record: Mapping[str, Any]) -> None:
         raise ValueError("store.identity.teacher is not a section of keys")
     if finished is not None:
         totals = Finish(**finished)
-        if not (is_whole(totals.step) and is_whole(totals.tokens) and is_amount(totals.seconds)):
+        counts = (totals.step, totals.tokens, *(() if totals.cursor is None else (totals.cursor,)))
+        if not (all(map(is_whole, counts)) and is_amount(totals.seconds)):
             raise ValueError(f"finished is {short(finished)}")
 
 
@@ -307,8 +316,6 @@ def read_config(path: Path) -> dict[str, Any] | None:
     if data is None:
         return None
     try:
-        if len(data) > MAX_BYTES:
-            raise UsageError(f"more than {MAX_BYTES:,} bytes are no configuration", where=str(path))
         stored = parse(data.decode(), name=str(path)).values
     except UnicodeDecodeError as error:
         raise UsageError(f"not UTF-8 text: {error.reason}", where=str(path), fix=_RESTORE) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from pipeline.demo.settings import WORDING
 from pipeline.inspect import Candidate, RowText
 from pipeline.report.page import visible, write_comparison_report, write_run_report
+from stages.training.run import read_config
 from storage.errors import UsageError
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -222,6 +224,16 @@ def test_run_report_of_cross_entropy_without_held_out_rows(tmp_path: Path) -> No
 def test_run_without_a_step(lines: list[dict[str, Any]], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no step has been taken"):
         write_run_report(make_run(tmp_path / "run", lines))
+
+
+def test_a_configuration_that_grew_when_it_was_spelled_out_is_reported(runs: dict[str, Path], tmp_path: Path) -> None:
+    """A user's may have 256 KiB; what a run writes of it has all defaults besides."""
+    run = tmp_path / "run"
+    shutil.copytree(runs["kd"], run)
+    with (run / "config.yaml").open("a") as file:
+        file.write("# a default\n" * 30_000)
+    assert write_run_report(run).is_file()
+    assert (read_config(run / "config.yaml") or {})["run"]
 
 
 def test_no_run(tmp_path: Path) -> None:

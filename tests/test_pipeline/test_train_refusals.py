@@ -357,6 +357,11 @@ def test_a_pass_more_sees_every_sequence_once_more(tiny_store: Path, configure: 
     (again,) = train(configure(epochs=2.0, **common))
     assert isinstance(again, Finished)
     assert again.already
+    shutil.copytree(configure().run, kept := configure().run.with_name("kept"))
+    shutil.rmtree(kept / "checkpoints")
+    (again,) = train(configure(epochs=2.0, run=kept, **common))
+    assert isinstance(again, Finished)
+    assert again.already, "a run from nothing would have fewer steps, and ends at the same sequence"
     with pytest.raises(IdentityError, match=f"{first.step} steps are fewer than the {second.step} steps done"):
         list(train(configure(epochs=1.0, **common)))
 
