@@ -12,7 +12,7 @@ import torch
 
 from pipeline.config.base import section
 from pipeline.config.loss import loss_fields
-from pipeline.config.train import StudentConfig, TrainConfig
+from pipeline.config.train import DistributedConfig, StudentConfig, TrainConfig
 from pipeline.training.data import TrainingData
 from stages.batches.order import Order
 from stages.batches.steps import StepShape, end_of_epochs, steps_of_epochs
@@ -157,14 +157,16 @@ def build_learner(config: TrainConfig, data: TrainingData, recipe: Recipe, proce
     lengths = PackLengths(longest=data.window or data.longest, tokens_per_batch=recipe.shape.tokens_per_batch)
     use_packed_attention(model, attention, lengths=lengths)
     if processes.tp is not None:
-        cut_model(model, processes.tp)
+        with section("distributed", DistributedConfig):
+            cut_model(model, processes.tp)
     student = Student.of(model, recipe.dtype)
     loss = _loss(config, student, data.vocab_size, recipe.chunk_size)
     if config.kd_ratio > 0.0 and data.store is not None:
         _check_loss_fits(loss, data.store.plan.target)
     teacher = _live_teacher(config, data, loss, recipe.device, lengths)
     if processes.tp is not None and teacher is not None:
-        teacher = teacher.cut(processes.tp, len(student.weight_VD))
+        with section("distributed", DistributedConfig):
+            teacher = teacher.cut(processes.tp, len(student.weight_VD))
     return Learner(student=student, loss=loss, kd_ratio=config.kd_ratio, teacher=teacher)
 
 

@@ -75,7 +75,7 @@ def cut_model(model: PreTrainedModel, tp: DeviceMesh, *, role: str = "student") 
 def _cannot_be_cut(model: PreTrainedModel, role: str, why: str) -> UsageError:
     return UsageError(
         f"{type(model).__name__} computes something else when it is cut ({why})",
-        where=f"tensor parallelism of the {role}",
+        where=f"tp, {role}",
         fix="train without tensor parallelism, and report the architecture",
     )
 
@@ -129,7 +129,7 @@ def _check_dropout(model: PreTrainedModel, role: str) -> None:
             if (isinstance(module, nn.Dropout) or "drop" in key) and isinstance(value, float) and value > 0.0:
                 raise UsageError(
                     f"the {role} has dropout ({name}.{key} = {value:g}), and processes that share heads draw one mask",
-                    where=f"tensor parallelism of the {role}",
+                    where=f"tp, {role}",
                     fix="set its dropout to 0 in its configuration, or train without tensor parallelism",
                 )
 
@@ -149,7 +149,7 @@ def _plan_of(model: PreTrainedModel, role: str) -> dict[str, str]:
         what = f"a plan with {', '.join(unknown)}" if unknown else "no plan"
         raise UsageError(
             f"{type(model).__name__} has {what} for tensor parallelism",
-            where=f"tensor parallelism of the {role}",
+            where=f"tp, {role}",
             fix="train without tensor parallelism, or choose another architecture, such as Llama, Qwen or Gemma",
         )
     return plan
@@ -174,7 +174,7 @@ def _check_division(model: PreTrainedModel, plan: Mapping[str, str], size: int, 
         if count % size:
             raise UsageError(
                 f"the {role} has {count} {what}, which {size} processes cannot share evenly",
-                where=f"tensor parallelism of the {role}",
+                where=f"tp, {role}",
                 fix="choose a number of processes that divides them, or train without tensor parallelism",
             )
 

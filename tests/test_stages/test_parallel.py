@@ -40,7 +40,7 @@ def test_architectures_without_a_plan_or_with_experts_are_refused(mesh: DeviceMe
     mixtral = MixtralForCausalLM(MixtralConfig(**SHAPE, num_key_value_heads=1, vocab_size=40, num_local_experts=2))
     with pytest.raises(UsageError, match=r"MixtralForCausalLM has a plan with .*expert") as caught:
         cut_model(mixtral, mesh, role="teacher")
-    assert caught.value.where == "tensor parallelism of the teacher"
+    assert caught.value.where == "tp, teacher"
 
 
 def test_dropout_is_refused_in_a_student_only(mesh: DeviceMesh) -> None:
