@@ -15,6 +15,9 @@ from pydantic_core import CoreSchema, core_schema
 from storage.errors import DistillError, UsageError
 from storage.files import open_files
 
+DIGEST = "^[0-9a-f]{64}$"
+PATTERNS = {DIGEST: "64 hexadecimal digits (0-9 and a-f)"}  # of fields that hold text of a form: what it is in words
+
 
 class Model(BaseModel):
     """Base of every configuration model: unknown keys are errors, values cannot change after loading."""
