@@ -63,7 +63,8 @@ def failure_of(error: BaseException, *, command: str, resumable: bool) -> Failur
     """
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         fix = "run the same command again to go on" if resumable else None
-        what = str(error) or "interrupted"  # click.Abort and signals say nothing
+        # click puts an Abort of its own in the place of an interrupt, and signals say nothing.
+        what = str(error) or str(error.__cause__ or "") or "interrupted"
         return Failure(what=what, where=command, fix=fix, exit_code=RESUMABLE if resumable else INTERRUPTED)
     known = _known(error, command)
     if known is not None:
