@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from pipeline.config.base import DIGEST, PATTERNS, FieldError, Model, StoreDirectory
+from pipeline.config.base import DIGEST, DURATION, SECONDS, FieldError, Model, StoreDirectory
 from pipeline.config.extract import (
     Auto,
     Dtype,
@@ -26,11 +26,6 @@ from pipeline.config.loss import check_loss, loss_schema, loss_spelled_out
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]  # torch takes it as one int64
-
-
-_SECONDS = {"s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
-_DURATION = rf"^[1-9]\d{{0,5}} ?({'|'.join(_SECONDS)})$"
-PATTERNS[_DURATION] = "a time such as 90 s, 10 min or 2 h"
 
 
 class StudentConfig(Model):
@@ -107,7 +102,7 @@ class KDRatioScheduleConfig(Model):
 class CheckpointConfig(Model):
     """Checkpoints, from which the same command resumes exactly."""
 
-    every: Positive | Annotated[str, Field(pattern=_DURATION)] = "10 min"
+    every: Positive | Annotated[str, Field(pattern=DURATION)] = "10 min"
     """A time between checkpoints, such as 90 s, 10 min or 2 h, or a number of steps."""
     keep: Positive = 2
     """Newest checkpoints kept."""
@@ -123,7 +118,7 @@ class CheckpointConfig(Model):
         if isinstance(self.every, int):
             return math.inf
         number, unit = re.fullmatch(r"(\d+) ?(\w+)", self.every).groups()  # type: ignore[union-attr]  # it is of its form
-        return int(number) * _SECONDS[unit]
+        return int(number) * SECONDS[unit]
 
 
 class ValidationConfig(Model):
