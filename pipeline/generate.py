@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.evaluate import model_directory
 from pipeline.runs import find_record, learned_rendering
@@ -22,7 +22,7 @@ from stages.corpus.tokenize import resolve_special
 from stages.corpus.tokenized import tokenize
 from stages.corpus.tokenizer import load_tokenizer, tokenizer_errors
 from stages.devices import resolve_device, resolve_dtype
-from stages.models.files import find_model, load_config, quiet
+from stages.models.files import find_model, load_config, position_limit, quiet
 from stages.models.load import attention_for, load_model, memory_told
 from stages.models.special_tokens import SpecialTokens
 from stages.training.run import read_record
@@ -101,7 +101,8 @@ def generate(
         device: auto, cpu, cuda, cuda:1, mps.
 
     Raises:
-        UsageError: no model there, an empty prompt, no chat template, or no teacher to be found.
+        UsageError: no model there, an empty prompt, one that leaves no position for an answer of that length, no chat
+            template, or no teacher to be found.
     """
     directory = find_model(str(model_directory(path)), fetch=False).directory
     directories = {"student": directory, **({"teacher": teacher_directory(path)} if teacher else {})}
@@ -130,13 +131,27 @@ def teacher_directory(path: Path) -> Path:
         ) from error
 
 
+def _require_room(config: PretrainedConfig, prompt: int, limit: int, *, where: str) -> None:
+    """Refuse a prompt and an answer of so many tokens beyond the model's positions: there it says nothing of worth."""
+    positions = position_limit(config)
+    if positions is not None and prompt + limit > positions:
+        room = positions - prompt
+        raise UsageError(
+            f"a prompt of {prompt} tokens and {limit} new ones are more than the {positions} positions of the model",
+            where=where,
+            fix=f"set --max-new-tokens to at most {room}" if room > 0 else "shorten the prompt",
+        )
+
+
 @torch.inference_mode()
 def _answer(role: str, directory: Path, question: _Question, *, limit: int, device: torch.device, dtype: str) -> Answer:
     began = time.perf_counter()
     tokenizer = load_tokenizer(directory)
     ids = question.ids(tokenizer, where=str(directory))
     files = find_model(str(directory), fetch=False)
-    attention = attention_for(load_config(files), "sdpa", key="attention")
+    config = load_config(files)
+    _require_room(config, len(ids), limit, where=str(directory))
+    attention = attention_for(config, "sdpa", key="attention")
     with memory_told(str(directory), "use a larger device"):
         model: Any = load_model(files, dtype=resolve_dtype(dtype, device), attention=attention).to(device)  # type: ignore[arg-type]
     inputs = torch.tensor([ids], device=device)

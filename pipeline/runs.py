@@ -18,9 +18,15 @@ from storage.values import Json
 
 
 def name_models(paths: Sequence[Path]) -> dict[str, Path]:
-    """Name each run or model directory: by its last part, or by the whole path where that is not enough."""
+    """Name each run or model directory: by its last part, or by the whole path where another one has that name.
+
+    `teacher` is the name of the teacher.
+    """
     short = [path.resolve().name for path in paths]
-    return {str(path) if short.count(name) > 1 else name: path for name, path in zip(short, paths, strict=True)}
+    taken = [*short, "teacher"]
+    return {
+        str(path.resolve()) if taken.count(name) > 1 else name: path for name, path in zip(short, paths, strict=True)
+    }
 
 
 def find_store(runs: Sequence[Path]) -> Path:

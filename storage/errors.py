@@ -59,6 +59,10 @@ class CorruptionError(DistillError):
     exit_code = 4
 
 
+class UnfinishedError(UsageError):
+    """A store that is not sealed yet, where a finished one is needed."""
+
+
 class StorageUnavailableError(DistillError):
     """The storage cannot be read or written: permissions, read-only, input/output errors."""
 

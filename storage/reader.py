@@ -20,7 +20,7 @@ from storage.commit.damage import written_by
 from storage.commit.manifest import LARGEST_TOKENIZER, Manifest, tokenizer_hashes
 from storage.commit.open_shard import FOREIGN, CommittedObjects, DamageError, OpenShard, chunk_cache, no_stamps
 from storage.commit.records import CommitRecord, Seal, SealedShard
-from storage.errors import CorruptionError, IdentityError, UsageError
+from storage.errors import CorruptionError, IdentityError, UnfinishedError, UsageError
 from storage.files import open_files
 from storage.files.base import StorePath
 from storage.format.arrays import array_specs
@@ -111,11 +111,11 @@ class StoreReader:
             return seal
         records = [record for spec in self._manifest.shards if (record := self._manifest.record(spec)) is not None]
         if not allow_partial:
-            raise UsageError(
+            raise UnfinishedError(
                 f"the store is not finished: {len(records)} of {len(self._manifest.shards)} shards are committed"
                 " and it is not sealed",
                 where=str(self._files),
-                fix=f"run the same `{written_by(self.plan)}` again to finish it, or allow a partial store",
+                fix=f"run the same `{written_by(self.plan)}` again to finish it",
             )
         return Seal.of(self.plan.store_id, records)
 

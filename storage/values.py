@@ -17,6 +17,7 @@ from typing import Any
 
 Json = Any  # a JSON value: dict, list, str, int, float, bool or None
 LARGEST_DEPTH = 64  # of objects and lists inside each other: what reads a value goes as deep as it does
+NOT_STATED = "not stated"
 _LARGEST_EXACT = 1 << 53  # whole numbers up to this are floats without rounding
 _HASH = re.compile("[0-9a-f]{64}")
 
@@ -76,13 +77,34 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+class _Absent:
+    """Stands for a key that is not there, which is as good as null."""
+
+    def __repr__(self) -> str:
+        return NOT_STATED
+
+    def __eq__(self, other: object) -> bool:
+        return other is None or other is self
+
+    def __hash__(self) -> int:
+        return hash(None)
+
+
+_ABSENT: Any = _Absent()
+
+
 def json_differences(stored: Json, wanted: Json, path: str = "") -> list[str]:
-    """Return a line for each place in which two JSON values differ: `path: stored -> wanted`."""
+    """Return a line for each place in which two JSON values differ: `path: stored -> wanted`.
+
+    A key that only one of them has is `NOT_STATED` in the other.
+    """
     if isinstance(stored, dict) and isinstance(wanted, dict):
         return [
             line
             for key in sorted(stored.keys() | wanted.keys())
-            for line in json_differences(stored.get(key), wanted.get(key), f"{path}.{key}" if path else key)
+            for line in json_differences(
+                stored.get(key, _ABSENT), wanted.get(key, _ABSENT), f"{path}.{key}" if path else key
+            )
         ]
     if isinstance(stored, list) and isinstance(wanted, list) and len(stored) == len(wanted):
         pairs = enumerate(zip(stored, wanted, strict=True))

@@ -35,7 +35,7 @@ from storage.format.remap import encode_remap, invert, is_permutation, remap_sha
 from storage.format.validate import check_batch
 from storage.plan import Plan, ShardSpec, difference
 from storage.rows import SequenceBatch
-from storage.values import sha256
+from storage.values import NOT_STATED, sha256
 
 log = logging.getLogger("topk_distill.storage")
 
@@ -78,7 +78,7 @@ class StoreWriter:
             tokenizer_files: content by plain file name; hashes in `plan.tokenizer["files"]`.
 
         Raises:
-            IdentityError: the store there has another plan; the message lists every field that differs.
+            IdentityError: the store there has another plan; the message lists the fields that differ.
             UsageError: the directory is not empty and no store, or the arguments contradict the plan.
             CorruptionError: the store there is damaged.
             OutOfSpaceError, StorageUnavailableError: the file system refuses.
@@ -336,9 +336,20 @@ def _start(files: Files, plan: Plan, remap: NDArray[np.uint32], tokenizer_files:
 def _require_same(files: Files, stored: Plan, wanted: Plan) -> None:
     if stored.store_id == wanted.store_id:
         return
-    lines = difference(stored, wanted)
+    lines = _to_be_told(difference(stored, wanted))
     raise IdentityError(
         "the store there was made with another plan:\n" + "\n".join(f"    {line}" for line in lines),
         where=files.place(PLAN),
         fix="name another directory for this plan, or go back to the settings of the store",
     )
+
+
+def _to_be_told(lines: list[str]) -> list[str]:
+    """Put what a configuration states first, and say of the rest, or leave out, what follows from it."""
+    derived = ("documents_per_shard:", "remap_sha256:")
+    own = sorted((line for line in lines if not line.startswith(derived)), key=lambda line: NOT_STATED in line)
+    if not own:
+        return lines
+    shards = [f"{line} (follows from the rest unless it is set)" for line in lines if line.startswith(derived[0])]
+    rule = f"({NOT_STATED}: as version 0.1 did, or of no effect on this corpus)"
+    return [*own, *shards, *([rule] if NOT_STATED in own[-1] else [])]

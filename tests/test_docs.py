@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.config.loading import load_extract
+
 ROOT = Path(__file__).parent.parent
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 
@@ -20,6 +22,16 @@ def test_every_file_that_is_named_exists(page: Path) -> None:
     links = {(page.parent / name).resolve() for name in re.findall(r"\]\(([^)#:]+)\)", text)}
     paths = {ROOT / name for name in re.findall(r"`((?:pipeline|stages|storage|docs|tests)/[\w/.]*)`", text)}
     assert [path for path in sorted(links | paths) if not path.exists()] == []
+
+
+def test_the_rendering_of_the_documents_page_loads(tmp_path: Path) -> None:
+    (block,) = re.findall(
+        r"```yaml\n(.*?)```", (ROOT / "docs/documents.md").read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+    (tmp_path / "extract.yaml").write_text(block)
+    config = load_extract(tmp_path / "extract.yaml")
+    assert config.corpus[0].prompt_field == "question"
+    assert set(config.rendering.model_fields_set) == {"window", "too_long", "special_tokens", "bos", "eos"}
 
 
 def test_the_architecture_is_short_and_shows_the_floors() -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pipeline.export import FileFormat, Format
     from pipeline.inspect import RowText, SequenceText
     from storage.plan import Split
+    from storage.reader import StoreReader
 
 FILE_FORMS = ["parquet", "arrow", "jsonl", "row-jsonl"]
 
@@ -39,7 +40,7 @@ def export(store: Path, output: Path, form: FileFormat | None, limit: int | None
     reader = open_store(store, split)
     sequences = range(len(reader) if limit is None else min(limit, len(reader)))
     rows = export_store(reader, form or form_of(output), output, sequences=sequences)
-    write(f"{rows:,} rows in {output}", err=True)
+    write(f"{rows:,} rows in {output}{_without(reader)}", err=True)
 
 
 @click.command()
@@ -66,12 +67,18 @@ def inspect(
     if form != "text":
         chosen = None if sample is None else inspect.choose(reader, sample, seed)
         written = export.export_store(reader, form, output, sequences=chosen)
-        write(f"{written:,} rows" + (f" in {output}" if output else ""), err=True)
+        write(f"{written:,} rows" + (f" in {output}" if output else "") + _without(reader), err=True)
     elif output is not None:
         forms = " or ".join(FILE_FORMS)
         raise UsageError("text goes to the terminal only", where="--output", fix=f"add --format {forms}")
     else:
         show_sequences(inspect.sample_sequences(reader, count=sample or 3, seed=seed, rows=rows), len(reader))
+
+
+def _without(reader: StoreReader) -> str:
+    """Say what a file of training rows leaves out."""
+    leaves_out = reader.split == "train" and reader.plan.heldout.fraction > 0.0
+    return "; held-out rows are left out: --split heldout writes them" if leaves_out else ""
 
 
 def show_sequences(sequences: Sequence[SequenceText], total: int) -> None:

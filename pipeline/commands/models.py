@@ -56,10 +56,10 @@ def show_evaluation(evaluation: Evaluation, *, as_json: bool) -> None:
     if as_json:
         print_json(evaluation.to_json())
         return
-    scores = {"teacher": evaluation.teacher, **evaluation.students}
-    width = max(len(name) for name in scores)
+    scores = [("teacher", evaluation.teacher), *evaluation.students.items()]
+    width = max(len(name) for name, _ in scores)
     write(Styled(text=f"{'':{width}}  {'NLL':>8}  {'KL':>8}  {'top-1 agreement':>26}  {'ECE':>7}", bold=True))
-    for name, score in scores.items():
+    for name, score in scores:
         kl = "" if score.kl is None else f"{score.kl:.4f}"
         agreement = "" if score.top1_agreement is None else f"{score.top1_agreement:.2%}"
         if score.top1_agreement_interval is not None:

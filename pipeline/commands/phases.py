@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from pipeline.commands.options import config_argument, dry_run_option, json_opti
 from pipeline.runtime import is_main_process
 from pipeline.terminal.application import Session, common_options
 from pipeline.terminal.text import bytes_text, counted, duration_text, print_facts, print_json, size_line, write
+from storage.errors import DistillError, StoppedError
 
 if TYPE_CHECKING:
     from pipeline.extraction.planning import Estimate
@@ -55,7 +57,10 @@ def extract(
     if dry_run:
         show_estimate(estimate(config), as_json=as_json)
     else:
-        show_extract(extract.extract(config, limit=limit), quiet=session.quiet, as_json=as_json)
+        try:
+            show_extract(extract.extract(config, limit=limit), quiet=session.quiet, as_json=as_json)
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(_interrupted(config.store)) from error
 
 
 @click.command()
@@ -82,7 +87,27 @@ def train(session: Session, config_path: Path, overrides: tuple[str, ...], dry_r
     else:
         progress.show_train(train.train(config), quiet=session.quiet, as_json=as_json)
         if is_main_process():
-            write(f"report {write_run_report(config.run)}", err=True)
+            try:
+                write(f"report {write_run_report(config.run)}", err=True)
+            except KeyboardInterrupt:
+                raise StoppedError(
+                    "interrupted while the report was written: the training is finished and its model saved",
+                    where=str(config.run),
+                    fix="nothing is lost; the same command again writes the report",
+                ) from None
+
+
+def _interrupted(store: Path) -> str:
+    """Say what an interrupted extraction keeps."""
+    from storage.commit.manifest import Manifest
+    from storage.files import open_files
+
+    with suppress(DistillError):  # it was not begun yet, or something is wrong with it that the next run will tell
+        manifest = Manifest.open(open_files(store))
+        committed = sum(manifest.record(spec) is not None for spec in manifest.shards)
+        shards = f"{committed} of {counted(len(manifest.shards), 'shard')} are committed and kept"
+        return f"interrupted; {shards}" + ("; one in work is computed anew" if committed < len(manifest.shards) else "")
+    return "interrupted"
 
 
 def show_estimate(estimate: Estimate, *, as_json: bool) -> None:

@@ -15,6 +15,12 @@ from pydantic_core import CoreSchema, core_schema
 from storage.errors import DistillError, UsageError
 from storage.files import open_files
 
+DIGEST = "^[0-9a-f]{64}$"
+SECONDS = {"s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
+DURATION = rf"^[1-9]\d{{0,5}} ?({'|'.join(SECONDS)})$"
+# Of fields that hold text of a form: the form in words.
+PATTERNS = {DIGEST: "64 hexadecimal digits (0-9 and a-f)", DURATION: "a time such as 90 s, 10 min or 2 h"}
+
 
 class Model(BaseModel):
     """Base of every configuration model: unknown keys are errors, values cannot change after loading."""

@@ -6,8 +6,12 @@ A test holds that each hint names keys that exist.
 
 from __future__ import annotations
 
+_RESUME = "leave it out: the same command again goes on where it stopped"
+_COMPLETION = "set field: it names the completion, and prompt_field the prompt"
 TRAIN = {  # keys of training recipes elsewhere: the sentence that stands in the place of the fix
     "step_scheduler": "set steps or epochs, tokens_per_step, checkpoint.every and validation.every",
+    "resume_from_checkpoint": _RESUME,
+    "resume": _RESUME,
     "max_steps": "set steps",
     "num_train_epochs": "set epochs",
     "num_epochs": "set epochs",
@@ -64,8 +68,12 @@ TRAIN = {  # keys of training recipes elsewhere: the sentence that stands in the
     "packing": "leave it out: sequences are always packed",
     "dp_size": "set distributed",
     "tp_size": "set distributed.tp",
+    "completion_field": _COMPLETION,
 }
 EXTRACT = {
+    "resume_from_checkpoint": _RESUME,
+    "resume": _RESUME,
+    "completion_field": _COMPLETION,
     "model": "set teacher",
     "output_dir": "set store",
     "output_path": "set store",
@@ -82,11 +90,13 @@ EXTRACT = {
 }
 _TRACKERS = "metrics are in RUN/metrics.jsonl, and RUN/report.html draws them; experiment trackers"
 _ADAPTERS = "all weights of the student are trained; adapters such as LoRA"
+_QUANTISED = "models are computed in the precision of dtype; quantised weights"
 _CHAT = "text is read as it is, or as prompt_field and field; chat templates and lists of messages"
 ABSENT = {  # in both phases: what there is, and what this version does not have
     **dict.fromkeys(("wandb", "wandb_project", "mlflow", "comet", "tensorboard", "trackio", "report_to"), _TRACKERS),
     **dict.fromkeys(("trackers", "logging", "logging_steps"), _TRACKERS),
-    **dict.fromkeys(("lora", "peft", "adapter", "lora_r", "lora_alpha", "qlora", "load_in_4bit"), _ADAPTERS),
+    **dict.fromkeys(("lora", "peft", "adapter", "lora_r", "lora_alpha", "qlora"), _ADAPTERS),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization_config", "bnb_config"), _QUANTISED),
     **dict.fromkeys(("template", "chat_template", "messages", "conversation"), _CHAT),
     **dict.fromkeys(
         ("deepspeed", "fsdp", "fsdp_config"),

@@ -115,12 +115,15 @@ def _build(loss: Mapping[str, Any]) -> None:
         defaults = _defaults(loss)
         # Only what stands behind a divergence's name is told without its key.
         key = next((key for key in loss if key in defaults and re.search(rf"\b{key}\b", str(error))), "divergence")
-        what, fix = f"loss: {error}", f"leave loss.{key} out for its default, {json.dumps(defaults[key])}"
+        what = f"loss: {error}"
+        fix: str | None = f"leave loss.{key} out for its default, {json.dumps(defaults[key])}"
         if isinstance(error, TypeError):
             expected = {float: "a number", bool: "true or false"}.get(type(defaults[key]), "text")
             what = f"loss.{key}: expected {expected}, found {shown(loss.get(key))}"
         elif key not in vars(KDLossConfig) and "(" in str(loss.get("divergence", "")):
             fix = f"leave loss.{key} out, or the parentheses behind the divergence"
+        elif "did you mean" in what:
+            fix = None
         raise FieldError(what, path=("loss", key), fix=fix) from error
 
 

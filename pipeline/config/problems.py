@@ -7,6 +7,7 @@ found, every value that would do, and for an unknown key the one that was probab
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
-from pipeline.config.base import FieldError
+from pipeline.config.base import PATTERNS, FieldError
 from pipeline.config.hints import hint
 from pipeline.config.overrides import dotted
 from stages.yaml_text import KeyPath
@@ -93,7 +94,7 @@ def explain(error: ValidationError, model: type[BaseModel], source: ConfigSource
     fix = first.fix
     if others:
         more = f"{len(others)} more: " + ", ".join(dotted(problem.path) for problem in others)
-        fix = more if fix is None else f"{fix}; then {more}"
+        fix = more if fix is None else f"{fix}\n     then {more}"
     return UsageError(first.what, where=source.where(first.path), fix=fix)
 
 
@@ -144,6 +145,8 @@ def _expected(details: ErrorDetails) -> str:
             return f"{words} {limit:g}"
     if kind == "literal_error":
         return str(context["expected"]).replace("'", "")
+    if kind == "string_pattern_mismatch":
+        return PATTERNS.get(context["pattern"], f"text of the form {context['pattern']}")
     if kind == "too_short":
         return f"at least {context['min_length']} item"
     if kind == "too_long":
@@ -190,7 +193,8 @@ def _describe(path: KeyPath, model: type[BaseModel]) -> str | None:
     text = f"{dotted(path)}: " + " ".join(field.description.split()).rstrip(".")
     if field.default in (PydanticUndefined, None) or isinstance(field.default, BaseModel):
         return text
-    return f"{text} (default {field.default})"
+    default = field.default if isinstance(field.default, str) else json.dumps(field.default, default=str)
+    return f"{text} (default {default})"
 
 
 def _model_at(model: type[BaseModel], section: KeyPath) -> type[BaseModel] | None:

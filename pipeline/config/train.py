@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from pipeline.config.base import FieldError, Model, StoreDirectory
+from pipeline.config.base import DIGEST, DURATION, SECONDS, FieldError, Model, StoreDirectory
 from pipeline.config.extract import (
     Auto,
     Dtype,
@@ -26,9 +26,6 @@ from pipeline.config.loss import check_loss, loss_schema, loss_spelled_out
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]  # torch takes it as one int64
-
-
-_SECONDS = {"s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 
 
 class StudentConfig(Model):
@@ -105,7 +102,7 @@ class KDRatioScheduleConfig(Model):
 class CheckpointConfig(Model):
     """Checkpoints, from which the same command resumes exactly."""
 
-    every: Positive | Annotated[str, Field(pattern=rf"^[1-9]\d{{0,5}} ?({'|'.join(_SECONDS)})$")] = "10 min"
+    every: Positive | Annotated[str, Field(pattern=DURATION)] = "10 min"
     """A time between checkpoints, such as 90 s, 10 min or 2 h, or a number of steps."""
     keep: Positive = 2
     """Newest checkpoints kept."""
@@ -121,7 +118,7 @@ class CheckpointConfig(Model):
         if isinstance(self.every, int):
             return math.inf
         number, unit = re.fullmatch(r"(\d+) ?(\w+)", self.every).groups()  # type: ignore[union-attr]  # it is of its form
-        return int(number) * _SECONDS[unit]
+        return int(number) * SECONDS[unit]
 
 
 class ValidationConfig(Model):
@@ -173,7 +170,7 @@ class TrainConfig(Model):
 
     store: StoreDirectory | None = None
     """Directory of the store. Exactly one of store and teacher_model."""
-    expected_digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    expected_digest: Annotated[str, Field(pattern=DIGEST)] | None = None
     """Digest that the store must have, as pipeline status prints it: any other content is refused. Default: any."""
     teacher_model: TeacherConfig | None = None
     """Online run: a live teacher that reads every batch with the student, over the full vocabulary."""

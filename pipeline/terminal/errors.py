@@ -63,7 +63,9 @@ def failure_of(error: BaseException, *, command: str, resumable: bool) -> Failur
     """
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         fix = "run the same command again to go on" if resumable else None
-        return Failure(what="interrupted", where=command, fix=fix, exit_code=RESUMABLE if resumable else INTERRUPTED)
+        # click puts an Abort of its own in the place of an interrupt, and signals say nothing.
+        what = str(error) or str(error.__cause__ or "") or "interrupted"
+        return Failure(what=what, where=command, fix=fix, exit_code=RESUMABLE if resumable else INTERRUPTED)
     known = _known(error, command)
     if known is not None:
         return Failure(what=known.what, where=known.where or command, fix=known.fix, exit_code=known.exit_code)

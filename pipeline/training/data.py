@@ -25,7 +25,7 @@ from stages.devices import resolve_device, resolve_dtype
 from stages.input_files import FileState
 from stages.models.files import ModelDirectory, file_states
 from stages.teacher.backend import teacher_identity
-from storage.errors import UsageError
+from storage.errors import UnfinishedError, UsageError
 from storage.plan import HeldoutRule
 from storage.reader import StoreReader
 from storage.values import Json, canonical_json
@@ -107,7 +107,11 @@ def open_training_data(config: TrainConfig, tell: Callable[[Tokenized], None] = 
 
 def _stored(config: TrainConfig, path: Path) -> TrainingData:
     demands: dict[str, Any] = {"allow_partial": config.allow_partial, "expected_digest": config.expected_digest}
-    reader = StoreReader(path, **demands)
+    try:
+        reader = StoreReader(path, **demands)
+    except UnfinishedError as error:
+        error.fix = f"{error.fix}, or set allow_partial: true to train on what is committed"
+        raise
     plan = reader.plan
     teacher = plan.recorded.get("teacher")
     return TrainingData(

@@ -43,6 +43,7 @@ class BadRecords:
 
     count: int = 0
     _noted: list[tuple[UsageError, str]] = field(default_factory=list)
+    _alike: bool = True
 
     def note(self, error: UsageError, *, file: str = "") -> None:
         """Take in what is wrong with a record.
@@ -55,6 +56,7 @@ class BadRecords:
             UsageError: there are so many that the scan need not go on.
         """
         self.count += 1
+        self._alike &= not self._noted or error.what == self._noted[0][0].what
         if len(self._noted) < LISTED:
             self._noted.append((error, file))
         if self.count >= MOST:
@@ -71,7 +73,9 @@ class BadRecords:
         first, file = self._noted[0]
         if self.count == 1:
             raise first
-        told = [f"{(error.where or '').removeprefix(f'{file}, ')}: {error.what}" for error, _ in self._noted]
+        places = [(error.where or "").removeprefix(f"{file}, ") for error, _ in self._noted]
+        told = [f"{place}: {error.what}" for place, (error, _) in zip(places, self._noted, strict=True)]
+        told = [f"{first.what} in each of them: {places[0]}", *places[1:]] if self._alike else told
         if self.count > len(told):
             told.append(f"and {self.count - len(told)} more")
         number = f"{self.count} records cannot be read" + ("" if whole else " so far, and the rest was not looked at")

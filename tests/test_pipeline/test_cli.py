@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,9 +26,9 @@ def run(*arguments: str | Path) -> Result:
 
 
 def fails(result: Result, code: int, *words: str) -> None:
-    """Assert an exit code, a message of at most three lines that holds `words`, and no traceback."""
+    """Assert an exit code, a message of at most three parts that holds `words`, and no traceback."""
     assert result.exit_code == code, result.stderr
-    lines = result.stderr.strip().splitlines()
+    lines = [line for line in result.stderr.strip().splitlines() if not line.startswith("     then ")]
     assert [line.split(":")[0] for line in lines] in (["error", "where"], ["error", "where", "fix"]), result.stderr
     for word in words:
         assert word in result.stderr
@@ -204,6 +205,13 @@ def test_extract_stops_at_the_limit_goes_on_and_refuses_another_plan(config: Pat
     assert other.exit_code == 3
     assert "target.k: 4 -> 5" in other.stderr
 
+    coarser = run("extract", config, "--set", "rendering.window=16", "--set", "rendering.special_tokens=text").stderr
+    assert [line.split(":")[0].strip() for line in coarser.splitlines()[1:-2]] == [
+        "rendering.window",
+        "rendering.special_tokens",
+        "(not stated",
+    ]
+
 
 def test_termination_ends_in_75_and_the_same_command_goes_on(config: Path) -> None:
     command = [sys.executable, "-m", "pipeline", "extract", str(config)]
@@ -215,6 +223,20 @@ def test_termination_ends_in_75_and_the_same_command_goes_on(config: Path) -> No
     assert stopped.returncode == 75, told
     assert "error: interrupted" in told
     assert "Traceback" not in told
+    assert run("extract", config).exit_code == 0
+
+
+def test_an_interrupted_extraction_says_what_is_kept(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:  # a signal just after the first commit
+        patch.setattr("pipeline.extract.write_rate", lambda key, rate: signal.raise_signal(signal.SIGTERM))
+        told = run("extract", config)
+    kept = "interrupted; 1 of 3 shards are committed and kept; one in work is computed anew"
+    assert told.exit_code == 75
+    assert told.stderr.splitlines()[-3:] == [
+        f"error: {kept}",
+        "where: pipeline extract",
+        "fix: run the same command again to go on",
+    ]
     assert run("extract", config).exit_code == 0
 
 

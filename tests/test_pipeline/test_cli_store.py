@@ -167,6 +167,7 @@ def test_json_lines_hold_the_rows_of_a_sequence(tiny_store: Path, tmp_path: Path
     reader = StoreReader(tiny_store)
     told = run("export", tiny_store, tmp_path / "rows.jsonl")
     assert f"{reader.rows:,} rows in " in told.stderr
+    assert "held-out rows are left out: --split heldout writes them" in told.stderr
     lines = [
         json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "rows.jsonl").read_text().splitlines()
     ]

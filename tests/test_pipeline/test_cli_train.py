@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -180,8 +181,14 @@ def test_options_reach_what_they_are_for(
 def test_eval_names_models_by_what_tells_them_apart(finished: Path, tiny_teacher_dir: Path) -> None:
     models = [finished, tiny_teacher_dir, finished / "model", finished / "." / "model"]
     scores = json.loads(run("eval", *models, "--json").stdout)["students"]
-    assert set(scores) == {"run", tiny_teacher_dir.name, str(finished / "model")}
-    assert scores[tiny_teacher_dir.name]["kl"] == pytest.approx(0.0, abs=1e-9)
+    assert set(scores) == {"run", str(tiny_teacher_dir), str(finished / "model")}  # `teacher` is the teacher
+    assert scores[str(tiny_teacher_dir)]["kl"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_student_called_teacher_has_its_own_row(finished: Path, tiny_store: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "model", tmp_path / "student" / "teacher")
+    told = run("eval", tmp_path / "student" / "teacher", "--store", tiny_store).stdout.splitlines()
+    assert [line.split()[0] for line in told[1:3]] == ["teacher", str(tmp_path / "student" / "teacher")]
 
 
 def test_eval_without_a_run_needs_a_store(tiny_teacher_dir: Path) -> None:

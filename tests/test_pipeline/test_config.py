@@ -107,7 +107,8 @@ def error_of(tmp_path: Path, text: str, *overrides: str, phase: str = "extract")
         (EXTRACT + "heldot: {}", 6, "unknown key 'heldot'", "did you mean 'heldout'?"),
         (EXTRACT + "window: 3", 6, "unknown key 'window'", "'window' belongs at rendering.window"),
         (EXTRACT + "zzz: 3", 6, "unknown key 'zzz'", "keys here: store, teacher, corpus"),
-        (EXTRACT + "store2: 3\nbatch_sise: 1", 6, "unknown key 'store2'", "then 1 more: batch_sise"),
+        (EXTRACT + "store2: 3\nbatch_sise: 1", 6, "unknown key 'store2'", "\n     then 1 more: batch_sise"),
+        (EXTRACT + "rendering: {eos: 3}", 6, "rendering.eos: expected true or false, found 3", "(default true)"),
         (EXTRACT.replace("  path: x", "  dtype: float64\n  path: x"), 3, "teacher.dtype: expected auto, float32", ""),
         (EXTRACT.replace("  path: x", "  revision: a"), 2, "teacher.path is missing", "Directory or hub name"),
         (EXTRACT.replace("topics", "text"), 5, "corpus.0: source 'text' needs a path", ""),
@@ -128,6 +129,13 @@ def test_extract_problems_name_line_key_and_remedy(text: str, line: int, what: s
     ("text", "what", "fix"),
     [
         (TRAIN + "epochs: 3", "give exactly one of steps and epochs", ""),
+        (TRAIN + "expected_digest: abc", "expected_digest: expected 64 hexadecimal digits", "pipeline status"),
+        (
+            TRAIN + "checkpoint: {every: soon}",
+            "or a time such as 90 s, 10 min or 2 h, found 'soon'",
+            "(default 10 min)",
+        ),
+        (TRAIN + "optimizer: {betas: 3}", "optimizer.betas: expected a list", "(default [0.9, 0.95])"),
         (TRAIN + "lr: 3", "unknown key 'lr'", "optimizer.lr"),
         (TRAIN + "optimizer: {lr: fast}", "optimizer.lr: expected a number, found 'fast'", "Peak learning rate"),
         (TRAIN + "optimizer: {lr: .inf}", "optimizer.lr: expected a finite number", ""),
@@ -290,6 +298,12 @@ def test_loss_problems(loss: str, what: str, where: int, tmp_path: Path) -> None
     assert f"{error.what}; {error.fix}" in str(caught.value)
 
 
+def test_a_divergence_that_is_nearly_right_is_named_alone(tmp_path: Path) -> None:
+    error = error_of(tmp_path, TRAIN + "loss: {divergence: reverse-kl}\n", phase="train")
+    assert "did you mean 'reverse_kl'?" in error.what
+    assert error.fix is None
+
+
 def test_only_fields_that_are_set_there_are_named(tmp_path: Path) -> None:
     error = error_of(tmp_path, TRAIN + "loss: {warmth: 2}\n", phase="train")
     assert error.fix is not None
@@ -349,6 +363,8 @@ def test_file_below_a_file(tmp_path: Path) -> None:
         ("per-device-train-batch-size: 8", "set tokens_per_batch"),
         ("lora: {r: 8}", "adapters such as LoRA are not in this version: leave 'lora' out"),
         ("student: {init: pretrained, path: x, lora_r: 8}", "adapters such as LoRA are not in this version"),
+        ("load_in_4bit: true", "quantised weights are not in this version: leave 'load_in_4bit' out"),
+        ("resume_from_checkpoint: true", "leave it out: the same command again goes on where it stopped"),
         ("wandb: {project: x}", "experiment trackers are not in this version"),
         ("template: chatml", "chat templates and lists of messages are not in this version"),
     ],

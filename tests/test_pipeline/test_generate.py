@@ -96,6 +96,14 @@ def test_an_empty_prompt_is_refused(run: Path, prompt: str) -> None:
         list(generate(run, prompt, device="cpu"))
 
 
+@pytest.mark.parametrize(("words", "fix"), [(150, "set --max-new-tokens to at most "), (900, "shorten the prompt")])
+def test_more_tokens_than_positions_are_refused(words: int, fix: str, run: Path) -> None:
+    """Beyond its positions a model says nothing: 512 here."""
+    with pytest.raises(UsageError, match="are more than the 512 positions") as caught:
+        list(generate(run, "The " * words, max_new_tokens=500, device="cpu", dtype="float32"))
+    assert str(caught.value.fix).startswith(fix)
+
+
 def test_a_run_that_is_not_finished_has_no_model(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(UsageError, match="no model here"):

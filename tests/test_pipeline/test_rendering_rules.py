@@ -97,7 +97,7 @@ def test_a_plan_states_the_rule_that_changes_it(rule: str, tmp_path: Path, norma
     )
     refused = CliRunner().invoke(main, ["extract", str(config)])
     assert refused.exit_code == 3
-    assert f"rendering.{rule}: None -> '{planned.plan.rendering[rule]}'" in refused.output
+    assert f"rendering.{rule}: not stated -> '{planned.plan.rendering[rule]}'" in refused.output
 
     list(extract(ExtractConfig.model_validate({**values, "store": tmp_path / "new"})))
     assert len(StoreReader(tmp_path / "new")) >= len(PLAIN)
@@ -183,7 +183,7 @@ def test_an_online_run_of_01_is_refused_by_name(rule: str, tmp_path: Path, norma
     del record["store"]["identity"]["rendering"][rule]
     record["store"]["digest"] = "0" * 64
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
-    with pytest.raises(IdentityError, match=rf"rendering\.{rule}: None -> ") as caught:
+    with pytest.raises(IdentityError, match=rf"rendering\.{rule}: not stated -> ") as caught:
         list(train(config))
     assert caught.value.exit_code == 3
 

@@ -392,6 +392,9 @@ def test_a_run_on_a_store_that_has_grown_is_refused(tiny_store: Path, configure:
     records = {path: path.read_bytes() for path in (store / "commits").iterdir()}
     held_back = sorted(records)[0]
     held_back.unlink()
+    with pytest.raises(UsageError, match="the store is not finished") as caught:
+        list(train(configure(store=store)))
+    assert "set allow_partial: true" in str(caught.value.fix)
     config = configure(store=store, allow_partial=True, steps=4, checkpoint={"every": 2})
     assert stop_at(config, 2) == 0
     assert stop_at(config, 2) == 2

@@ -160,6 +160,22 @@ def test_the_command_says_what_is_saved(content: Content, raise_in: Raise, tmp_p
     ]
 
 
+def test_a_signal_while_the_report_is_written_says_that_the_training_is_finished(
+    content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(content(tmp_path / "run", steps=1)))
+    page = "pipeline.report.page.read_curves"
+    with monkeypatch.context() as patch:
+        patch.setattr(page, lambda run: signal.raise_signal(signal.SIGTERM))
+        told = CliRunner().invoke(main, ["train", str(path)], prog_name="pipeline")
+    assert told.exit_code == 75
+    assert "the training is finished and its model saved" in told.stderr
+    assert not (tmp_path / "run" / "report.html").exists()
+    assert CliRunner().invoke(main, ["train", str(path)], prog_name="pipeline").exit_code == 0
+    assert (tmp_path / "run" / "report.html").exists()
+
+
 def train_on_terminal(name: str, config: Path) -> None:
     """Train as the leader of a session whose terminal this is."""
     os.setsid()

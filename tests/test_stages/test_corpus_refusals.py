@@ -129,8 +129,9 @@ def test_all_bad_lines_are_told_together(tmp_path: Path) -> None:
 
 def test_a_scan_of_nothing_but_bad_lines_ends(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "a"}\n' * 100 + "no line is read from here on")
-    with pytest.raises(UsageError, match=r"^100 records cannot be read so far.*'body'.*; and 95 more") as caught:
-        open_one(SourceSpec(source="jsonl", path=str(tmp_path / "a.jsonl")))
+    told = r"^100 .*: no field 'other'; the fields are 'body' in each of them: line 1; line 2; .*; and 95 more"
+    with pytest.raises(UsageError, match=told) as caught:
+        open_one(SourceSpec(source="jsonl", path=str(tmp_path / "a.jsonl"), field="other"))
     assert caught.value.fix == "set field to the field that holds the text"
 
 
@@ -151,6 +152,6 @@ def test_nulls_of_a_prompt_are_told_with_its_column(kind: str, tmp_path: Path) -
         pq.write_table(table, path, row_group_size=40)
     else:
         datasets.Dataset(table).save_to_disk(str(path))
-    told = "3 records cannot be read: row 3: column 'prompt' is null; row 50: .*; row 80: column 'prompt' is null"
+    told = "3 records cannot be read: column 'prompt' is null in each of them: row 3; row 50; row 80"
     with pytest.raises(UsageError, match=told):
         open_one(SourceSpec(source=kind, path=str(path), prompt_field="prompt"))
