@@ -105,9 +105,7 @@ def _complete(
     begin, end = ([] if token is None else [token] for token in (rendering.bos, rendering.eos))
     own_begin, own_end = pieces.own_begin(rendering.bos, text), pieces.own_end(rendering.eos, text)
     head, tail = (begin if own_begin is None else []), (end if own_end is None else [])
-    spelled.subtract(
-        [token for token, own in ((rendering.bos, own_begin), (rendering.eos, own_end)) if own is not None]
-    )
+    spelled.subtract(begin * (own_begin is not None) + end * (own_end is not None))
     in_prompt = len(prompt.ids)
     if not pieces.starts_with(prompt):
         in_prompt = int((np.maximum(pieces.offsets[:, 1], end_T) <= document.prompt).sum())
