@@ -102,16 +102,19 @@ def find_files(pattern: str) -> list[Path]:
     """Return the files that a path or glob pattern names, sorted by path. `**` spans directories.
 
     Raises:
-        UsageError: nothing matches, the path is a directory, or it is not a path.
+        UsageError: nothing matches, the path is a directory or not a path, or a match is neither file nor directory.
     """
     path = user_path(pattern, key="path")
     if path.is_dir():
         raise UsageError(f"{path} is a directory, not a file", where="path", fix=f"use {path}/*.EXTENSION")
-    found = [path] if path.is_file() else sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-    files = [name for name in found if name.is_file()]
-    if path.exists() and not files:
-        what = f"{path} is {kind_of(path.stat().st_mode)}, not a file"
-        raise UsageError(what, where="path", fix="write its content into a file: it is hashed first, and read later")
+    files = [path] if path.is_file() else sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+    files = [name for name in files if not name.is_dir()]
+    for name in files:
+        if not name.is_file():
+            kind = kind_of(name.stat().st_mode) if name.exists() else "a link that leads nowhere"
+            fix = "mount the disk that it leads to, or take it away" if name.is_symlink() else "take it away"
+            fix += "; what a pipe or device gives goes into a file first: it is hashed, and read later"
+            raise UsageError(f"{name} is {kind}, not a file", where="path", fix=fix)
     if not files:
         what = "no file matches the pattern" if glob.has_magic(pattern) else "no such file:"
         raise UsageError(

@@ -1,7 +1,7 @@
 """The reader: sequences of a store by number, in any order, and not one damaged row.
 
-Data path: seal -> records -> verified shards -> chunks -> **`SequenceBatch`** -> training. Opening reads the plan, the
-remap and the seal; a shard's record and metadata are read and checked when it is first used, each array's object before
+Data path: seal -> records -> verified shards -> chunks -> **`SequenceBatch`** -> training. Opening reads plan, remap,
+seal and the split's records; a shard's metadata are read and checked when it is first used, each array's object before
 its first value is, and the tokenizer's files when they are asked for. State is never found by listing a directory.
 """
 
@@ -234,4 +234,4 @@ class StoreReader:
         spec = self._manifest.shards[item.shard]
         record = self._manifest.sealed_record(item)
         name = record.path if error.name is None else f"{record.path}/{error.name}"
-        return self._manifest.damage.shard(spec, str(error), name=name)
+        return self._manifest.damage.shard(spec, str(error), name=name, whole=error.problem == FOREIGN)

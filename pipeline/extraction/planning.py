@@ -35,6 +35,7 @@ from stages.targets.rows import require_k
 from stages.teacher.backend import teacher_identity
 from stages.teacher.batching import Batching, resolve_batching
 from storage.codecs import CODECS, DEFAULT_CODEC
+from storage.commit.bounds import require_fit
 from storage.format.remap import build_remap, encode_remap, remap_sha256
 from storage.plan import HeldoutRule, Plan, TargetSpec
 from storage.values import Json
@@ -261,6 +262,7 @@ def _planned(config: ExtractConfig, *, weights: bool) -> Extraction:
         remap_sha256=remap_sha256(remap),
         recorded=_recorded(reading, device),
     )
+    require_fit(plan, sample.sequences * plan.documents // sample.documents)
     return Extraction(
         plan=plan,
         corpus=reading.corpus,

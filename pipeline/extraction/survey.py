@@ -28,12 +28,13 @@ class Sample:
     """What a fixed sample of documents holds.
 
     Attributes:
-        documents, tokens, rows: how much was sampled.
+        documents, sequences, tokens, rows: how much was sampled.
         counts: int64 [V], how often each token id occurs in it.
         tally: what a user should know of, over these documents.
     """
 
     documents: int
+    sequences: int
     tokens: int
     rows: int
     counts: NDArray[np.int64]
@@ -47,11 +48,12 @@ def take_sample(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, rendering: R
         UsageError: the corpus is smaller than the sample and gives no row at all.
     """
     counts = np.zeros(rendering.vocab_size, dtype=np.int64)
-    documents = tokens = rows = 0
+    documents = sequences = tokens = rows = 0
     tally = Tally()
     for numbers in sample_rounds(len(corpus)):
         for sequence in render(corpus.documents(numbers), tokenizer, rendering, tally):
             counts += np.bincount(sequence.tokens, minlength=rendering.vocab_size)
+            sequences += 1
             tokens += len(sequence)
             rows += int(sequence.has_row.sum())
         documents += len(numbers)
@@ -64,7 +66,7 @@ def take_sample(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, rendering: R
             where="corpus",
             fix="check the field that holds the text, rendering.min_tokens, and for prompts window and too_long",
         )
-    return Sample(documents=documents, tokens=tokens, rows=rows, counts=counts, tally=tally)
+    return Sample(documents=documents, sequences=sequences, tokens=tokens, rows=rows, counts=counts, tally=tally)
 
 
 def sample_rounds(count: int) -> Iterator[list[int]]:

@@ -28,18 +28,19 @@ class Pieces:
         """Tell whether these ids start with all of the other's."""
         return self.ids[: len(other.ids)] == other.ids
 
-    def begins_with(self, token: int | None, text: str) -> bool:
-        """Tell whether the text itself begins with a token, white space before it left out."""
+    def own_begin(self, token: int | None, text: str) -> int | None:
+        """Return the index of a token that the text itself begins with, but for white space before it; None without."""
         if token not in self.ids:
-            return False
-        return not text[: int(self.offsets[self.ids.index(token), 0])].strip()
+            return None
+        first = self.ids.index(token)
+        return None if text[: int(self.offsets[first, 0])].strip() else first
 
-    def ends_with(self, token: int | None, text: str) -> bool:
-        """Tell whether the text itself ends with a token, white space behind it left out."""
+    def own_end(self, token: int | None, text: str) -> int | None:
+        """Return the index of a token that the text itself ends with, but for white space behind it; None without."""
         if token not in self.ids:
-            return False
+            return None
         last = len(self.ids) - 1 - self.ids[::-1].index(token)
-        return not text[int(self.offsets[last, 1]) :].strip()
+        return None if text[int(self.offsets[last, 1]) :].strip() else last
 
 
 def pieces_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special_as_text: bool) -> list[Pieces]:

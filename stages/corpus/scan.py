@@ -1,7 +1,8 @@
 """Which rules that version 0.1 did not have a corpus meets anywhere: what its plan has to state, exactly.
 
-Data path: corpus, tokenizer, rendering -> **facts** -> plan. All texts are read. Tokenised are documents with a prompt,
-and of the others those that may meet a rule which none before them has met.
+Data path: corpus, tokenizer, rendering -> **facts** -> plan. All texts are read. Tokenised are only documents that
+may meet a rule which none before them has met: with a prompt, all until one of them would merge with its text, and then
+those that may not fit a window.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from stages.corpus.offsets import may_move_ends
 from stages.corpus.rendering import Rendering
 from stages.corpus.source import Corpus, Document
 from stages.corpus.tokenized import tokenize
+
+# Tokens that a document may have beyond its bytes: begin and end token, a space that the tokenizer puts before prompt
+# and text, a character that they compose together and not apart.
+MORE_TOKENS = 16
 
 
 def facts_for_plan(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> frozenset[Fact]:
@@ -35,18 +40,25 @@ class _Search:
         self.met: set[Fact] = set()
         self._tokenizer = tokenizer
         self._begin, self._end = (_spelling(tokenizer, token) for token in (rendering.bos, rendering.eos))
-        self._with_prompts = {"prompt_border"} | ({"too_long"} if rendering.too_long != "window" else set())
+        self._cuts_prompted, self._window = rendering.too_long != "window", rendering.window
 
     def suspects(self, document: Document) -> bool:
         """Tell whether a document may hold what was not met yet."""
         met, text = {PLAN_KEYS[fact] for fact in self.met}, document.text
         return (
-            (document.prompt > 0 and not self._with_prompts <= met)
+            (document.prompt > 0 and "prompt_border" not in met)
+            or (document.prompt > 0 and self._cuts_prompted and "too_long" not in met and self._may_be_too_long(text))
             or (document.byte_order_mark and "byte_order_mark" not in met)
             or (self._begin is not None and "begin_token" not in met and text.lstrip().startswith(self._begin))
             or (self._end is not None and "end_token" not in met and text.rstrip().endswith(self._end))
             or ("token_end" not in met and may_move_ends(text, self._tokenizer))
         )
+
+    def _may_be_too_long(self, text: str) -> bool:
+        """Tell whether a text may have more tokens than a window. No token stands for less than a byte of it."""
+        normalizer = self._tokenizer.backend_tokenizer.normalizer
+        normal = text if normalizer is None else normalizer.normalize_str(text)  # NFKC makes 18 letters of one
+        return len(normal.encode()) + MORE_TOKENS > self._window
 
 
 def _spelling(tokenizer: PreTrainedTokenizerBase, token: int | None) -> str | None:

@@ -60,9 +60,10 @@ def tokenize(
 ) -> Iterator[TokenizedDocument]:
     """Yield each document as token ids, with its begin and end token unless its text has them itself.
 
-    The begin token ends at byte 0, the end token at the last byte of the text. The ids of a prompt are those that it
-    has alone, so that they are what a student is asked with, wherever the tokenizer can spell prompt and text apart;
-    else a token that reaches beyond the prompt is not part of it.
+    The begin token ends at byte 0, the end token at the last byte of the text; the text's own begin token ends behind
+    itself. They are the first and the last token: white space outside of the text's own has no tokens. The ids of a
+    prompt are those that it has alone, so that they are what a student is asked with, wherever the tokenizer can spell
+    prompt and text apart; else a token that reaches beyond the prompt is not part of it.
     """
     as_text, special = rendering.special_tokens == "text", special_names(tokenizer).keys()
     stream = iter(documents)
@@ -102,26 +103,31 @@ def _complete(
     text, byte_of_C = document.text, character_bytes(document.text)
     end_T, moved = whole_ends(pieces.offsets, text, tokenizer)
     begin, end = ([] if token is None else [token] for token in (rendering.bos, rendering.eos))
-    own_begin, own_end = pieces.begins_with(rendering.bos, text), pieces.ends_with(rendering.eos, text)
-    head, tail = ([] if own_begin else begin), ([] if own_end else end)
-    spelled.subtract(begin * own_begin + end * own_end)
+    own_begin, own_end = pieces.own_begin(rendering.bos, text), pieces.own_end(rendering.eos, text)
+    head, tail = (begin if own_begin is None else []), (end if own_end is None else [])
+    spelled.subtract(begin * (own_begin is not None) + end * (own_end is not None))
     in_prompt = len(prompt.ids)
     if not pieces.starts_with(prompt):
         in_prompt = int((np.maximum(pieces.offsets[:, 1], end_T) <= document.prompt).sum())
+    # White space outside of the text's own begin and end token has no tokens: it belongs to these two.
+    first, stop = own_begin or 0, len(pieces.ids) if own_end is None else own_end + 1
+    if own_end is not None:
+        end_T[own_end] = len(text)
+    end_T = end_T[first:stop]
     ends = [np.zeros(len(head)), byte_of_C[end_T], np.full(len(tail), byte_of_C[-1])]
     tokenized = TokenizedDocument(
         document=document,
-        tokens=np.array([*head, *pieces.ids, *tail], dtype=np.uint32),
+        tokens=np.array([*head, *pieces.ids[first:stop], *tail], dtype=np.uint32),
         token_end_byte=np.concatenate(ends).astype(np.uint32),
-        prompt=len(head) + in_prompt,
+        prompt=len(head) + max(0, min(in_prompt, stop) - first),
         facts=frozenset(),
         special=+spelled,
     )
     return tokenized.noting(
         {
             Fact.BYTE_ORDER_MARK: document.byte_order_mark,
-            Fact.OWN_BEGIN: own_begin,
-            Fact.OWN_END: own_end,
+            Fact.OWN_BEGIN: own_begin is not None,
+            Fact.OWN_END: own_end is not None,
             Fact.MOVED_ENDS: moved,
             Fact.SPECIAL_TOKENS: bool(+spelled),
             Fact.DROPPED_END: int(end_T.max(initial=0)) < len(text),

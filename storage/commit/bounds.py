@@ -7,6 +7,7 @@ are all right. FORMAT.md has the table.
 from __future__ import annotations
 
 from storage.commit.records import CommitRecord
+from storage.errors import UsageError
 from storage.format.arrays import array_specs, is_even
 from storage.format.chunks import LARGEST_METADATA
 from storage.format.encode import GROUP, axis_lengths
@@ -32,6 +33,25 @@ def check_record(plan: Plan, record: CommitRecord) -> None:
         raise ValueError(f"it {verb} {short(name)}: its files are not those of the arrays of this plan")
     for name, (least, most) in limits.items():
         require_whole(f"the size of {name}", record.objects[name].size, least=least, most=most)
+
+
+def require_fit(plan: Plan, sequences: int) -> None:
+    """Check that shards of a plan can hold its sequences, before any is computed.
+
+    Args:
+        sequences: of all documents, counted or extrapolated.
+
+    Raises:
+        UsageError: a shard would have more than it may.
+    """
+    each = sequences * min(plan.documents_per_shard, plan.documents) // max(plan.documents, 1)
+    if each > LARGEST_SEQUENCES:
+        raise UsageError(
+            f"{plan.documents_per_shard} documents would put about {each:,} sequences into a shard, which may hold "
+            f"{LARGEST_SEQUENCES:,}",
+            where="documents_per_shard",
+            fix=f"set at most {max(1, plan.documents_per_shard * LARGEST_SEQUENCES // (2 * each))}",
+        )
 
 
 def check_counts(plan: Plan, counts: Counts) -> None:

@@ -161,7 +161,7 @@ def _listing(objects: Mapping[str, StoredObject]) -> dict[str, Json]:
 
 @dataclass(frozen=True, kw_only=True)
 class SealedShard:
-    """One committed shard in the seal: enough to open a store without reading its records.
+    """One committed shard in the seal: the hash of its record, and its numbers, which are held against the record's.
 
     Attributes:
         shard, split: as in the record.

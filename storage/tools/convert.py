@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from storage.codecs import logprob_codec
+from storage.commit.bounds import require_fit
 from storage.commit.claims import Claims
 from storage.errors import UsageError
 from storage.files import open_files
@@ -110,6 +111,7 @@ def convert(source: StorePath, target: StorePath, conversion: Conversion) -> Ite
     if old.contains(new):
         raise UsageError("a store is never converted in place", where=str(new), fix="name a directory outside of it")
     plan = converted_plan(origin, conversion)
+    require_fit(plan, sum(map(len, readers.values())))
     remap, tokenizer_files = origin.remap, origin.tokenizer_files()
     if StoreWriter.stored_plan(new, plan, remap=remap, tokenizer_files=tokenizer_files) is None:
         # Whoever began a store that is there has checked the same files: its plan names their hashes.

@@ -19,6 +19,7 @@ from pipeline.extraction.events import ExtractSummary
 from pipeline.extraction.foresight import stored_size
 from pipeline.extraction.planning import build_plan, bytes_per_row, estimate
 from pipeline.extraction.survey import sample_rounds
+from storage.commit import bounds
 from storage.commit.manifest import compress_tokenizer_file
 from storage.errors import UsageError
 from storage.reader import StoreReader
@@ -60,6 +61,17 @@ def test_documents_per_shard_auto(config: dict[str, Any], monkeypatch: pytest.Mo
     planned = build_plan(ExtractConfig.model_validate(config))
     rows = planned.sample.rows / 40 * 0.85 * planned.plan.documents_per_shard
     assert abs(rows - 1000) < 100
+
+
+def test_more_sequences_than_a_shard_may_have_are_refused(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounds, "LARGEST_SEQUENCES", 16)
+    estimate(ExtractConfig.model_validate({**config, "documents_per_shard": 1}))
+    for plan in (estimate, build_plan):
+        with pytest.raises(UsageError, match=r"100 documents would put about .* shard, which may hold 16") as caught:
+            plan(ExtractConfig.model_validate({**config, "documents_per_shard": 100}))
+        assert caught.value.where == "documents_per_shard"
 
 
 def test_estimate_against_the_truth(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

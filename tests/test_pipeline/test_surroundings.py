@@ -143,6 +143,21 @@ def test_a_file_that_is_hashed_or_read_as_a_corpus_is_a_file(tmp_path: Path) -> 
         find_files(str(tmp_path / "pipe.txt"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "told"), [("named pipe", "a named pipe"), ("link to nothing", "a link that leads no")]
+)
+def test_no_match_of_a_pattern_is_passed_over(kind: str, told: str, tmp_path: Path) -> None:
+    """Else a disk that is not mounted makes a smaller corpus, and another store."""
+    corpus = tmp_path / "corpus"
+    (corpus / "folder").mkdir(parents=True)
+    for name in ("a", "b"):
+        (corpus / name).write_text("text")
+    assert find_files(str(corpus / "*")) == [corpus / "a", corpus / "b"]
+    put_in_place(corpus / "b", kind, tmp_path / "outside")
+    with pytest.raises(UsageError, match=f"/b is {told}"):
+        find_files(str(corpus / "*"))
+
+
 @pytest.mark.torture
 def test_every_kind_in_place_of_every_file_of_a_run_and_its_model(trained: Path, tmp_path: Path) -> None:
     started, calls = time.perf_counter(), 0

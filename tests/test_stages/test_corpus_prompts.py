@@ -14,12 +14,12 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pipeline.config.extract import SourceConfig
-from stages.corpus import SourceSpec, open_corpus
+from stages.corpus import SourceSpec, open_corpus, scan
 from stages.corpus.facts import Fact
 from stages.corpus.rendering import Rendering
 from stages.corpus.source import Document, Prompted
 from stages.corpus.tokenize import TokenWindow, cut, render
-from stages.corpus.tokenized import TokenizedDocument, tokenize
+from stages.corpus.tokenized import DOCUMENTS_PER_CALL, TokenizedDocument, tokenize
 from stages.corpus.tokenizer import load_tokenizer
 from storage.errors import UsageError
 
@@ -225,3 +225,24 @@ def test_documents_without_a_prompt_are_cut_into_windows(too_long: str, tiny_tok
     found = document_of("", "".join(LONG), tokenizer, window=8, too_long=too_long)
     assert found.tokens.tolist() == tokenizer("".join(LONG))["input_ids"]
     assert found.facts == frozenset()
+
+
+@pytest.mark.parametrize("form", [None, normalizers.NFKC()], ids=["as it is", "NFKC"])
+def test_a_plan_tokenises_what_may_bring_a_key(
+    form: Any, corpus_file: Path, tiny_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not every document with a prompt: those that may be too long, after one that the border was cut in."""
+    tokenizer = load_tokenizer(tiny_tokenizer_dir)
+    tokenizer.backend_tokenizer.normalizer = form
+    lines = [("The stat", "ement"), *[("The class", " is here.")] * 2 * DOCUMENTS_PER_CALL, ("4711 ", "\ufdfa" * 9)]
+    corpus_file.write_text("".join(json.dumps({"prompt": a, "text": b}) + "\n" for a, b in lines))
+    corpus = open_corpus([SourceSpec(source="jsonl", path=str(corpus_file), prompt_field="prompt")])
+    rules = Rendering(**{**RULES, "min_tokens": 2}, window=40, bos=None, eos=1, too_long="drop")
+    read: list[Document] = []
+    monkeypatch.setattr(
+        scan, "tokenize", lambda stream, *rest: tokenize((read.append(it) or it for it in stream), *rest)
+    )  # type: ignore[func-returns-value]
+    (long,) = tokenize([document := Document.of(0, *lines[-1])], tokenizer, rules)
+    assert scan.facts_for_plan(corpus, tokenizer, rules) == {Fact.BORDER_CUT} | (long.facts & {Fact.TEXT_CUT})
+    assert len(read) <= DOCUMENTS_PER_CALL + 1
+    assert form is None or (Fact.TEXT_CUT in long.facts and len(document.text.encode()) < 40)

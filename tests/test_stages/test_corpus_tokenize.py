@@ -156,10 +156,30 @@ SPELLED = {
 def test_one_begin_and_one_end_token(text: str, begins: int, ends: int, tiny_tokenizer_dir: Path) -> None:
     tokenizer = load_tokenizer(tiny_tokenizer_dir)
     (found,) = tokenize([Document(number=0, text=text)], tokenizer, rendering(bos=0, eos=1, min_tokens=1))
-    assert found.tokens.tolist() == [0] * begins + tokenizer(text)["input_ids"] + [1] * ends
+    assert found.tokens.tolist() == [0] * begins + tokenizer(text.strip())["input_ids"] + [1] * ends
     assert (Fact.OWN_BEGIN in found.facts, Fact.OWN_END in found.facts) == (not begins, not ends)
     assert found.token_end_byte[-1] == len(text)
     assert sum(found.special.values()) == len(re.findall("</?s>", text)) - (not begins) - (not ends)
+
+
+@pytest.mark.parametrize("split", range(len(" \n <s>é a</s>\n ") + 1))
+def test_own_begin_and_end_tokens_are_first_and_last_and_cover_the_white_space(
+    split: int, tiny_tokenizer_dir: Path
+) -> None:
+    """Wherever the prompt ends: the slices between ends, joined, are the text, and no row teaches white space."""
+    text = " \n <s>é a</s>\n "
+    document = Document(number=0, text=text, prompt=split)
+    tokenizer = load_tokenizer(tiny_tokenizer_dir)
+    (found,) = tokenize([document], tokenizer, rendering(bos=0, eos=1, min_tokens=1))
+    if " \n <s>" in text[:split] or split <= 3:  # not inside of the begin token, which is text then
+        assert found.tokens.tolist()[0] == 0
+        assert int(found.token_end_byte[0]) == len(" \n <s>")
+        assert found.tokens.tolist().count(0) == 1
+    if "</s>" in text[split:] or "</s>" in text[:split]:
+        assert found.tokens.tolist()[-1] == 1
+        assert found.tokens.tolist().count(1) == 1
+    assert found.token_end_byte[-1] == len(text.encode())
+    assert 0 <= found.prompt <= len(found.tokens)
 
 
 def test_one_token_that_is_begin_and_end_of_texts(tiny_tokenizer_dir: Path) -> None:

@@ -12,6 +12,7 @@ import storage_cases as cases
 import warm_process
 
 from storage.codecs.sqrt_delta import SqrtDelta
+from storage.commit import bounds
 from storage.errors import CorruptionError, IdentityError, UsageError
 from storage.files import open_files
 from storage.files.local import LocalFiles
@@ -306,6 +307,13 @@ def test_rows_without_a_tail():
 def test_what_cannot_be_done_is_refused_and_nothing_begun(sealed, tmp_path, changes, words):
     with pytest.raises(UsageError, match=words):
         run(sealed, tmp_path / "new", **changes)
+    assert not (tmp_path / "new").exists()
+
+
+def test_shards_too_large_are_refused_and_nothing_begun(sealed, tmp_path, monkeypatch):
+    monkeypatch.setattr(bounds, "LARGEST_SEQUENCES", len(StoreReader(sealed)) // 2)
+    with pytest.raises(UsageError, match=r"1000 documents would put about .* sequences into a shard"):
+        run(sealed, tmp_path / "new", documents_per_shard=1000)
     assert not (tmp_path / "new").exists()
 
 

@@ -197,8 +197,9 @@ def test_a_foreign_file_inside_a_shard_is_damage(any_store, sealed):
     assert report.exit_code == 4
     assert verify(any_store, quick=True).exit_code == 4
     for _ in range(2):
-        with pytest.raises(CorruptionError, match=r"shard 1 .* notes.txt: a foreign file"):
+        with pytest.raises(CorruptionError, match=r"shard 1 .* notes.txt: a foreign file") as caught:
             read_shard(any_store, SHARD)
+        assert caught.value.fix == f"run `pipeline repair {any_store}`: it moves away what is too much"
     (action,) = repair(any_store, apply=True)
     assert action.name.endswith("/notes.txt"), "the shard stays: nothing of it is lost"
     assert cases.tree(any_store) == cases.tree(sealed)
