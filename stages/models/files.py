@@ -5,6 +5,7 @@ Data path: configuration -> **model directory** -> identity for the plan, tokeni
 
 from __future__ import annotations
 
+import errno
 import json
 import warnings
 from collections.abc import Iterator
@@ -70,7 +71,8 @@ def find_model(
     else:
         model = _download(name, revision, weights=weights, key=key)
     for path in sorted(model.directory.iterdir()):
-        require_model_file(path)
+        if not path.name.startswith("."):  # such as the lock of an editor
+            require_model_file(path)
     if not (model.directory / "config.json").is_file():
         raise UsageError("no config.json", where=str(model.directory), fix="name a Hugging Face model directory")
     if weights and not list(model.directory.glob(WEIGHTS)):
@@ -90,13 +92,17 @@ def require_model_file(path: Path) -> None:
         UsageError: it is something else, or a description larger than any.
     """
     described = any(path.match(pattern) for pattern in DESCRIPTION)
+    if not described and not path.match(WEIGHTS):
+        return  # no library reads it
+    fix = "fetch the model anew, or take away what is there"
     try:
         status = path.stat()
-        kind, size = kind_of(status.st_mode), status.st_size
     except OSError as error:
-        kind, size = f"a link that leads nowhere ({error.strerror})", 0
-    fix = "fetch the model anew, or take away what is there"
-    if kind != "a file" and (described or path.match(WEIGHTS) or kind != "a directory"):
+        lost = error.errno in {errno.ENOENT, errno.ELOOP}
+        what = "is a link that leads nowhere, not a file" if lost else f"cannot be reached: {error.strerror}"
+        raise UsageError(f"{path.name} {what}", where=str(path), fix=fix if lost else "make it readable") from error
+    kind, size = kind_of(status.st_mode), status.st_size
+    if kind != "a file":
         raise UsageError(f"{path.name} is {kind}, not a file", where=str(path), fix=fix)
     if described and size > LARGEST_FILE:
         raise UsageError(f"{path.name} has {size:,} bytes, too many to be read", where=str(path), fix=fix)
