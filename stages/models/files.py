@@ -46,7 +46,7 @@ class ModelDirectory:
 
     def recorded(self) -> dict[str, Json]:
         """Return what a plan records and never compares: a path may move."""
-        return {"name": self.name, "commit": self.commit, "directory": str(self.directory)}
+        return {"name": self.name, "commit": self.commit, "directory": str(self.directory.absolute())}
 
 
 def find_model(
@@ -83,6 +83,19 @@ def find_model(
         )
     refuse_hub_kernels(model.directory / "config.json")
     return model
+
+
+def recorded_model(recorded: Json) -> ModelDirectory:
+    """Return the model that a plan or a run has recorded: of this machine, never a name to ask the hub for.
+
+    Raises:
+        UsageError: it has recorded no absolute path, or no model is there.
+    """
+    directory = recorded.get("directory") if isinstance(recorded, dict) else None
+    if not isinstance(directory, str) or not Path(directory).is_absolute():
+        what = f"what is recorded is no directory of this machine: {directory!r}"
+        raise UsageError(what, where="teacher.directory", fix="name the model")
+    return find_model(directory, fetch=False)
 
 
 def require_model_file(path: Path) -> None:

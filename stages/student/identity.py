@@ -110,8 +110,8 @@ def _tokenizer_directory(source: StudentSource) -> Path | None:
     return directory if has_one else None
 
 
-def check_positions(student: PretrainedConfig, window: int, longest: Callable[[], int]) -> None:
-    """Check that the student knows as many positions as the longest sequence has.
+def check_positions(student: PretrainedConfig, window: int, longest: Callable[[], int]) -> int:
+    """Check that the student knows as many positions as the longest sequence has, and return a bound of its tokens.
 
     Args:
         student: its configuration.
@@ -122,9 +122,13 @@ def check_positions(student: PretrainedConfig, window: int, longest: Callable[[]
         UsageError: it knows fewer.
     """
     limit = position_limit(student)
-    if limit is not None and not 0 < window <= limit and (tokens := longest()) > limit:
+    if window > 0 and (limit is None or window <= limit):
+        return window
+    tokens = longest()
+    if limit is not None and tokens > limit:
         raise UsageError(
             f"the longest sequence has {tokens} tokens, the student knows {limit} positions",
             where="path",
             fix=f"choose a student with at least {tokens} positions, or learn from windows of at most {limit} tokens",
         )
+    return tokens

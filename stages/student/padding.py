@@ -93,7 +93,7 @@ def _mass(hidden_ND: Tensor, layer: Sequence[Tensor], rule: HeadRule, vocab_size
     """Return the mean probability of rows beyond `vocab_size`. `layer`: the head's weight, and its bias if any."""
     weight_VD, *bias_V = (rows.float() for rows in layer)
     mass = 0.0
-    for piece_ND in hidden_ND.to(weight_VD).split(_PIECE):
-        logits_NV = functional.linear(piece_ND, weight_VD, *bias_V)
+    for first in range(0, len(hidden_ND), _PIECE):
+        logits_NV = functional.linear(hidden_ND[first : first + _PIECE].to(weight_VD), weight_VD, *bias_V)
         mass += float(rule.applied(logits_NV).softmax(-1)[:, vocab_size:].sum())
     return mass / max(1, len(hidden_ND))

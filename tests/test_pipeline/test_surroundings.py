@@ -276,9 +276,9 @@ def test_what_a_store_or_a_run_says_is_no_name_to_fetch(place: Path, tiny_store:
     ]
     told = in_another_process(commands, hub)
     assert [code for code, _ in told] == [2, 2, 2, 0, 2, 2, 2]
-    assert "the teacher is not where the store says that it was: no model directory evil/store" in told[0][1]
+    assert "the teacher is not where the store says that it was: what is recorded is no directory" in told[0][1]
     assert "with --teacher" in told[0][1]
-    assert "the teacher is not where it was: no model directory evil/run" in told[1][1]
+    assert "the teacher is not where it was: what is recorded is no directory" in told[1][1]
     assert "no directory of this machine: s3:/evil/bucket" in told[2][1]
     assert "text_config._attn_implementation: 'evil/kernel' would be fetched from the hub and run" in told[4][1]
     assert "attn_implementation: 'evil/kernel' would be fetched" in told[5][1]
