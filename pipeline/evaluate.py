@@ -31,7 +31,7 @@ from stages.models.files import ModelDirectory, file_hashes, find_model, load_co
 from stages.models.head import Head
 from stages.models.load import attention_for
 from stages.models.probe import length_borders, require_lengths_apart
-from stages.student.identity import compare_tokenizers
+from stages.student.identity import compare_tokenizers, read_tokenizer
 from stages.teacher import BACKENDS, REFERENCE
 from stages.teacher.backend import CandidateTeacher
 from stages.training.run import RunDirectory
@@ -163,8 +163,9 @@ def evaluate(
     require_hidden_states(backend, "evaluation", key="plan.json: teacher.backend")
     teacher_files = _check_teacher(plan, teacher)
     student_files = {name: find_model(str(model_directory(Path(path)))) for name, path in models.items()}
+    tokenizer = read_tokenizer(reader.tokenizer_files())
     for files in student_files.values():
-        compare_tokenizers(files.directory, reader.tokenizer_files(), where=str(files.directory))
+        compare_tokenizers(files.directory, tokenizer, where=str(files.directory))
     documents = np.unique(heldout.document).tolist()
     told = [warn_if_trained_on(Path(path), plan, documents) for path in models.values()]
     warnings = tuple(line for line in told if line is not None)

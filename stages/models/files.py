@@ -180,13 +180,17 @@ def _download(name: str, revision: str | None, *, weights: bool, key: str) -> Mo
 
 def load_config(model: ModelDirectory) -> PretrainedConfig:
     """Read config.json. Raises UsageError if it is broken, of an unknown architecture, or needs remote code."""
-    return read_config(model.directory / "config.json")
+    return _parsed(model.directory / "config.json")
 
 
 def read_config(path: Path) -> PretrainedConfig:
-    """Read a model's configuration from a file. Raises UsageError as `load_config`."""
+    """Read a model's configuration from a file outside of a ModelDirectory. Raises UsageError as `load_config`."""
     require_model_file(path)
     refuse_hub_kernels(path)
+    return _parsed(path)
+
+
+def _parsed(path: Path) -> PretrainedConfig:
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except MemoryError:
