@@ -21,16 +21,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from pipeline.reading import require_hidden_states
 from pipeline.runs import warn_if_trained_on
 from stages.batches.sequences import lengths, part
 from stages.devices import resolve_device, resolve_dtype
-from stages.models.files import ModelDirectory, file_hashes, find_model, load_config
+from stages.models.files import ModelDirectory, file_hashes, find_model, load_config, position_limit, recorded_model
 from stages.models.head import Head
 from stages.models.load import attention_for
 from stages.models.probe import length_borders, require_lengths_apart
-from stages.student.identity import compare_tokenizers
+from stages.student.identity import compare_tokenizers, read_tokenizer
 from stages.teacher import BACKENDS, REFERENCE
 from stages.teacher.backend import CandidateTeacher
 from stages.training.run import RunDirectory
@@ -162,8 +163,9 @@ def evaluate(
     require_hidden_states(backend, "evaluation", key="plan.json: teacher.backend")
     teacher_files = _check_teacher(plan, teacher)
     student_files = {name: find_model(str(model_directory(Path(path)))) for name, path in models.items()}
+    tokenizer = read_tokenizer(reader.tokenizer_files())
     for files in student_files.values():
-        compare_tokenizers(files.directory, reader.tokenizer_files(), where=str(files.directory))
+        compare_tokenizers(files.directory, tokenizer, where=str(files.directory))
     documents = np.unique(heldout.document).tolist()
     told = [warn_if_trained_on(Path(path), plan, documents) for path in models.values()]
     warnings = tuple(line for line in told if line is not None)
@@ -243,7 +245,7 @@ def _check_teacher(plan: Plan, given: Path | None) -> ModelDirectory:
 def _recorded_teacher(plan: Plan) -> ModelDirectory:
     """Return the teacher's directory as the store has it: of this machine, never a name to ask the hub for."""
     try:
-        return find_model(str(plan.recorded.get("teacher", {}).get("directory", "")), fetch=False)
+        return recorded_model(plan.recorded.get("teacher"))
     except UsageError as error:
         raise UsageError(
             f"the teacher is not where the store says that it was: {error.what}",
@@ -270,12 +272,14 @@ def _read(
     began = time.perf_counter()
     # A store of eager attention may be of an architecture that knows no other.
     asked = "eager" if plan.teacher.get("attention") == "eager" else "sdpa"
-    attention = attention_for(load_config(files), asked, key="attention")
+    config, length_S = load_config(files), lengths(heldout)
+    longest = int(length_S.max())
+    _check_positions(config, longest, where=str(files.directory))
+    attention = attention_for(config, asked, key="attention")
     load = BACKENDS[backend].load()
     model = load(files, vocab_size=plan.vocab_size, device=device, dtype=dtype, attention=attention, key=None)
     assert not isinstance(model, CandidateTeacher), "evaluate asks for a backend that gives hidden states"
-    length_S = lengths(heldout)
-    require_lengths_apart(model.model, int(length_S.max()), role="model", where=str(files.directory))
+    require_lengths_apart(model.model, longest, role="model", where=str(files.directory))
     kept: list[Tensor] = []
     for first, end in _forwards(length_S, length_borders(model.model.config)):
         batch = part(heldout, first, end)
@@ -284,6 +288,17 @@ def _read(
         has_row = torch.from_numpy(np.ascontiguousarray(batch.has_row)).to(device)
         kept.append(torch.cat(rows)[has_row])
     return _Read(hidden_ND=torch.cat(kept), head=model.head, seconds=time.perf_counter() - began)
+
+
+def _check_positions(config: PretrainedConfig, longest: int, *, where: str) -> None:
+    """Refuse a model with a table of fewer positions than there are tokens; rotated ones have no end."""
+    limit = position_limit(config)
+    if limit is not None and limit < longest and not getattr(config.get_text_config(), "rope_parameters", None):
+        raise UsageError(
+            f"the longest sequence has {longest} tokens, the model knows {limit} positions",
+            where=where,
+            fix=f"evaluate it on a store with windows of at most {limit} tokens",
+        )
 
 
 def _forwards(length_S: NDArray[np.int64], borders: Sequence[int] = ()) -> Iterator[tuple[int, int]]:

@@ -22,7 +22,7 @@ from stages.corpus.tokenize import resolve_special
 from stages.corpus.tokenized import tokenize
 from stages.corpus.tokenizer import load_tokenizer, tokenizer_errors
 from stages.devices import resolve_device, resolve_dtype
-from stages.models.files import find_model, load_config, position_limit, quiet
+from stages.models.files import ModelDirectory, find_model, load_config, position_limit, quiet, recorded_model
 from stages.models.load import attention_for, load_model, memory_told
 from stages.models.special_tokens import SpecialTokens
 from stages.training.run import read_record
@@ -104,15 +104,15 @@ def generate(
         UsageError: no model there, an empty prompt, one that leaves no position for an answer of that length, no chat
             template, or no teacher to be found.
     """
-    directory = find_model(str(model_directory(path)), fetch=False).directory
-    directories = {"student": directory, **({"teacher": teacher_directory(path)} if teacher else {})}
+    student = find_model(str(model_directory(path)), fetch=False)
+    models = {"student": student, **({"teacher": teacher_directory(path)} if teacher else {})}
     torch_device = resolve_device(device)
     question = _Question(text=prompt, chat=chat, rendering=learned_rendering(path))
-    for role, model in directories.items():
+    for role, model in models.items():
         yield _answer(role, model, question, limit=max_new_tokens, device=torch_device, dtype=dtype)
 
 
-def teacher_directory(path: Path) -> Path:
+def teacher_directory(path: Path) -> ModelDirectory:
     """Return the directory of the teacher that a run learned from.
 
     Raises:
@@ -123,8 +123,7 @@ def teacher_directory(path: Path) -> Path:
         raise UsageError("only a run knows its teacher", where=str(path), fix="name the run directory, not a model")
     recorded = read_record(record)["store"].get("teacher")
     try:
-        directory = recorded.get("directory", "") if isinstance(recorded, dict) else ""
-        return find_model(str(directory), fetch=False).directory
+        return recorded_model(recorded)
     except UsageError as error:
         raise UsageError(
             f"the teacher is not where it was: {error.what}", where=str(record), fix="bring it back, or ask without it"
@@ -144,15 +143,17 @@ def _require_room(config: PretrainedConfig, prompt: int, limit: int, *, where: s
 
 
 @torch.inference_mode()
-def _answer(role: str, directory: Path, question: _Question, *, limit: int, device: torch.device, dtype: str) -> Answer:
+def _answer(
+    role: str, files: ModelDirectory, question: _Question, *, limit: int, device: torch.device, dtype: str
+) -> Answer:
     began = time.perf_counter()
-    tokenizer = load_tokenizer(directory)
-    ids = question.ids(tokenizer, where=str(directory))
-    files = find_model(str(directory), fetch=False)
+    where = str(files.directory)
+    tokenizer = load_tokenizer(files.directory)
+    ids = question.ids(tokenizer, where=where)
     config = load_config(files)
-    _require_room(config, len(ids), limit, where=str(directory))
+    _require_room(config, len(ids), limit, where=where)
     attention = attention_for(config, "sdpa", key="attention")
-    with memory_told(str(directory), "use a larger device"):
+    with memory_told(where, "use a larger device"):
         model: Any = load_model(files, dtype=resolve_dtype(dtype, device), attention=attention).to(device)  # type: ignore[arg-type]
     inputs = torch.tensor([ids], device=device)
     tokens = SpecialTokens.of(model, tokenizer)
@@ -168,7 +169,7 @@ def _answer(role: str, directory: Path, question: _Question, *, limit: int, devi
     new = output[0, len(ids) :].tolist()
     return Answer(
         role=role,
-        model=str(directory),
+        model=where,
         text=str(tokenizer.decode(new, skip_special_tokens=True)),
         tokens=len(new),
         seconds=time.perf_counter() - began,

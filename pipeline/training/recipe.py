@@ -143,18 +143,19 @@ def build_learner(config: TrainConfig, data: TrainingData, recipe: Recipe, proce
         NumericsError, OutOfSpaceError: the live teacher's logits are not finite, or it does not fit into memory.
     """
     source = StudentSource(**config.student.model_dump())
+    tokenizer = read_tokenizer(data.tokenizer_files)
     with section("student", StudentConfig):
-        same = check_tokenizer(source, data.tokenizer_files)
+        same = check_tokenizer(source, tokenizer)
         model = build_student(source, seed=config.seed)
         check_vocabulary(model, data.vocab_size, same_tokenizer=same)
-        check_positions(model.config, data.window, lambda: data.longest)
-    adopt_special_tokens(model, read_tokenizer(data.tokenizer_files))
+        longest = check_positions(model.config, data.window, lambda: data.longest)
+    adopt_special_tokens(model, tokenizer)
     warn_of_experts(model)
     model.to(recipe.device)  # type: ignore[arg-type]  # transformers types this method for its own decorator
     head = Head(head_layer(model), HeadRule.of(model.config), data.vocab_size, where="student")
     require_own_logits(model, head, where="student", key=None)
     attention = attention_for(model.config, config.attention, key="attention")
-    lengths = PackLengths(longest=data.window or data.longest, tokens_per_batch=recipe.shape.tokens_per_batch)
+    lengths = PackLengths(longest=longest, tokens_per_batch=recipe.shape.tokens_per_batch)
     use_packed_attention(model, attention, lengths=lengths)
     if processes.tp is not None:
         with section("distributed", DistributedConfig):

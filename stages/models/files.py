@@ -5,6 +5,7 @@ Data path: configuration -> **model directory** -> identity for the plan, tokeni
 
 from __future__ import annotations
 
+import errno
 import json
 import warnings
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ class ModelDirectory:
 
     def recorded(self) -> dict[str, Json]:
         """Return what a plan records and never compares: a path may move."""
-        return {"name": self.name, "commit": self.commit, "directory": str(self.directory)}
+        return {"name": self.name, "commit": self.commit, "directory": str(self.directory.absolute())}
 
 
 def find_model(
@@ -70,7 +71,8 @@ def find_model(
     else:
         model = _download(name, revision, weights=weights, key=key)
     for path in sorted(model.directory.iterdir()):
-        require_model_file(path)
+        if not path.name.startswith("."):  # such as the lock of an editor
+            require_model_file(path)
     if not (model.directory / "config.json").is_file():
         raise UsageError("no config.json", where=str(model.directory), fix="name a Hugging Face model directory")
     if weights and not list(model.directory.glob(WEIGHTS)):
@@ -83,6 +85,19 @@ def find_model(
     return model
 
 
+def recorded_model(recorded: Json) -> ModelDirectory:
+    """Return the model that a plan or a run has recorded: of this machine, never a name to ask the hub for.
+
+    Raises:
+        UsageError: it has recorded no absolute path, or no model is there.
+    """
+    directory = recorded.get("directory") if isinstance(recorded, dict) else None
+    if not isinstance(directory, str) or not Path(directory).is_absolute():
+        what = f"what is recorded is no directory of this machine: {directory!r}"
+        raise UsageError(what, where="teacher.directory", fix="name the model")
+    return find_model(directory, fetch=False)
+
+
 def require_model_file(path: Path) -> None:
     """Check that what libraries would read of a model is a file, or a link to one as in the hub's cache, of a fit size.
 
@@ -90,13 +105,17 @@ def require_model_file(path: Path) -> None:
         UsageError: it is something else, or a description larger than any.
     """
     described = any(path.match(pattern) for pattern in DESCRIPTION)
+    if not described and not path.match(WEIGHTS):
+        return  # no library reads it
+    fix = "fetch the model anew, or take away what is there"
     try:
         status = path.stat()
-        kind, size = kind_of(status.st_mode), status.st_size
     except OSError as error:
-        kind, size = f"a link that leads nowhere ({error.strerror})", 0
-    fix = "fetch the model anew, or take away what is there"
-    if kind != "a file" and (described or path.match(WEIGHTS) or kind != "a directory"):
+        lost = error.errno in {errno.ENOENT, errno.ELOOP}
+        what = "is a link that leads nowhere, not a file" if lost else f"cannot be reached: {error.strerror}"
+        raise UsageError(f"{path.name} {what}", where=str(path), fix=fix if lost else "make it readable") from error
+    kind, size = kind_of(status.st_mode), status.st_size
+    if kind != "a file":
         raise UsageError(f"{path.name} is {kind}, not a file", where=str(path), fix=fix)
     if described and size > LARGEST_FILE:
         raise UsageError(f"{path.name} has {size:,} bytes, too many to be read", where=str(path), fix=fix)
@@ -161,13 +180,17 @@ def _download(name: str, revision: str | None, *, weights: bool, key: str) -> Mo
 
 def load_config(model: ModelDirectory) -> PretrainedConfig:
     """Read config.json. Raises UsageError if it is broken, of an unknown architecture, or needs remote code."""
-    return read_config(model.directory / "config.json")
+    return _parsed(model.directory / "config.json")
 
 
 def read_config(path: Path) -> PretrainedConfig:
-    """Read a model's configuration from a file. Raises UsageError as `load_config`."""
+    """Read a model's configuration from a file outside of a ModelDirectory. Raises UsageError as `load_config`."""
     require_model_file(path)
     refuse_hub_kernels(path)
+    return _parsed(path)
+
+
+def _parsed(path: Path) -> PretrainedConfig:
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except MemoryError:

@@ -29,6 +29,7 @@ from stages.models.probe import (
     change_of,
     hidden_states,
     length_borders,
+    probe_ids,
     require_causal,
     require_lengths_apart,
 )
@@ -86,6 +87,7 @@ class PackLengths:
     tokens_per_batch: int
 
 
+@torch.no_grad()
 def use_packed_attention(
     model: PreTrainedModel,
     attention: str,
@@ -93,6 +95,7 @@ def use_packed_attention(
     lengths: PackLengths | None = None,
     role: str = "student",
     key: str = "attention",
+    known_causal: bool = False,
 ) -> None:
     """Set how `model` attends, and prove that it is causal and that packed sequences come out as they do alone.
 
@@ -104,6 +107,7 @@ def use_packed_attention(
             sequences alone are proven.
         role: what messages call the model.
         key: the configuration key of its attention, for messages.
+        known_causal: that it is causal with this attention has been proven.
 
     Raises:
         UsageError: the architecture mixes packed sequences, as recurrent layers do, is not causal, or lacks this
@@ -116,11 +120,13 @@ def use_packed_attention(
     except (ImportError, ValueError) as error:
         what = f"{type(model).__name__} cannot attend to packed sequences: {first_line(error)}"
         raise UsageError(what, where=where, fix=fix) from error
-    require_causal(model, role=role, where=where)
+    if not known_causal:
+        require_causal(model, role=role, where=where)
     if lengths is not None:
         require_lengths_apart(model, lengths.longest, role=role, where=where)
     packs = _probes(model.config, lengths)
-    alone = {length: probe_alone(model, length) for length in {length for pack in packs for length in pack}}
+    # As everybody runs the model: without stating positions.
+    alone = {size: hidden_states(model, probe_ids(model, size)[None])[0] for pack in packs for size in set(pack)}
     why = None
     for implementation in _implementations(model, attention):
         model.set_attn_implementation(implementation)
@@ -194,29 +200,11 @@ def _size_for_mask(*, local_size: int | None = None, use_vmap: bool = False, **_
     return None if local_size is None else torch.tensor(local_size)
 
 
-@torch.no_grad()
 def probe_hidden(model: PreTrainedModel, sizes: Sequence[int] = _PROBE_LENGTHS) -> Tensor:
-    """Return hidden states [T, D] of packed sequences of these lengths; their tokens depend on the length only."""
-    return hidden_of_probe(model, sizes)
-
-
-def hidden_of_probe(model: PreTrainedModel, sizes: Sequence[int] = _PROBE_LENGTHS) -> Tensor:
-    """Return the same with gradients, where they are enabled."""
-    ids_1T = torch.cat([_probe_ids(model, size) for size in sizes], dim=1)
+    """Return hidden states [T, D] of packed sequences of these lengths, with gradients where they are enabled."""
+    ids_1T = torch.cat([probe_ids(model, size) for size in sizes])[None]
     positions_1T = torch.cat([torch.arange(size, device=ids_1T.device) for size in sizes])[None]
     return hidden_states(model, ids_1T, positions_1T)[0]
-
-
-@torch.no_grad()
-def probe_alone(model: PreTrainedModel, size: int) -> Tensor:
-    """Return hidden states [T, D] of one such sequence as everybody runs the model: without stating positions."""
-    return hidden_states(model, _probe_ids(model, size))[0]
-
-
-def _probe_ids(model: PreTrainedModel, size: int) -> Tensor:
-    device = next(model.parameters()).device
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    return torch.arange(1, size + 1, device=device)[None] * (6 + size) % vocabulary
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:

@@ -82,9 +82,9 @@ def require_causal(model: PreTrainedModel, *, role: str, where: str) -> None:
         UsageError: it is not causal, or does not run at all.
     """
     kept = PROBE_TOKENS // 2
-    ids_1T = _ids(model)[None]
+    ids_1T = probe_ids(model)[None]
     others_1T = ids_1T.clone()
-    others_1T[:, kept:] = (ids_1T[:, kept:] + 1) % _vocabulary(model)
+    others_1T[:, kept:] = (ids_1T[:, kept:] - 1).abs()  # another token everywhere, however few there are
     expected = _tried(model, ids_1T, role=role, where=where)[:, :kept]
     change = change_of(model, _tried(model, others_1T, role=role, where=where)[:, :kept], expected, one_shape=True)
     alone = change_of(model, _tried(model, ids_1T[:, :kept], role=role, where=where), expected)
@@ -113,7 +113,7 @@ def require_own_logits(model: PreTrainedModel, head: Head, *, where: str, key: s
         NumericsError: they are not finite.
     """
     rows, width = head.weight_VD.shape
-    ids_1T = _ids(model)[None] % rows
+    ids_1T = probe_ids(model)[None] % rows
     hidden_TD = _tried(model, ids_1T, role="model", where=where)[0].to(model.dtype)
     if hidden_TD.shape[-1] != width:
         raise _unknown_head(model, f"its body gives {hidden_TD.shape[-1]} numbers, its head takes {width}", where)
@@ -184,7 +184,7 @@ def require_lengths_apart(model: PreTrainedModel, longest: int, *, role: str, wh
 
 def _beside(model: PreTrainedModel, length: int, *, role: str, where: str) -> Tensor:
     """Return hidden states [T, D] of a short sequence beside the last tokens of one of `length`."""
-    ids_T = _ids(model)
+    ids_T = probe_ids(model)
     positions_T = torch.arange(PROBE_TOKENS, device=model.device)
     positions_2T = torch.stack([positions_T, positions_T + length - PROBE_TOKENS])
     return _tried(model, torch.stack([ids_T, ids_T]), positions_2T, role=role, where=where)[0]
@@ -205,9 +205,7 @@ def _tried(
         ) from error
 
 
-def _ids(model: PreTrainedModel) -> Tensor:
-    return torch.arange(1, PROBE_TOKENS + 1, device=model.device) * 7 % _vocabulary(model)
-
-
-def _vocabulary(model: PreTrainedModel) -> int:
-    return int(model.config.get_text_config().vocab_size)
+def probe_ids(model: PreTrainedModel, size: int = PROBE_TOKENS) -> Tensor:
+    """Return so many token ids [T], spread over the vocabulary by a step that depends on their number."""
+    vocabulary: int = model.config.get_text_config().vocab_size
+    return torch.arange(1, size + 1, device=next(model.parameters()).device) * (size - 2) % vocabulary

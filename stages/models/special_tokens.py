@@ -39,18 +39,17 @@ class SpecialTokens:
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
         """Return those of a model that is used with this tokenizer.
 
-        What the model itself calls an end counts too if the tokenizer has a special token there: of an id that its
-        configuration has by default only, another tokenizer makes any piece of text.
+        What the model itself calls an end counts too if the tokenizer has a special token there. What its architecture
+        calls one by default may be another token's beginning or padding to this tokenizer, or any piece of text.
         """
         rows: int = model.config.get_text_config().vocab_size
         special = _special(tokenizer)
         begins = {tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
-        own = [
-            index
-            for said in (model.generation_config, model.config.get_text_config())
-            for index in _several(getattr(said, "eos_token_id", None))
-            if index in special - begins
-        ]
+        own: list[int] = []
+        for said in (model.generation_config, model.config.get_text_config()):
+            stated = not getattr(said, "_from_model_config", True)
+            trusted = special if stated else special - begins
+            own += [index for index in _several(getattr(said, "eos_token_id", None)) if index in trusted]
         ends = [tokenizer.eos_token_id, end_of_turn(tokenizer), *own]
         return cls(
             bos=tokenizer.bos_token_id,

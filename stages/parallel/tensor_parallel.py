@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from transformers import PreTrainedModel
 
-from stages.models.packed import hidden_of_probe
+from stages.models.packed import probe_hidden
 from stages.models.probe import change_of
 from stages.parallel.processes import is_peer_lost
 from stages.parallel.tensors import like
@@ -85,7 +85,7 @@ def _probe(model: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor]]:
     fixed gradient of the hidden states."""
     learns = any(parameter.requires_grad for parameter in model.base_model.parameters())
     with torch.set_grad_enabled(learns):
-        hidden_TD = hidden_of_probe(model)
+        hidden_TD = probe_hidden(model)
     if learns:
         given_TD = torch.randn(hidden_TD.shape, generator=torch.Generator().manual_seed(0))
         torch.autograd.backward(hidden_TD, given_TD.to(hidden_TD))

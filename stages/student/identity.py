@@ -25,13 +25,13 @@ logger = logging.getLogger("topk_distill.student")
 _PADDING_SHARE = 0.05
 
 
-def check_tokenizer(source: StudentSource, teacher_files: Mapping[str, bytes]) -> bool:
+def check_tokenizer(source: StudentSource, teachers: PreTrainedTokenizerBase) -> bool:
     """Compare the student's own tokenizer with the teacher's. Return False if it has none, which only a student that is
     made from a configuration may.
 
     Args:
         source: where the student comes from.
-        teacher_files: the teacher's tokenizer files by name.
+        teachers: the teacher's tokenizer.
 
     Raises:
         IdentityError: the first id at which they differ, with both tokens.
@@ -40,22 +40,22 @@ def check_tokenizer(source: StudentSource, teacher_files: Mapping[str, bytes]) -
     directory = _tokenizer_directory(source)
     if directory is None:
         return False
-    compare_tokenizers(directory, teacher_files, where=f"path: {source.path}")
+    compare_tokenizers(directory, teachers, where=f"path: {source.path}")
     return True
 
 
-def compare_tokenizers(directory: Path, teacher_files: Mapping[str, bytes], *, where: str) -> None:
+def compare_tokenizers(directory: Path, teachers: PreTrainedTokenizerBase, *, where: str) -> None:
     """Compare the tokenizer of a student's directory with the teacher's.
 
     Args:
-        teacher_files: as `check_tokenizer`.
+        teachers: as `check_tokenizer`.
         where: what names the student, for messages.
 
     Raises:
         IdentityError: as `check_tokenizer`.
         UsageError: there is no tokenizer.
     """
-    difference = first_difference(read_tokenizer(teacher_files), load_tokenizer(directory))
+    difference = first_difference(teachers, load_tokenizer(directory))
     if difference is not None:
         raise IdentityError(
             f"the student's tokenizer is not the teacher's: {difference}",
@@ -110,8 +110,8 @@ def _tokenizer_directory(source: StudentSource) -> Path | None:
     return directory if has_one else None
 
 
-def check_positions(student: PretrainedConfig, window: int, longest: Callable[[], int]) -> None:
-    """Check that the student knows as many positions as the longest sequence has.
+def check_positions(student: PretrainedConfig, window: int, longest: Callable[[], int]) -> int:
+    """Check that the student knows as many positions as the longest sequence has, and return a bound of its tokens.
 
     Args:
         student: its configuration.
@@ -122,9 +122,13 @@ def check_positions(student: PretrainedConfig, window: int, longest: Callable[[]
         UsageError: it knows fewer.
     """
     limit = position_limit(student)
-    if limit is not None and not 0 < window <= limit and (tokens := longest()) > limit:
+    if window > 0 and (limit is None or window <= limit):
+        return window
+    tokens = longest()
+    if limit is not None and tokens > limit:
         raise UsageError(
             f"the longest sequence has {tokens} tokens, the student knows {limit} positions",
             where="path",
             fix=f"choose a student with at least {tokens} positions, or learn from windows of at most {limit} tokens",
         )
+    return tokens

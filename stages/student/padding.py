@@ -8,6 +8,7 @@ Shape suffixes: N positions, D hidden width, V rows of the head.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ logger = logging.getLogger("topk_distill.student")
 # Promised is 1e-3; other text than what is looked at here may have more.
 LARGEST_MASS = 1e-4
 _POSITIONS = 256
+_PIECE = 32  # positions whose logits exist at one time
 
 
 @torch.no_grad()
@@ -84,11 +86,14 @@ def _hidden(student: Student, sample: Sequence[MicroBatch]) -> Tensor:
     student.model.train(mode=False)
     hidden_ND = torch.cat([student.hidden(batch.to(student.device)) for batch in sample])
     student.model.train()
-    return hidden_ND[:: max(1, len(hidden_ND) // _POSITIONS)]
+    return hidden_ND[:: math.ceil(len(hidden_ND) / _POSITIONS) or 1]
 
 
 def _mass(hidden_ND: Tensor, layer: Sequence[Tensor], rule: HeadRule, vocab_size: int) -> float:
     """Return the mean probability of rows beyond `vocab_size`. `layer`: the head's weight, and its bias if any."""
     weight_VD, *bias_V = (rows.float() for rows in layer)
-    logits_NV = functional.linear(hidden_ND.to(weight_VD), weight_VD, *bias_V)
-    return float(rule.applied(logits_NV).softmax(-1)[:, vocab_size:].sum(-1).mean())
+    mass = 0.0
+    for first in range(0, len(hidden_ND), _PIECE):
+        logits_NV = functional.linear(hidden_ND[first : first + _PIECE].to(weight_VD), weight_VD, *bias_V)
+        mass += float(rule.applied(logits_NV).softmax(-1)[:, vocab_size:].sum())
+    return mass / max(1, len(hidden_ND))

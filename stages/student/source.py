@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from stages.models.files import find_model, read_config
+from stages.models.files import find_model, load_config, read_config
 from stages.models.load import load_model, memory_told, require_causal_class
 from stages.student.architecture import chosen_layers, keep_layers, layers_of, making_told, overridden, random_model
 from storage.errors import UsageError
@@ -80,7 +80,10 @@ def _let_every_token_learn(model: PreTrainedModel) -> None:
 
 
 def _random_model(source: StudentSource) -> PreTrainedModel:
-    config = load_config(source)
+    path = Path(source.path).expanduser()
+    with _told_by_path(source):
+        bare = path.is_file()
+        config = read_config(path) if bare else load_config(find_model(source.path, source.revision, weights=False))
     require_causal_class(config, f"path: {source.path}")
     where, fix = f"path: {source.path}", "repair that value, or start from the configuration of another model"
     if source.overrides:
@@ -88,19 +91,6 @@ def _random_model(source: StudentSource) -> PreTrainedModel:
         fix = "change fields together that depend on each other, such as hidden_size and num_attention_heads"
     with making_told(where, fix):
         return random_model(overridden(config, source.overrides))
-
-
-def load_config(source: StudentSource) -> PreTrainedConfig:
-    """Return the model configuration that `source` starts from.
-
-    Raises:
-        UsageError: no such model or file, or an architecture that transformers does not know.
-    """
-    path = Path(source.path).expanduser()
-    if not path.is_file():
-        path = model_directory(source, weights=False) / "config.json"
-    with _told_by_path(source):
-        return read_config(path)
 
 
 def model_directory(source: StudentSource, *, weights: bool) -> Path:

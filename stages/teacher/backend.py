@@ -76,7 +76,8 @@ class Loader(Protocol):
         attention: str,
         key: str | None = "teacher",
     ) -> Teacher:
-        """Load the weights; errors are those of `storage.errors`, `key` the section of the configuration they name."""
+        """Load the weights, and prove that what gives hidden states is causal with this attention; errors are those of
+        `storage.errors`, `key` the section of the configuration they name."""
         ...
 
 

@@ -71,7 +71,8 @@ class LiveTeacher:
         """
         loaded = load(files, vocab_size=vocab_size, device=device, dtype=dtype, attention=attention, key=key)
         assert not isinstance(loaded, CandidateTeacher), "callers ask for a backend that gives hidden states"
-        use_packed_attention(loaded.model, attention, lengths=lengths, role="teacher", key=f"{key}.attention")
+        where = f"{key}.attention"
+        use_packed_attention(loaded.model, attention, lengths=lengths, role="teacher", key=where, known_causal=True)
         return cls(
             body=body_of(loaded.model),
             weight_VD=loaded.head.weight_VD,

@@ -91,8 +91,8 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "a student may know too few positions",
-            "        check_positions(model.config, data.window, lambda: data.longest)\n",
-            "",
+            "longest = check_positions(model.config, data.window, lambda: data.longest)\n",
+            "longest = data.longest\n",
             f"{REFUSALS}test_a_student_with_too_few_positions_is_refused",
         ),
         Mutant(
@@ -103,7 +103,7 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "a student may have another tokenizer",
-            "        same = check_tokenizer(source, data.tokenizer_files)\n",
+            "        same = check_tokenizer(source, tokenizer)\n",
             "        same = True\n",
             f"{REFUSALS}test_a_student_with_another_tokenizer_is_refused",
         ),
@@ -199,7 +199,7 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "students may have another tokenizer",
-            "        compare_tokenizers(files.directory, reader.tokenizer_files(), where=str(files.directory))\n",
+            "        compare_tokenizers(files.directory, tokenizer, where=str(files.directory))\n",
             "        pass\n",
             f"{EVALUATE}test_a_student_with_broken_files_is_named",
         ),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config.train import TrainConfig
+from pipeline.evaluate import evaluate
 from pipeline.generate import generate, teacher_directory
 from pipeline.train import train
+from stages.models.files import find_model
 from storage.errors import UsageError
+from storage.plan import Plan
 
 PROMPT = "The import statement"
 
@@ -84,10 +89,38 @@ def test_a_chat_template_that_fails_is_the_users_to_mend(template: str, tiny_tea
 def test_a_teacher_that_moved_is_told(run: Path, tiny_teacher_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     record = tmp_path / "run" / "run.json"
-    assert teacher_directory(tmp_path / "run").is_dir()
+    assert teacher_directory(tmp_path / "run").directory == tiny_teacher_dir
     record.write_text(record.read_text().replace(str(tiny_teacher_dir), str(tmp_path / "elsewhere")))
     with pytest.raises(UsageError, match="not where it was"):
         list(generate(tmp_path / "run", PROMPT, teacher=True, device="cpu"))
+
+
+@pytest.mark.parametrize("recorded", [{}, {"directory": ""}, {"directory": "."}, {"directory": 7}], ids=str)
+def test_a_recorded_teacher_is_never_the_current_directory(
+    recorded: object,
+    run: Path,
+    tiny_store: Path,
+    tiny_teacher_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tiny_teacher_dir)
+    shutil.copytree(run, tmp_path / "run")
+    content = json.loads((run / "run.json").read_text())
+    content["store"]["teacher"] = recorded
+    (tmp_path / "run" / "run.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="not where it was: what is recorded is no directory of this machine"):
+        teacher_directory(tmp_path / "run")
+    store = Path(shutil.copytree(tiny_store, tmp_path / "store"))
+    plan = Plan.from_json((store / "plan.json").read_bytes())
+    (store / "plan.json").write_bytes(replace(plan, recorded={**plan.recorded, "teacher": recorded}).to_json())
+    with pytest.raises(UsageError, match="says that it was: what is recorded is no directory of this machine"):
+        evaluate(store, {}, device="cpu")
+
+
+def test_what_is_recorded_of_a_model_is_absolute(tiny_teacher_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny_teacher_dir.parent)
+    assert find_model(tiny_teacher_dir.name).recorded()["directory"] == str(tiny_teacher_dir)
 
 
 @pytest.mark.parametrize("prompt", [""])

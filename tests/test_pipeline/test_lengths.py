@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MadeOnce
-from transformers import AutoModelForCausalLM, Phi3Config
+from transformers import AutoModelForCausalLM, GPT2Config, Phi3Config
 
 from pipeline.config.extract import ExtractConfig
 from pipeline.config.train import TrainConfig
@@ -21,6 +21,7 @@ from pipeline.extract import extract
 from pipeline.train import train
 from pipeline.training.events import StepDone
 from stages.batches.sequences import lengths, part
+from storage.errors import UsageError
 from storage.reader import StoreReader
 from storage.rows import SequenceBatch
 
@@ -135,3 +136,33 @@ def test_the_plan_says_so_where_it_matters(extraction: dict[str, Any], store: Pa
     short = {**extraction, "rendering": {"window": ORIGINAL}, "store": tmp_path / "short"}
     list(extract(ExtractConfig.model_validate(short)))
     assert "length_borders" not in StoreReader(tmp_path / "short").plan.batching
+
+
+def with_positions(directory: Path, positions: int, tokenizer: Path) -> Path:
+    """Save a model that looks its positions up in a table of so many."""
+    shutil.copytree(tokenizer, directory)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": positions, "bos_token_id": 0, "eos_token_id": 1}
+    AutoModelForCausalLM.from_config(GPT2Config(vocab_size=512, **sizes)).save_pretrained(directory)
+    return directory
+
+
+def test_a_student_needs_the_positions_of_the_longest_sequence_alone(
+    store: Path, tiny_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    longest = int(max(lengths(sequences(store, split)).max() for split in ("train", "heldout")))
+    assert longest < WINDOW
+    student = with_positions(tmp_path / "student", longest, tiny_tokenizer_dir)
+    shape = {"steps": 1, "tokens_per_step": 64, "dtype": "float32", "device": "cpu"}
+    values = {"store": store, "run": tmp_path / "run", "student": {"init": "pretrained", "path": str(student)}}
+    events = list(train(TrainConfig.model_validate({**values, **shape})))
+    assert any(isinstance(event, StepDone) for event in events)
+    assert evaluate(store, {"student": tmp_path / "run"}, device="cpu", dtype="float32").students["student"].tokens > 0
+
+
+def test_a_model_that_knows_too_few_positions_is_not_evaluated(
+    store: Path, tiny_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    student = with_positions(tmp_path / "student", ORIGINAL, tiny_tokenizer_dir)
+    with pytest.raises(UsageError, match=f"the model knows {ORIGINAL} positions") as caught:
+        evaluate(store, {"student": student}, device="cpu", dtype="float32")
+    assert caught.value.where == str(student)

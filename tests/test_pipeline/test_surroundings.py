@@ -127,6 +127,24 @@ def test_a_model_is_made_of_files(place: Path, name: str, kind: str) -> None:
     assert call("generate", place / "teacher", "The") == 2
 
 
+@pytest.mark.parametrize("kind", ["named pipe", "socket", "link to nothing"])
+@pytest.mark.parametrize("name", [".#config.json", "extra.bin"])
+def test_what_no_library_reads_may_be_anything(place: Path, name: str, kind: str) -> None:
+    put_in_place(place / "teacher" / name, kind, place / "outside")
+    assert find_model(str(place / "teacher")).directory == place / "teacher"
+
+
+@pytest.mark.parametrize(
+    ("leads_to", "words"), [("nothing", "is a link that leads nowhere"), ("n" * 300, "cannot be reached: File name")]
+)
+def test_a_link_is_said_to_lead_nowhere_where_it_does(place: Path, leads_to: str, words: str) -> None:
+    config = place / "teacher" / "config.json"
+    config.unlink()
+    config.symlink_to(leads_to)
+    with pytest.raises(UsageError, match=f"config.json {words}"):
+        find_model(str(place / "teacher"))
+
+
 def test_a_model_may_be_links_to_files_and_its_description_has_a_bound(place: Path) -> None:
     for path in sorted((place / "teacher").iterdir()):
         put_in_place(path, "link to what was there", place / "blobs")
@@ -273,9 +291,9 @@ def test_what_a_store_or_a_run_says_is_no_name_to_fetch(place: Path, tiny_store:
     ]
     told = in_another_process(commands, hub)
     assert [code for code, _ in told] == [2, 2, 2, 0, 2, 2, 2]
-    assert "the teacher is not where the store says that it was: no model directory evil/store" in told[0][1]
+    assert "the teacher is not where the store says that it was: what is recorded is no directory" in told[0][1]
     assert "with --teacher" in told[0][1]
-    assert "the teacher is not where it was: no model directory evil/run" in told[1][1]
+    assert "the teacher is not where it was: what is recorded is no directory" in told[1][1]
     assert "no directory of this machine: s3:/evil/bucket" in told[2][1]
     assert "text_config._attn_implementation: 'evil/kernel' would be fetched from the hub and run" in told[4][1]
     assert "attn_implementation: 'evil/kernel' would be fetched" in told[5][1]

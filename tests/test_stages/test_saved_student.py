@@ -25,6 +25,7 @@ from pipeline.generate import generate
 from pipeline.train import train
 from stages.batches.steps import StepShape, evenly_spaced
 from stages.corpus.tokenizer import tokenizer_files
+from stages.models.head import HeadRule
 from stages.models.special_tokens import SpecialTokens, adopt_special_tokens
 from stages.student.architecture import random_model
 from stages.student.identity import read_tokenizer
@@ -84,6 +85,19 @@ def test_ends_of_its_own_that_are_special_stay(tiny_tokenizer_dir: Path) -> None
     model.resize_token_embeddings(REAL + 1)  # type: ignore[no-untyped-call]
     model.generation_config.eos_token_id = [REAL, EOS]  # type: ignore[union-attr]
     assert SpecialTokens.of(model, tokenizer) == SpecialTokens(bos=BOS, pad=PAD, ends=(EOS, REAL))
+
+
+def test_a_stated_end_that_is_the_padding_too_stays_an_end(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
+    always(PAD, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD).save_pretrained(tmp_path)
+    shutil.copytree(tiny_tokenizer_dir, tmp_path, dirs_exist_ok=True)
+    GenerationConfig(eos_token_id=[EOS, PAD], pad_token_id=PAD).save_pretrained(tmp_path)
+    (answer,) = generate(tmp_path, "The", max_new_tokens=9, device="cpu", dtype="float32")
+    assert answer.tokens == 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    content = files(tiny_tokenizer_dir)
+    adopt_special_tokens(model, read_tokenizer(content))
+    save_student(model, tmp_path / "student", tokenizer_files=content, facts=FACTS)
+    assert GenerationConfig.from_pretrained(tmp_path / "student").eos_token_id == [EOS, PAD]
 
 
 @pytest.mark.parametrize(("token", "template"), [(EOS, None), (PAD, TEMPLATE)])
@@ -180,6 +194,28 @@ def test_padding_becomes_the_mean_where_that_is_enough(spread: float, rows: int,
         assert all(torch.equal(row_D, mean_D) for row_D in weights["lm_head.weight"][REAL:])
         model.load_state_dict(weights)
         assert unchanged(weights_to_save(student, sample, vocab_size=REAL), weights)
+
+
+class Counting(HeadRule):
+    """Counts the positions whose logits exist at one time."""
+
+    def applied(self, logits_NV: Tensor) -> Tensor:
+        COUNTED.append(len(logits_NV))
+        return super().applied(logits_NV)
+
+
+COUNTED: list[int] = []
+
+
+def test_padding_is_measured_at_a_bounded_number_of_positions_a_few_at_a_time(tiny_store: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = random_model(LlamaConfig(vocab_size=REAL + 8, **sizes))
+    sample = evenly_spaced(StoreReader(tiny_store), 8, StepShape(tokens_per_step=64, tokens_per_batch=64))
+    assert 256 < sum(batch.rows for batch in sample) < 512
+    COUNTED.clear()
+    weights_to_save(Student(model=model, dtype=torch.float32, rule=Counting()), sample, vocab_size=REAL)
+    assert max(COUNTED) <= 32
+    assert sum(COUNTED) <= 2 * 256  # as it is, and with the mean in the rows of padding
 
 
 def unchanged(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:

@@ -22,7 +22,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from stages.corpus.tokenizer import tokenizer_files
+from stages.corpus.tokenizer import load_tokenizer, tokenizer_files
 from stages.models.packed import PACKED_SDPA, use_packed_attention
 from stages.student.architecture import chosen_layers, keep_layers
 from stages.student.identity import check_tokenizer, check_vocabulary
@@ -184,7 +184,7 @@ def test_a_student_can_be_made_from_a_bare_config_file(tiny_teacher_dir: Path, t
     shutil.copy(tiny_teacher_dir / "config.json", tmp_path)
     source = StudentSource(init="from_config", path=str(tmp_path / "config.json"), overrides={"hidden_size": 32})
     assert build_student(source, seed=0).config.hidden_size == 32
-    assert not check_tokenizer(source, tokenizer_files(tiny_teacher_dir))
+    assert not check_tokenizer(source, load_tokenizer(tiny_teacher_dir))
 
 
 def test_an_unknown_field_names_the_nearest(tiny_teacher_dir: Path) -> None:
@@ -223,10 +223,10 @@ def test_another_tokenizer_is_refused_with_the_first_differing_id(tiny_teacher_d
     by_id = {index: token for token, index in vocabulary.items()}
     vocabulary[by_id[300]], vocabulary[by_id[301]] = 301, 300
     path.write_text(json.dumps(tokenizer))
-    store_files = tokenizer_files(tiny_teacher_dir)
-    assert check_tokenizer(StudentSource(init="pretrained", path=str(tiny_teacher_dir)), store_files)
+    teachers = load_tokenizer(tiny_teacher_dir)
+    assert check_tokenizer(StudentSource(init="pretrained", path=str(tiny_teacher_dir)), teachers)
     with pytest.raises(IdentityError, match="id 300") as caught:
-        check_tokenizer(StudentSource(init="pretrained", path=str(tmp_path / "other")), store_files)
+        check_tokenizer(StudentSource(init="pretrained", path=str(tmp_path / "other")), teachers)
     assert repr(by_id[300]) in caught.value.what
     assert repr(by_id[301]) in caught.value.what
 
