@@ -107,7 +107,7 @@ class StoreReader:
         if seal is not None:
             for item in seal.shards:  # before any of their numbers is used
                 if item.split == self.split:
-                    self._manifest.sealed_record(item)
+                    self._manifest.require_sealed(item)
             return seal
         records = [record for spec in self._manifest.shards if (record := self._manifest.record(spec)) is not None]
         if not allow_partial:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from storage.values import Json
 
-ROUNDING = 1e-3  # nats by which a log-probability may pass 0 through rounding
+ROUNDING = 1e-3  # nats by which a log-probability or entropy may pass its limit through rounding
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.commit.bounds import check_record
+from storage.commit.bounds import check_counts, check_record
 from storage.commit.damage import Damage, damaged_plan
 from storage.commit.records import (
     DIRECTORIES,
@@ -29,7 +29,8 @@ from storage.files.base import Files
 from storage.files.regular import LARGEST_FILE
 from storage.format.remap import decode_remap, remap_sha256
 from storage.plan import Plan, ShardSpec
-from storage.values import sha256
+from storage.rows import Counts
+from storage.values import parse_json, sha256
 
 LARGEST_TOKENIZER = 1 << 28  # bytes of all tokenizer files together, decompressed
 SEALED_SHARD_BYTES = 512  # of a line of the seal, at most
@@ -184,6 +185,23 @@ class Manifest:
             raise self.damage.shard(spec, found[1], name=found[0])
         assert record is not None, "a missing record contradicts the seal"
         return record
+
+    def require_sealed(self, sealed: SealedShard) -> None:
+        """Check that a shard's record is the sealed one and that their numbers agree and can be those of a shard.
+
+        It takes a tenth of the time of `sealed_record`, which checks the rest before the shard itself is used.
+        """
+        data = self.record_bytes(self.shards[sealed.shard])
+        if data is None or sha256(data) != sealed.record_sha256 or not self._counts_agree(sealed, data):
+            self.sealed_record(sealed)  # which tells what is wrong
+
+    def _counts_agree(self, sealed: SealedShard, data: bytes) -> bool:
+        try:
+            counts = Counts(**parse_json(data)["counts"])
+            check_counts(self.plan, counts)
+        except (KeyError, TypeError, ValueError):
+            return False
+        return all(getattr(counts, name) == getattr(sealed, name) for name in ("sequences", "tokens", "rows"))
 
     def seal(self) -> Seal | None:
         """Return the seal, or None if the store is not sealed."""

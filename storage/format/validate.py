@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.codecs import logprob_codec
+from storage.codecs.exact import ROUNDING
 from storage.errors import NumericsError
 from storage.format.arrays import array_lengths
 from storage.plan import Plan, ShardSpec
@@ -21,7 +22,6 @@ from storage.rows import ARRAYS, NUMBERS, OFFSETS, SequenceBatch
 from storage.segments import row_starts, sigmoid
 
 LARGEST_HALF = 65504.0
-ROUNDING = 1e-3  # nats by which a log-probability or entropy may pass its limit through rounding
 MASS_TOLERANCE = 5e-3  # float16 tail mass, teachers in low precision
 _BLOCK_VALUES = 1 << 22  # ids compared at once
 

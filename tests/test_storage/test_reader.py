@@ -19,6 +19,7 @@ from storage_cases import TARGETS, make_plan, write_store, zarr_quietly
 import storage.commit.open_shard
 import storage.format.arrays
 import storage.reader
+from storage.commit.manifest import Manifest
 from storage.errors import CorruptionError, UsageError
 from storage.plan import HeldoutRule
 from storage.reader import StoreReader
@@ -139,6 +140,20 @@ def test_chunking_does_not_change_what_is_read(many_chunks, sealed):
         one, other = left.read(numbers), right.read(numbers)
         for name in ("tokens", "has_row", "head_ids", "logprob", "tail_ids", "count", "entropy", "token_end_byte"):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_opening_takes_no_record_apart_whole(sealed, monkeypatch):
+    """Its own numbers follow from hash and counts of each; a shard's first use checks the rest."""
+    taken, parse = [], Manifest.parse_record
+    monkeypatch.setattr(
+        Manifest, "parse_record", lambda self, spec, data: taken.append(spec) or parse(self, spec, data)
+    )
+    reader = StoreReader(sealed)
+    filled = [item.shard for item in reader.shards if item.sequences]
+    assert not {spec.index for spec in taken} & set(filled)
+    reader.lengths()
+    reader.lengths()
+    assert [spec.index for spec in taken if spec.index in filled] == filled
 
 
 def test_a_random_sequence_decodes_only_the_chunks_it_needs(many_chunks, monkeypatch):
