@@ -96,6 +96,15 @@ def pipeline(*arguments: object) -> None:
     main([str(argument) for argument in arguments], prog_name="pipeline")
 
 
+def pipeline_on_terminal(terminal: str, *arguments: object) -> None:
+    """Do the same as the leader of a session whose terminal this is."""
+    os.setsid()
+    descriptor = os.open(terminal, os.O_RDWR)
+    for number in (0, 1, 2):
+        os.dup2(descriptor, number)
+    pipeline(*arguments)
+
+
 def script(text: str) -> None:
     """What `python -c` does with this text."""
     exec(text, {"__name__": "__main__"})

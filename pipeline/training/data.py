@@ -75,6 +75,11 @@ class TrainingData:
         return int(self.train.lengths().max(initial=0))
 
     @property
+    def longest_read(self) -> int:
+        """Tokens of the longest sequence that the student reads, in training or in validation."""
+        return max(self.longest, int(self.heldout.lengths().max(initial=0)))
+
+    @property
     def teacher_name(self) -> str:
         """As the user knows it; of a local directory only its own name, which says nothing about this machine."""
         name = str(self.record.get("teacher", {}).get("name", "an unnamed teacher"))

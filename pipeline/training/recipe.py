@@ -148,7 +148,7 @@ def build_learner(config: TrainConfig, data: TrainingData, recipe: Recipe, proce
         same = check_tokenizer(source, tokenizer)
         model = build_student(source, seed=config.seed)
         check_vocabulary(model, data.vocab_size, same_tokenizer=same)
-        longest = check_positions(model.config, data.window, lambda: data.longest)
+        longest = check_positions(model.config, data.window, lambda: data.longest_read)
     adopt_special_tokens(model, tokenizer)
     warn_of_experts(model)
     model.to(recipe.device)  # type: ignore[arg-type]  # transformers types this method for its own decorator

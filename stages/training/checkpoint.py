@@ -139,10 +139,6 @@ class Checkpoints:
         newest = next(valid, None)
         return FRESH if newest is None else _read_progress(newest)
 
-    def newest_step(self) -> int:
-        """Return its step, 0 if there is none."""
-        return self.newest().step
-
     def _newest_first(self) -> list[Path]:
         return sorted(self.folder.glob(f"{_PREFIX}{'[0-9]' * 8}"), key=_step_of, reverse=True)
 

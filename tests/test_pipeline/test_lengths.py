@@ -159,6 +159,16 @@ def test_a_student_needs_the_positions_of_the_longest_sequence_alone(
     assert evaluate(store, {"student": tmp_path / "run"}, device="cpu", dtype="float32").students["student"].tokens > 0
 
 
+def test_held_out_sequences_need_positions_too(store: Path, tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
+    """Whichever split has the longest: one position fewer is refused before the first step, not in a validation."""
+    longest = int(max(lengths(sequences(store, split)).max() for split in ("train", "heldout")))
+    student = with_positions(tmp_path / "student", longest - 1, tiny_tokenizer_dir)
+    shape = {"steps": 1, "tokens_per_step": 64, "dtype": "float32", "device": "cpu"}
+    values = {"store": store, "run": tmp_path / "run", "student": {"init": "pretrained", "path": str(student)}}
+    with pytest.raises(UsageError, match=f"the longest sequence has {longest} tokens"):
+        list(train(TrainConfig.model_validate({**values, **shape})))
+
+
 def test_a_model_that_knows_too_few_positions_is_not_evaluated(
     store: Path, tiny_tokenizer_dir: Path, tmp_path: Path
 ) -> None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import pty
+import select
 import signal
+import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -176,23 +178,17 @@ def test_a_signal_while_the_report_is_written_says_that_the_training_is_finished
     assert (tmp_path / "run" / "report.html").exists()
 
 
-def train_on_terminal(name: str, config: Path) -> None:
-    """Train as the leader of a session whose terminal this is."""
-    os.setsid()
-    terminal = os.open(name, os.O_RDWR)
-    for number in (0, 1, 2):
-        os.dup2(terminal, number)
-    warm_process.pipeline("train", config)
-
-
 def test_a_terminal_that_is_closed_costs_no_step(content: Content, tmp_path: Path) -> None:
     endless = content(tmp_path / "run", steps=10**6, schedule={"kind": "constant"}, validation={"every": 2})
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(endless))
     ours, theirs = pty.openpty()
-    started = WarmProcess(train_on_terminal, os.ttyname(theirs), tmp_path / "train.yaml")
+    started = WarmProcess(warm_process.pipeline_on_terminal, os.ttyname(theirs), "train", tmp_path / "train.yaml")
     seen = b""
-    while b"step 2: held-out" not in seen:
-        seen += os.read(ours, 4096)
+    deadline = time.monotonic() + 60
+    while b"step 2: held-out" not in seen and started.process.exitcode is None and time.monotonic() < deadline:
+        if select.select([ours], [], [], 0.5)[0]:
+            seen += os.read(ours, 4096)
+    assert b"step 2: held-out" in seen, (started.wait(timeout=1), seen)
     os.close(ours)
     os.close(theirs)
     done = started.wait(timeout=120)

@@ -57,7 +57,7 @@ def test_a_checkpoint_outlives_damaged_ones_of_later_steps(tmp_path: Path) -> No
     save(checkpoints, 3)
     assert "step-00000003" in names(tmp_path)
     assert "step-00000002" not in names(tmp_path)
-    assert checkpoints.newest_step() == 3
+    assert checkpoints.newest().step == 3
 
 
 def test_resuming_sets_newer_checkpoints_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -82,7 +82,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(
         assert checkpoints.resume(learner.student.model, optimizer).step == 1
     assert "step-00000002" in caplog.text
     assert name in caplog.text or name == "manifest.json"
-    assert checkpoints.newest_step() == 1
+    assert checkpoints.newest().step == 1
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
