@@ -91,7 +91,7 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "a student may know too few positions",
-            "longest = check_positions(model.config, data.window, lambda: data.longest)\n",
+            "longest = check_positions(model.config, data.window, lambda: data.longest_read)\n",
             "longest = data.longest\n",
             f"{REFUSALS}test_a_student_with_too_few_positions_is_refused",
         ),
