@@ -21,13 +21,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from pipeline.reading import require_hidden_states
 from pipeline.runs import warn_if_trained_on
 from stages.batches.sequences import lengths, part
 from stages.devices import resolve_device, resolve_dtype
-from stages.models.files import ModelDirectory, file_hashes, find_model, load_config, position_limit, recorded_model
+from stages.models.files import ModelDirectory, file_hashes, find_model, load_config, recorded_model, require_positions
 from stages.models.head import Head
 from stages.models.load import attention_for
 from stages.models.probe import length_borders, require_lengths_apart
@@ -274,7 +273,8 @@ def _read(
     asked = "eager" if plan.teacher.get("attention") == "eager" else "sdpa"
     config, length_S = load_config(files), lengths(heldout)
     longest = int(length_S.max())
-    _check_positions(config, longest, where=str(files.directory))
+    if not getattr(config.get_text_config(), "rope_parameters", None):  # rotated positions have no end, tables have
+        require_positions(config, longest, role="model", where=str(files.directory))
     attention = attention_for(config, asked, key="attention")
     load = BACKENDS[backend].load()
     model = load(files, vocab_size=plan.vocab_size, device=device, dtype=dtype, attention=attention, key=None)
@@ -288,17 +288,6 @@ def _read(
         has_row = torch.from_numpy(np.ascontiguousarray(batch.has_row)).to(device)
         kept.append(torch.cat(rows)[has_row])
     return _Read(hidden_ND=torch.cat(kept), head=model.head, seconds=time.perf_counter() - began)
-
-
-def _check_positions(config: PretrainedConfig, longest: int, *, where: str) -> None:
-    """Refuse a model with a table of fewer positions than there are tokens; rotated ones have no end."""
-    limit = position_limit(config)
-    if limit is not None and limit < longest and not getattr(config.get_text_config(), "rope_parameters", None):
-        raise UsageError(
-            f"the longest sequence has {longest} tokens, the model knows {limit} positions",
-            where=where,
-            fix=f"evaluate it on a store with windows of at most {limit} tokens",
-        )
 
 
 def _forwards(length_S: NDArray[np.int64], borders: Sequence[int] = ()) -> Iterator[tuple[int, int]]:

@@ -225,6 +225,25 @@ def position_limit(model_config: PretrainedConfig) -> int | None:
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
+def require_positions(model_config: PretrainedConfig, tokens: int, *, role: str, where: str) -> None:
+    """Refuse a model that knows fewer positions than the longest sequence has tokens.
+
+    Args:
+        role: what messages call the model.
+        where: its directory or configuration key, for messages.
+
+    Raises:
+        UsageError: names both numbers.
+    """
+    limit = position_limit(model_config)
+    if limit is not None and tokens > limit:
+        raise UsageError(
+            f"the longest sequence has {tokens} tokens, the {role} knows {limit} positions",
+            where=where,
+            fix=f"choose a {role} with at least {tokens} positions, or a store with windows of at most {limit} tokens",
+        )
+
+
 def first_line(error: Exception) -> str:
     """Return what a library says about a failure, in one line, led by its kind where that says more."""
     lines = str(error).strip().splitlines() or [""]

@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.corpus.tokenizer import FILES, first_difference, load_tokenizer
-from stages.models.files import position_limit
+from stages.models.files import position_limit, require_positions
 from stages.student.model import head_layer
 from stages.student.source import StudentSource, model_directory
 from storage.errors import IdentityError, UsageError
@@ -125,10 +125,5 @@ def check_positions(student: PretrainedConfig, window: int, longest: Callable[[]
     if window > 0 and (limit is None or window <= limit):
         return window
     tokens = longest()
-    if limit is not None and tokens > limit:
-        raise UsageError(
-            f"the longest sequence has {tokens} tokens, the student knows {limit} positions",
-            where="path",
-            fix=f"choose a student with at least {tokens} positions, or learn from windows of at most {limit} tokens",
-        )
+    require_positions(student, tokens, role="student", where="path")
     return tokens
